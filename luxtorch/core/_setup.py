@@ -1,0 +1,177 @@
+"""Making a model's parameters and states, measuring them, and calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch._errors import InputError
+from luxtorch.random import Rng, as_key, fold_in
+
+from ._layer import Layer, Parameters, States
+from ._nowhere import NOWHERE
+from ._tree import count, tree_map
+
+
+def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the initial parameters and states of a model.
+
+    Args:
+        rng: A seed, a key, or a `torch.Generator`, which is moved on. The tensors are made on the key's or the
+            generator's device.
+        layer: The model.
+
+    Returns:
+        `(ps, st)`: two nested dicts. A layer's values depend on the key and on its path alone.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> ps, st = lt.setup(0, lt.Dense(3, 2))
+        >>> ps["weight"].shape, ps["bias"]
+        (torch.Size([2, 3]), tensor([0., 0.]))
+
+    Source: Lux's `setup`.
+    """
+    _checked(layer)
+    key = as_key(rng)
+    return initial_parameters(key, layer), initial_states(key, layer)
+
+
+def initial_parameters(rng: Rng, layer: Layer) -> dict[str, Any]:
+    """Make the initial parameters of a model: the first half of `setup`.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> list(lt.initial_parameters(0, lt.Dense(3, 2)))
+        ['weight', 'bias']
+    """
+    return _checked(layer).initial_parameters(as_key(rng))
+
+
+def initial_states(rng: Rng, layer: Layer) -> dict[str, Any]:
+    """Make the initial states of a model: the second half of `setup`.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> lt.initial_states(0, lt.Dense(3, 2))
+        {}
+    """
+    return _checked(layer).initial_states(fold_in(as_key(rng), "states"))
+
+
+def parameter_length(model: Layer | Parameters) -> int:
+    """Count the numbers in a model's parameters, without making them.
+
+    Args:
+        model: A layer, or the parameters themselves.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> lt.parameter_length(lt.Dense(3, 2))
+        8
+    """
+    return count(initial_parameters(NOWHERE, model) if isinstance(model, Layer) else model)
+
+
+def state_length(model: Layer | States) -> int:
+    """Count the numbers in a model's states, without making them; `Static` values do not count.
+
+    Args:
+        model: A layer, or the states themselves.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> lt.state_length(lt.BatchNorm(3))
+        6
+    """
+    return count(initial_states(NOWHERE, model) if isinstance(model, Layer) else model)
+
+
+def output_shape(layer: Layer, x: Any) -> Any:
+    """Find the shape of a model's output without computing anything.
+
+    Args:
+        layer: The model.
+        x: An input, of which only shapes and dtypes matter; or the shape of one, batch included.
+
+    Returns:
+        The shape of the output, batch included; for a tree of outputs, a tree of shapes.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> lt.output_shape(lt.Dense(3, 2), (20, 3))
+        torch.Size([20, 2])
+
+    Source: Lux's `outputsize`, which leaves the batch out.
+    """
+    if isinstance(x, Sequence) and all(isinstance(size, int) for size in x):
+        x = torch.empty(tuple(x), device="meta")
+    x = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, x)
+    y, _ = layer(x, *setup(NOWHERE, layer))
+    return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, y)
+
+
+def apply(layer: Layer, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+    """Call a layer: `layer(x, ps, st)`, as a function that can be passed on.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.apply(lt.NoOpLayer(), torch.ones(2), {}, {})
+        >>> y
+        tensor([1., 1.])
+    """
+    return layer(x, ps, st)
+
+
+def stateless_apply(layer: Layer, x: Any, ps: Parameters) -> Any:
+    """Call a model that has no states, and return its output alone.
+
+    Args:
+        layer: A model without states.
+        x: The input.
+        ps: The parameters.
+
+    Raises:
+        InputError: If the model has states.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.Dense(3, 2)
+        >>> ps, _ = lt.setup(0, model)
+        >>> lt.stateless_apply(model, torch.ones(5, 3), ps).shape
+        torch.Size([5, 2])
+    """
+    return layer(x, ps, _empty_states(layer))[0]
+
+
+def _empty_states(layer: Layer) -> dict[str, Any]:
+    children = layer.children()
+    if "" in children:
+        return _empty_states(children[""])
+    if children:
+        return {name: _empty_states(child) for name, child in children.items()}
+    states = {} if type(layer).initial_states is Layer.initial_states else layer.initial_states(NOWHERE)
+    if states:
+        raise InputError(
+            "Only a model without states can be called without them.",
+            expected="no states",
+            got=f"{type(layer).__name__} with the states {sorted(states)}",
+            fix="Call model(x, ps, st).",
+        )
+    return states
+
+
+def _checked(layer: Any) -> Layer:
+    if not isinstance(layer, Layer):
+        raise InputError(
+            "Only a layer can be set up.",
+            expected="a luxtorch layer",
+            got=f"{layer!r:.80} of type {type(layer).__name__}",
+            fix="The order is lt.setup(rng, model). Wrap a function in lt.WrappedFunction, an nn.Module in lt.from_torch."
+            if not isinstance(layer, Mapping)
+            else "Pass the layer, not its parameters.",
+        )
+    return layer

@@ -1,0 +1,167 @@
+"""Batch normalisation that returns its running statistics instead of writing them."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luxtorch._transforms import transformed
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static, show_value
+from luxtorch.init import Initializer, ones, zeros
+from luxtorch.random import fold_in
+
+from ._linear import Activation, activated
+
+
+class BatchNorm(Layer):
+    """Normalise each feature over the batch, and keep running statistics for test mode.
+
+    It takes inputs of any number of dimensions, features second: it is torch's BatchNorm1d, 2d and 3d.
+
+    Args:
+        num_features: The size of the input's second dimension.
+        activation: A function of a tensor; None for none.
+        eps: Added to the variance.
+        momentum: The weight of the new batch in the running statistics; None for their plain average so far.
+        affine: Whether there are a scale and a bias.
+        track_running_stats: Whether there are running statistics; without, test mode takes those of the batch too.
+        init_scale: The initializer of the scale.
+        init_bias: The initializer of the bias.
+
+    Parameters:
+        scale: (num_features,), unless `affine=False`
+        bias: (num_features,), unless `affine=False`
+
+    States:
+        running_mean: (num_features,)
+        running_var: (num_features,), unbiased
+        num_batches_tracked: (), only with `momentum=None`
+        training: Whether the batch's own statistics are used.
+
+    Shape:
+        (batch, num_features, ...) to the same
+
+    Raises:
+        InputError: If the input has another number of features, or fewer than two values a feature in train mode.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.BatchNorm(3)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model(torch.arange(6.0).reshape(2, 3), ps, st)
+        >>> y
+        tensor([[-1.0000, -1.0000, -1.0000],
+                [ 1.0000,  1.0000,  1.0000]])
+        >>> st["running_mean"]
+        tensor([0.1500, 0.2500, 0.3500])
+
+    Source: Lux's `BatchNorm`, `torch.nn.BatchNorm1d`; Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    num_features: int
+    activation: Activation | None = None
+    _: KW_ONLY
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    affine: bool = True
+    track_running_stats: bool = True
+    init_scale: Initializer = ones
+    init_bias: Initializer = zeros
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return `scale` and `bias`, if there are any."""
+        if not self.affine:
+            return {}
+        return {
+            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
+            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
+        }
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the running statistics, if they are tracked, and the mode."""
+        st: dict[str, Any] = {}
+        if self.track_running_stats:
+            st["running_mean"] = torch.zeros(self.num_features, device=key.device)
+            st["running_var"] = torch.ones(self.num_features, device=key.device)
+            if self.momentum is None:
+                st["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=key.device)
+        return {**st, TRAINING: Static(True)}
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the normalised input, and the state with the new running statistics."""
+        self._check(x, st)
+        scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
+        if self.track_running_stats and not st[TRAINING]:
+            y = _normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
+        elif not self.track_running_stats:
+            y = _normalised(x, *_moments(x), scale, bias, self.eps)
+        else:
+            y, st = self._train(x, scale, bias, st)
+        return activated(y, self.activation), st
+
+    def _train(self, x: Tensor, scale: Tensor | None, bias: Tensor | None, st: States) -> tuple[Tensor, States]:
+        new = dict(st)
+        weight: float | Tensor | None = self.momentum
+        if weight is None:
+            new["num_batches_tracked"] = st["num_batches_tracked"] + 1
+            weight = 1 / new["num_batches_tracked"].to(st["running_mean"].dtype)
+        mean, var = st["running_mean"].detach(), st["running_var"].detach()
+        if isinstance(weight, float) and not transformed():
+            # torch's kernel writes the statistics that it is given: it gets copies.
+            mean, var = mean.clone(), var.clone()
+            y = F.batch_norm(x, mean, var, scale, bias, True, weight, self.eps)
+        else:
+            batch_mean, batch_var = _moments(x)
+            y = _normalised(x, batch_mean, batch_var, scale, bias, self.eps)
+            count = x.numel() // self.num_features
+            mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
+            var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
+        new["running_mean"], new["running_var"] = mean, var
+        return y, new
+
+    def _check(self, x: Tensor, st: States) -> None:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise InputError(
+                "The input does not have the layer's features.",
+                expected=self.expected_input(),
+                got=f"a tensor of shape {tuple(x.shape)}",
+                fix="Features come second: (batch, features), or (batch, channels, height, width).",
+            )
+        if st[TRAINING] and x.numel() <= self.num_features:
+            raise InputError(
+                "Fewer than two values a feature have no variance to normalise by.",
+                expected="more than one value a feature in train mode",
+                got=f"a tensor of shape {tuple(x.shape)}",
+                fix="Use a larger batch, or lt.test_mode(st).",
+            )
+
+    def expected_input(self) -> str:
+        """Name the features."""
+        return f"a tensor of shape (batch, {self.num_features}, ...)"
+
+    def extra_repr(self) -> str:
+        """Return for instance `32, relu`."""
+        options = [f"{n}=False" for n in ("affine", "track_running_stats") if not getattr(self, n)]
+        return ", ".join([str(self.num_features), *([show_value(self.activation)] if self.activation else []), *options])
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each feature, in at least single precision."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    var, mean = torch.var_mean(wide, [dim for dim in range(x.ndim) if dim != 1], correction=0)
+    return mean, var
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise by given moments, in operations that every transform knows."""
+    shape = (-1, *(1,) * (x.ndim - 2))
+    factor = torch.rsqrt(var + eps)
+    factor = factor if scale is None else factor * scale
+    y = (x - mean.view(shape)) * factor.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)

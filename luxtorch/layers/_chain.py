@@ -1,0 +1,130 @@
+"""One layer after another: `Chain`, and the naming of layers that all containers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, suggest
+
+from ._basic import NoOpLayer, WrappedFunction
+
+LayerLike: TypeAlias = Layer | Callable[[Any], Any]
+"""A layer, or a function of the input that becomes one."""
+
+
+def as_layer(layer: Any) -> Layer:
+    """Return a layer as it is, and a plain function as a `WrappedFunction`."""
+    if isinstance(layer, Layer):
+        return layer
+    if isinstance(layer, type) or not callable(layer):
+        raise InputError(
+            "A model is made of layers.",
+            expected="a layer, or a function of the input",
+            got=f"{layer!r:.80}",
+            fix="Call the class to make a layer: lt.Dense(10, 5)." if isinstance(layer, type) else "",
+        )
+    return WrappedFunction(layer)
+
+
+def named_layers(layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Layer]:
+    """Give layers their names: `layer_1`, `layer_2`, ... or those of keyword arguments.
+
+    Lists and tuples among the layers are spliced in; containers are not.
+    """
+    if layers and named:
+        raise InputError(
+            "Layers are named either all or not at all.",
+            got=f"{len(layers)} without and {len(named)} with a name",
+            fix="Give every layer a keyword, or none.",
+        )
+    for name in named:
+        if not name or "." in name:
+            raise InputError("A layer's name has no dots, which separate the names in a path.", got=repr(name))
+    pairs = named.items() if named else ((f"layer_{i}", layer) for i, layer in enumerate(_spliced(layers), 1))
+    return {name: as_layer(layer) for name, layer in pairs}
+
+
+def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
+    for layer in layers:
+        if isinstance(layer, list | tuple):
+            yield from _spliced(layer)
+        else:
+            yield layer
+
+
+class Chain(ContainerLayer):
+    """Call layers one after another, each on the output of the one before.
+
+    Args:
+        *layers: Layers and plain functions; lists and tuples of them are spliced in, other chains are not.
+        **named: The same with names of your own.
+
+    Parameters:
+        Those of each layer, under `layer_1`, `layer_2`, ... or under the given names.
+
+    States:
+        Likewise.
+
+    Shape:
+        What the first layer takes to what the last one returns.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.Chain(lt.Dense(2, 8, torch.tanh), lt.Dense(8, 1))
+        >>> ps, st = lt.setup(0, model)
+        >>> list(ps)
+        ['layer_1', 'layer_2']
+        >>> y, st = model(torch.ones(4, 2), ps, st)
+        >>> y.shape
+        torch.Size([4, 1])
+        >>> model[1:]  # slices keep the names
+        Chain(
+            layer_2 = Dense(8 -> 1),    # 9 parameters: weight (1, 8), bias (1,)
+        )                               # total: 9 parameters
+
+    Source: Lux's `Chain`, `torch.nn.Sequential`.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+    def __init__(self, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike) -> None:
+        found = named_layers(layers, named) or {"layer_1": NoOpLayer()}
+        self._set(names=tuple(found), layers=tuple(found.values()))
+
+    def children(self) -> Mapping[str, Layer]:
+        """Return the layers by name."""
+        return dict(zip(self.names, self.layers, strict=True))
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the last layer's output, and each layer's state under its name."""
+        new = {}
+        for name, layer in zip(self.names, self.layers, strict=True):
+            x, new[name] = layer(x, ps[name], st[name])
+        return x, new
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index: int | str | slice) -> Layer:
+        """Return a layer by position or name, or a chain of a slice of the layers, which keep their names."""
+        if isinstance(index, slice):
+            return Chain(**dict(zip(self.names[index], self.layers[index], strict=True)))
+        if isinstance(index, str):
+            if index not in self.names:
+                raise InputError(
+                    f"The chain has no layer '{index}'.", expected=", ".join(self.names), fix=suggest(index, self.names)
+                )
+            index = self.names.index(index)
+        return self.layers[index]
+
+    def __getattr__(self, name: str) -> Layer:
+        # Python asks here only for what it has not found; before the fields are set, that may be the fields themselves.
+        names = self.__dict__.get("names", ())
+        if name in names:
+            return self.layers[names.index(name)]  # type: ignore[no-any-return]
+        raise AttributeError(f"{type(self).__name__} has no attribute or layer '{name}'. {suggest(name, names)}")

@@ -1,0 +1,14 @@
+"""Randomness as a function: every draw takes a key, and no global generator is read or moved."""
+
+from ._draws import bernoulli as bernoulli
+from ._draws import normal as normal
+from ._draws import permutation as permutation
+from ._draws import randint as randint
+from ._draws import truncated_normal as truncated_normal
+from ._draws import uniform as uniform
+from ._key import Rng as Rng
+from ._key import as_key as as_key
+from ._key import fold_in as fold_in
+from ._key import key as key
+from ._key import replicate as replicate
+from ._key import split as split

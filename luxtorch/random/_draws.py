@@ -1,0 +1,197 @@
+"""Draws: tensors of random numbers, each a function of a key and a shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luxtorch._errors import DTypeError, InputError
+
+from . import _ops
+from ._key import checked
+
+
+def uniform(
+    key: Tensor, shape: Sequence[int] = (), *, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Draw uniformly from the interval [low, high).
+
+    Args:
+        key: A key; or a batch of keys of shape (*batch, 2), which draw one slice each: `shape` then starts with `batch`.
+        shape: The shape of the output.
+        low: The lower bound, included.
+        high: The upper bound, excluded.
+        dtype: A real floating dtype; the default dtype of torch if None.
+
+    Returns:
+        A tensor of `shape` on the key's device.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> lr.uniform(lr.key(0), (2, 3)).shape
+        torch.Size([2, 3])
+    """
+    shape, dtype = _checked(key, shape, dtype)
+    return _ops.call(_ops.uniform, "uniform", key, shape, float(low), float(high), dtype)
+
+
+def normal(
+    key: Tensor, shape: Sequence[int] = (), *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Draw from the normal distribution.
+
+    Args:
+        key: A key; or a batch of keys of shape (*batch, 2), which draw one slice each: `shape` then starts with `batch`.
+        shape: The shape of the output.
+        mean: The mean.
+        std: The standard deviation.
+        dtype: A real floating dtype; the default dtype of torch if None.
+
+    Returns:
+        A tensor of `shape` on the key's device.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> lr.normal(lr.key(0), (2, 3)).shape
+        torch.Size([2, 3])
+    """
+    shape, dtype = _checked(key, shape, dtype)
+    return _ops.call(_ops.normal, "normal", key, shape, float(mean), float(std), dtype)
+
+
+def truncated_normal(
+    key: Tensor,
+    shape: Sequence[int] = (),
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    low: float = -2.0,
+    high: float = 2.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw from the normal distribution, cut off below `low` and above `high`.
+
+    Args:
+        key: A key, or a batch of keys.
+        shape: The shape of the output.
+        mean: The mean before cutting.
+        std: The standard deviation before cutting.
+        low: The lower cut, as a value (not in standard deviations).
+        high: The upper cut, as a value.
+        dtype: A real floating dtype; the default dtype of torch if None.
+
+    Returns:
+        A tensor of `shape` on the key's device, by inversion of the distribution function.
+
+    Raises:
+        InputError: If `low` is not below `high`.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> draw = lr.truncated_normal(lr.key(0), (1000,), low=-1.0, high=0.5)
+        >>> bool(draw.min() >= -1.0), bool(draw.max() <= 0.5)
+        (True, True)
+    """
+    if not low < high:
+        raise InputError("The cuts are in the wrong order.", expected="low < high", got=f"low={low}, high={high}")
+    shape, dtype = _checked(key, shape, dtype)
+    below, above = (math.erf((cut - mean) / (std * math.sqrt(2.0))) for cut in (low, high))
+    # Inverting the distribution function needs more bits than the half types have.
+    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    draw = torch.erfinv(uniform(key, shape, low=below, high=above, dtype=wide))
+    return draw.mul(std * math.sqrt(2.0)).add(mean).clamp(low, high).to(dtype)
+
+
+def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
+    """Draw True with probability `p`.
+
+    Args:
+        key: A key, or a batch of keys.
+        p: The probability, a number or a tensor that broadcasts to `shape`.
+        shape: The shape of the output; that of `p` if None.
+
+    Returns:
+        A bool tensor of `shape` on the key's device.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> lr.bernoulli(lr.key(0), 1.0, (3,))
+        tensor([True, True, True])
+    """
+    if shape is None:
+        shape = p.shape if isinstance(p, Tensor) else ()
+    dtype = p.dtype if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
+    return uniform(key, shape, dtype=dtype) < p
+
+
+def randint(
+    key: Tensor, shape: Sequence[int] = (), low: int = 0, high: int = 2, *, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Draw integers uniformly from low, ..., high - 1.
+
+    Args:
+        key: A key, or a batch of keys.
+        shape: The shape of the output.
+        low: The smallest integer.
+        high: One more than the largest integer.
+        dtype: An integer dtype.
+
+    Returns:
+        A tensor of `shape` on the key's device.
+
+    Raises:
+        InputError: If the range is empty, or wider than the 2^53 numbers that a float64 tells apart.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> sorted(set(lr.randint(lr.key(0), (100,), 3, 6).tolist()))
+        [3, 4, 5]
+    """
+    span = high - low
+    if not 0 < span <= 2**53:
+        raise InputError(
+            "The range of integers is empty or too wide.", expected="0 < high - low <= 2**53", got=f"{span}"
+        )
+    return (uniform(key, shape, dtype=torch.float64) * span).to(torch.int64).add(low).to(dtype)
+
+
+def permutation(key: Tensor, x: int | Tensor) -> Tensor:
+    """Shuffle the numbers 0, ..., x - 1, or the rows of a tensor.
+
+    Args:
+        key: A key.
+        x: How many numbers; or a tensor, whose first dimension is shuffled.
+
+    Returns:
+        An int64 tensor of shape (x,) on the key's device; or a tensor like `x`.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> sorted(lr.permutation(lr.key(0), 5).tolist())
+        [0, 1, 2, 3, 4]
+    """
+    size = x.shape[0] if isinstance(x, Tensor) else x
+    order = torch.argsort(uniform(key, (size,), dtype=torch.float64))
+    return x.index_select(0, order) if isinstance(x, Tensor) else order
+
+
+def _checked(key: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return the shape and the dtype of a draw, or raise if they make no sense."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    batch = checked(key).shape[:-1]
+    if any(size < 0 for size in shape):
+        raise InputError("A shape has no negative sizes.", got=str(shape))
+    if len(batch) > len(shape) or any(b not in (1, s) for b, s in zip(batch, shape, strict=False)):
+        raise InputError(
+            "The shape does not start with the batch of keys.",
+            expected=f"a shape {(*batch, '...')}: each key draws one slice",
+            got=f"{shape}",
+            fix="Add the batch to the shape, or use torch.vmap over the keys.",
+        )
+    dtype = dtype or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        raise DTypeError("Only real floating numbers are drawn.", expected="a floating dtype", got=str(dtype))
+    return shape, dtype

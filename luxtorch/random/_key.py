@@ -1,0 +1,161 @@
+"""Keys: making them, and deriving new ones from them."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch._errors import DTypeError, InputError
+
+from . import _ops
+
+Rng: TypeAlias = int | Tensor | torch.Generator
+"""What a user may seed with: an integer, a key, or a generator (which then moves on)."""
+
+_WORD = 2**64
+
+
+def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Make a key from a seed.
+
+    A key is what `torch.func._random` calls one: a uint64 tensor of shape (2,). It is a value, not a machine: drawing
+    from it twice gives the same numbers twice. Whoever needs fresh numbers derives a fresh key, by `split` or `fold_in`.
+
+    Args:
+        seed: Any integer; it is taken modulo 2^64.
+        device: Where the key lives, and with it all that is drawn from it.
+
+    Returns:
+        A uint64 tensor of shape (2,).
+
+    Raises:
+        DTypeError: If the seed is not an integer.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> bool((lr.uniform(lr.key(0), (3,)) == lr.uniform(lr.key(0), (3,))).all())
+        True
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DTypeError("A key is made from an integer seed.", expected="an int", got=repr(seed))
+    return torch.tensor([seed % _WORD, 0], dtype=torch.uint64, device=device)
+
+
+def as_key(rng: Rng) -> Tensor:
+    """Return the key that an integer, a key or a generator stands for.
+
+    Args:
+        rng: A seed; a key, returned as it is; or a `torch.Generator`, which is moved on by one draw, so that
+            two calls with the same generator give two keys, as in Lux.
+
+    Returns:
+        A key.
+
+    Raises:
+        DTypeError: If `rng` is none of the three.
+
+    Example:
+        >>> import torch, luxtorch.random as lr
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> bool((lr.as_key(generator) == lr.as_key(generator)).all())
+        False
+    """
+    if isinstance(rng, torch.Generator):
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=rng, device=rng.device)
+        return torch.cat([seed, torch.zeros_like(seed)]).view(torch.uint64)
+    if isinstance(rng, Tensor):
+        return checked(rng)
+    return key(rng)
+
+
+def split(key: Tensor, number: int = 2) -> Tensor:
+    """Derive `number` independent keys from a key.
+
+    Args:
+        key: A key, or a batch of keys of shape (*batch, 2).
+        number: How many keys.
+
+    Returns:
+        A uint64 tensor of shape (number, *batch, 2); iterate over it, or unpack it.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> first, second = lr.split(lr.key(0))
+        >>> first.shape
+        torch.Size([2])
+    """
+    if number < 1:
+        raise InputError("A key is split into a number of keys.", expected="number >= 1", got=str(number))
+    return _ops.call(_ops.split, "split", checked(key), number)
+
+
+def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
+    """Derive one key from a key and a name, a number, or a counter on the device.
+
+    Args:
+        key: A key, or a batch of keys of shape (*batch, 2).
+        data: An integer of up to 64 bits; a string, for instance the name of a layer; or an integer tensor of one
+            element, for instance the step of a training loop, which keeps a compiled graph the same at every step.
+
+    Returns:
+        A key of the same shape.
+
+    Raises:
+        InputError: If an integer does not fit in 64 bits, or a tensor has more than one element.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> bool((lr.fold_in(lr.key(0), "layer_1") == lr.fold_in(lr.key(0), "layer_2")).all())
+        False
+    """
+    checked(key)
+    if isinstance(data, Tensor):
+        if data.numel() != 1 or data.is_floating_point() or data.is_complex():
+            raise InputError(
+                "Only one integer at a time is folded into a key.",
+                expected="an integer tensor of one element",
+                got=f"a {data.dtype} tensor of shape {tuple(data.shape)}",
+                fix="For many keys at once, use torch.vmap over the numbers.",
+            )
+        return _ops.call(_ops.fold_in_tensor, "fold_in_tensor", key, data.reshape(()))
+    if isinstance(data, str):
+        data = int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
+    if not -(2**63) <= data < _WORD:
+        raise InputError("The number to fold in has too many bits.", expected="64 bits at most", got=str(data))
+    return _ops.call(_ops.fold_in, "fold_in", key, data - _WORD if data >= 2**63 else data)
+
+
+def replicate(rng: Rng) -> Rng:
+    """Copy a source of randomness, so that drawing from the copy leaves the original where it was.
+
+    Args:
+        rng: A `torch.Generator`, which is cloned with its state; a key or a seed, which are values and are returned
+            as they are.
+
+    Returns:
+        The copy. Source: Lux's `replicate`.
+
+    Example:
+        >>> import torch, luxtorch.random as lr
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> first = torch.rand(2, generator=lr.replicate(generator))
+        >>> bool((first == torch.rand(2, generator=lr.replicate(generator))).all())
+        True
+    """
+    return rng.clone_state() if isinstance(rng, torch.Generator) else rng
+
+
+def checked(key: Tensor) -> Tensor:
+    """Return the key, or raise if it is none."""
+    if not isinstance(key, Tensor) or key.dtype != torch.uint64 or key.ndim == 0 or key.shape[-1] != 2:
+        got = f"a {key.dtype} tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise DTypeError(
+            "A key was expected.",
+            expected="a uint64 tensor of shape (2,), or (..., 2) for a batch of keys",
+            got=got,
+            fix="Make one with lt.random.key(0).",
+        )
+    return key

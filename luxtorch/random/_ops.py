@@ -1,0 +1,124 @@
+"""The random primitives as torch operators, so that vmap, grad and compile all know what to do with them.
+
+The kernels themselves have no vmap rule, but they take a batch of keys: each rule below only moves the batch
+of keys to the front. It is a rule of a `torch.library.custom_op` because the `vmap` method of an
+`autograd.Function` does not trace in `compile(vmap(grad(...)))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch._transforms import transformed
+
+from . import _philox, _seeded
+
+_Batched: TypeAlias = tuple[Tensor, int]
+
+
+def _backend(key: Tensor) -> ModuleType:
+    return _philox if _philox.has_kernels(key.device.type) else _seeded
+
+
+@torch.library.custom_op("luxtorch::split", mutates_args=())
+def split(key: Tensor, number: int) -> Tensor:
+    """Return `number` keys for each key, of shape (number, *batch, 2)."""
+    return _backend(key).split(key, number)  # type: ignore[no-any-return]
+
+
+@split.register_fake
+def _(key: Tensor, number: int) -> Tensor:
+    return key.new_empty((number, *key.shape))
+
+
+@split.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, number: int) -> _Batched:
+    return split(_batch_first(key, in_dims[0]), number), 1
+
+
+@torch.library.custom_op("luxtorch::fold_in", mutates_args=())
+def fold_in(key: Tensor, data: int) -> Tensor:
+    """Return the key that each key and a signed 64-bit integer lead to."""
+    return _backend(key).fold_in(key, data)  # type: ignore[no-any-return]
+
+
+@fold_in.register_fake
+def _(key: Tensor, data: int) -> Tensor:
+    return torch.empty_like(key)
+
+
+@fold_in.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: int) -> _Batched:
+    return fold_in(_batch_first(key, in_dims[0]), data), 0
+
+
+@torch.library.custom_op("luxtorch::fold_in_tensor", mutates_args=())
+def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
+    """Return the key that each key and one integer on the device lead to."""
+    return _backend(key).fold_in_tensor(key, data)  # type: ignore[no-any-return]
+
+
+@fold_in_tensor.register_fake
+def _(key: Tensor, data: Tensor) -> Tensor:
+    return torch.empty_like(key)
+
+
+@fold_in_tensor.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: Tensor) -> _Batched:
+    keys = _batch_first(key, in_dims[0]) if in_dims[0] is not None else key.expand(info.batch_size, *key.shape)
+    if in_dims[1] is None:
+        return fold_in_tensor(keys, data), 0
+    pairs = zip(keys.unbind(), data.unbind(in_dims[1]), strict=True)
+    return torch.stack([fold_in_tensor(one, number) for one, number in pairs]), 0
+
+
+@torch.library.custom_op("luxtorch::uniform", mutates_args=())
+def uniform(key: Tensor, shape: Sequence[int], low: float, high: float, dtype: torch.dtype) -> Tensor:
+    """Draw uniformly from [low, high)."""
+    return _backend(key).uniform(key, shape, low, high, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("luxtorch::normal", mutates_args=())
+def normal(key: Tensor, shape: Sequence[int], mean: float, std: float, dtype: torch.dtype) -> Tensor:
+    """Draw from a normal distribution."""
+    return _backend(key).normal(key, shape, mean, std, dtype)  # type: ignore[no-any-return]
+
+
+for _draw in (uniform, normal):
+
+    @_draw.register_fake
+    def _(key: Tensor, shape: Sequence[int], first: float, second: float, dtype: torch.dtype) -> Tensor:
+        return key.new_empty(shape, dtype=dtype)
+
+    @_draw.register_vmap
+    def _(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        key: Tensor,
+        shape: Sequence[int],
+        first: float,
+        second: float,
+        dtype: torch.dtype,
+        draw: Any = _draw,
+    ) -> _Batched:
+        return draw(_batch_first(key, in_dims[0]), (info.batch_size, *shape), first, second, dtype), 0
+
+
+def _batch_first(key: Tensor, dim: int | None) -> Tensor:
+    assert dim is not None, "torch calls a vmap rule only where a tensor argument is batched"
+    return key.movedim(dim, 0)
+
+
+def call(operator: Any, kernel: str, key: Tensor, *arguments: Any) -> Tensor:
+    """Run a primitive: through its operator where a transform looks on, else straight by the kernel.
+
+    Going through the operator costs more than the draw of a small mask itself.
+    """
+    if transformed() or not _philox.has_kernels(key.device.type):
+        return operator(key, *arguments)  # type: ignore[no-any-return]
+    return getattr(_philox, kernel)(key, *arguments)  # type: ignore[no-any-return]

@@ -1,0 +1,4 @@
+"""For those who write layers: the laws of luxtorch, checked."""
+
+from ._check import check_layer as check_layer
+from ._compare import LawError as LawError

@@ -1,0 +1,65 @@
+"""Checking a layer against all the laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mode
+from luxtorch.random import Rng, as_key
+
+from ._compare import LawError
+from ._laws import LAWS
+from ._subject import Subject
+
+
+def check_layer(
+    layer: Layer,
+    *inputs: Any,
+    rng: Rng = 0,
+    laws: Iterable[str] = tuple(LAWS),
+    skip: Iterable[str] = (),
+    backend: str | Callable[..., Any] = "aot_eager",
+) -> None:
+    """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
+
+    In train mode and in test mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
+    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `second_order`,
+    `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `compile`.
+
+    Args:
+        layer: The layer.
+        *inputs: Inputs to check it on, each by itself: tensors, or trees of tensors if it takes those.
+        rng: A seed, a key or a generator for the layer's initial values.
+        laws: The names of the laws to check.
+        skip: The names of laws that the layer is documented not to keep.
+        backend: The backend for `torch.compile`.
+
+    Raises:
+        LawError: If a law is broken; it names the law, the layer and the mode.
+        InputError: If a law is not known by that name, or there are no inputs.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.testing.check_layer(lt.Dense(3, 2), torch.ones(4, 3))
+    """
+    chosen = [law for law in laws if law not in (skip := tuple(skip))]
+    for law in (*chosen, *skip):
+        if law not in LAWS:
+            raise InputError(f"No law is called '{law}'.", expected=", ".join(LAWS), fix=suggest(law, LAWS))
+    if not inputs:
+        raise InputError("A layer is checked on inputs.", expected="check_layer(layer, x)", got="no inputs")
+    key = as_key(rng)
+    ps, st = setup(key, layer)
+    for x in inputs:
+        for set_mode in (train_mode, test_mode):
+            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend)
+            where = f"{type(layer).__name__}({layer.extra_repr()}) after {set_mode.__name__}"
+            for law in chosen:
+                try:
+                    LAWS[law](subject)
+                except LawError as error:
+                    error.where = where
+                    raise
+                except Exception as error:
+                    raise LawError(f"{law}: {type(error).__name__}: {error}", where=where) from error

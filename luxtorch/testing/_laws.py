@@ -1,0 +1,206 @@
+"""The laws, one function each: what every layer must do under every transform."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+try:
+    from luxtorch.components import ComponentVector
+except ImportError: pass
+from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
+
+from ._compare import LawError, close, same_structure, same_values
+from ._subject import Subject, is_real
+
+_LOOSE, _TIGHT = 1e-5, 1e-9
+
+
+def setup_law(s: Subject) -> None:
+    """The initial trees hold tensors only, in nested dicts, and depend on the key alone."""
+    same_values("setup", setup(s.key, s.layer), setup(s.key, s.layer))
+
+
+def purity_law(s: Subject) -> None:
+    """The same arguments give the same result to the bit; they are left as they are, and so is the global generator."""
+    before, generators = copy.deepcopy((s.x, s.ps, s.st)), _generators()
+    first = s.call(s.x, s.ps, s.st)
+    same_values("purity, arguments", (s.x, s.ps, s.st), before)
+    same_values("purity, global random state", _generators(), generators)
+    same_values("purity, two calls", s.call(s.x, s.ps, s.st), first)
+
+
+def state_law(s: Subject) -> None:
+    """The returned state has the structure of the one passed in, and is detached."""
+    ps = tree_map(lambda leaf: leaf.detach().requires_grad_(leaf.is_floating_point()), s.ps)
+    _, st = s.call(s.x, ps, s.st)
+    same_structure("state", st, s.st)
+    for name, leaf in named_leaves(st):
+        if leaf.requires_grad:
+            raise LawError(f"state: '{name}' is not detached.", fix="Return state.detach().")
+
+
+def gradient_law(s: Subject) -> None:
+    """Gradients, with the new states as auxiliary output, agree with finite differences in double precision."""
+    s = s.in_double()
+    if variables := s.variables():
+        gradient, _ = torch.func.grad(s.of_variables, has_aux=True)(variables)
+        direction, step = s.direction(variables), 1e-6
+        ahead, behind = (s.of_variables(_moved(variables, direction, h))[0] for h in (step, -step))
+        close("gradient", float(_dot(gradient, direction)), float(ahead - behind) / (2 * step), 1e-5)
+
+
+def forward_law(s: Subject) -> None:
+    """Forward mode agrees with reverse mode."""
+    s = s.in_double()
+    if variables := s.variables():
+        direction = s.direction(variables)
+        _, change, _ = torch.func.jvp(s.of_variables, (variables,), (direction,), has_aux=True)
+        _, pullback, _ = torch.func.vjp(s.of_variables, variables, has_aux=True)
+        close("forward", float(change), float(_dot(pullback(torch.ones_like(change))[0], direction)), _TIGHT)
+
+
+def second_order_law(s: Subject) -> None:
+    """Forward over reverse agrees with reverse over reverse: hessians work."""
+    s = s.in_double()
+    if variables := s.variables():
+        direction = s.direction(variables)
+        # The square makes the second derivative of a linear layer differ from zero.
+        gradient = torch.func.grad(lambda v: s.of_variables(v)[0] ** 2)
+        _, forward = torch.func.jvp(gradient, (variables,), (direction,))
+        _, pullback = torch.func.vjp(gradient, variables)
+        same_values("second_order", forward, pullback(direction)[0], tolerance=_TIGHT)
+
+
+def vmap_inputs_law(s: Subject) -> None:
+    """Vmap over inputs equals a loop, for the call and for the gradient."""
+    xs = s.inputs(3)
+    for function in s.calls():
+        got = torch.vmap(function, in_dims=(0, None, None))(_stacked(xs), s.ps, s.st)
+        same_values("vmap_inputs", got, _stacked([function(x, s.ps, s.st) for x in xs]), tolerance=_LOOSE)
+
+
+def vmap_models_law(s: Subject) -> None:
+    """Vmap over parameters and states equals a loop over models, for the call and for the gradient."""
+    many_ps, many_st = s.models(3)
+    if not tree_leaves((many_ps, many_st)):
+        return
+    for function in s.calls():
+        got = torch.vmap(function, in_dims=(None, 0, 0))(s.x, _stacked(many_ps), _stacked(many_st))
+        expected = [function(s.x, ps, st) for ps, st in zip(many_ps, many_st, strict=True)]
+        same_values("vmap_models", got, _stacked(expected), tolerance=_LOOSE)
+
+
+def compile_law(s: Subject) -> None:
+    """The compiled layer, and its compiled gradient, are one graph each and equal to the eager ones."""
+    for function in s.calls():
+        graphs: list[Any] = []
+        torch.compiler.reset()  # or the graphs of other layers count towards this one's limit
+        compiled = torch.compile(function, fullgraph=True, backend=_counting(s.backend, graphs))
+        st = s.st
+        for _ in range(2):
+            got, expected = compiled(s.x, s.ps, st), function(s.x, s.ps, st)
+            same_values("compile", got, expected, tolerance=_LOOSE)
+            st = expected[1]
+        if len(graphs) > 1:
+            raise LawError("compile: the second call makes a second graph.", expected="1 graph", got=f"{len(graphs)}")
+
+
+def component_vector_law(s: Subject) -> None:
+    """A ComponentVector of the parameters gives what the dict of them gives, gradients included."""
+    if tree_leaves(s.ps):
+        vector = ComponentVector(s.ps)
+        same_values("component_vector", s.call(s.x, vector, s.st), s.call(s.x, s.ps, s.st), tolerance=_LOOSE)
+        got, expected = s.gradient(s.x, vector, s.st)[0], s.gradient(s.x, s.ps, s.st)[0]
+        same_values("component_vector, gradient", got.to_dict(), expected, tolerance=_LOOSE)
+
+
+def value_law(s: Subject) -> None:
+    """The layer is a value: hashable, equal to its pickled copy, and it holds no tensor."""
+    try:
+        copied = pickle.loads(pickle.dumps(s.layer))
+    except (pickle.PicklingError, AttributeError) as error:
+        raise LawError(
+            f"value: the layer cannot be pickled: {error}", fix="Define its functions at the top of a module; no lambdas."
+        ) from error
+    if copied != s.layer or hash(copied) != hash(s.layer):
+        raise LawError("value: the layer's pickled copy is not equal to it.", expected=repr(s.layer), got=repr(copied))
+    tensors = [name for name, value in vars(s.layer).items() if isinstance(value, Tensor)]
+    if tensors:
+        raise LawError(f"value: the layer holds tensors, {tensors}.", fix="Tensors belong in ps or st.")
+
+
+def names_law(s: Subject) -> None:
+    """A missing, misspelt or extra name raises an error that tells where."""
+    for position, tree in enumerate((s.ps, s.st)):
+        for where, broken in _broken(tree):
+            trees = [s.ps, s.st]
+            trees[position] = broken
+            try:
+                s.call(s.x, *trees)
+            except KeyNameError as error:
+                if not error.where.startswith(".".join(("model", *where))):
+                    raise LawError("names: the error names another place.", expected=str(where), got=error.where) from error
+            else:
+                raise LawError(f"names: a wrong name at {where} goes unnoticed.", expected="KeyNameError", got="no error")
+
+
+def _broken(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield copies of a tree with one name missing, one misspelt, or one too many, and the place of it."""
+    yield path, {**tree, "extra_name": torch.zeros(())}
+    for name, entry in tree.items():
+        rest = {other: value for other, value in tree.items() if other != name}
+        yield path, rest
+        yield path, {**rest, name + "_": entry}
+        if isinstance(entry, dict):
+            yield from ((where, {**rest, name: broken}) for where, broken in _broken(entry, (*path, name)))
+
+
+def _generators() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def _counting(backend: str | Callable[..., Any], graphs: list[Any]) -> Callable[..., Any]:
+    compiler = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return compiler(graph, inputs)
+
+    return count
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def _moved(tree: Any, direction: Any, step: float) -> Any:
+    return tree_map(lambda leaf, along: leaf + step * along if is_real(leaf) else leaf, tree, direction)
+
+
+def _dot(a: Any, b: Any) -> Tensor:
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return sum(((left * right).sum() for left, right in pairs), torch.zeros((), dtype=torch.float64))
+
+
+LAWS: dict[str, Callable[[Subject], None]] = {
+    "setup": setup_law,
+    "purity": purity_law,
+    "state": state_law,
+    "gradient": gradient_law,
+    "forward": forward_law,
+    "second_order": second_order_law,
+    "vmap_inputs": vmap_inputs_law,
+    "vmap_models": vmap_models_law,
+    **({"component_vector": component_vector_law} if "ComponentVector" in globals() else {}),
+    "value": value_law,
+    "names": names_law,
+    "compile": compile_law,
+}

@@ -1,0 +1,85 @@
+"""What the laws are checked on: a layer with an input, and the functions that the laws need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from luxtorch.core import Layer, setup, tree_leaves, tree_map
+from luxtorch.random import fold_in, normal, split
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Hold a layer, an input, the layer's parameters, and its states in one mode."""
+
+    layer: Layer
+    x: Any
+    ps: Any
+    st: Any
+    key: Tensor
+    set_mode: Callable[[Any], Any]
+    backend: str | Callable[..., Any]
+
+    def call(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+        """Call the layer."""
+        return self.layer(x, ps, st)
+
+    def objective(self, x: Any, ps: Any, st: Any) -> tuple[Tensor, Any]:
+        """Return a scalar that depends on every real output, each with a weight of its own, and the new states."""
+        y, st = self.layer(x, ps, st)
+        total = torch.zeros((), dtype=torch.float64)
+        for leaf in tree_leaves(y):
+            if is_real(leaf):
+                weights = torch.cos(torch.arange(leaf.numel(), device=leaf.device)).reshape(leaf.shape)
+                total = total + (leaf * weights.to(leaf.dtype)).sum()
+        return total, st
+
+    def gradient(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+        """Return the objective's gradient by the parameters, and the new states."""
+        return torch.func.grad(lambda p: self.objective(x, p, st), has_aux=True)(ps)  # type: ignore[no-any-return]
+
+    def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
+        """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
+        return [self.call, self.gradient] if tree_leaves(self.ps) else [self.call]
+
+    def in_double(self) -> Subject:
+        """Return the same in double precision."""
+        x, ps, st = tree_map(lambda leaf: leaf.double() if is_real(leaf) else leaf, (self.x, self.ps, self.st))
+        return replace(self, x=x, ps=ps, st=st)
+
+    def variables(self) -> dict[str, Any]:
+        """Return what the layer can be differentiated by: its parameters, and the input where all of that is real."""
+        variables = {"ps": self.ps} if tree_leaves(self.ps) else {}
+        leaves = tree_leaves(self.x)
+        return {**variables, "x": self.x} if leaves and all(map(is_real, leaves)) else variables
+
+    def of_variables(self, variables: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return the objective as a function of the variables."""
+        return self.objective(variables.get("x", self.x), variables.get("ps", self.ps), self.st)
+
+    def inputs(self, number: int) -> list[Any]:
+        """Return several inputs; what is not real in them is the same in all."""
+        return [tree_map(lambda leaf: leaf * (1 + 0.1 * i) if is_real(leaf) else leaf, self.x) for i in range(number)]
+
+    def models(self, number: int) -> tuple[list[Any], list[Any]]:
+        """Return parameters and states of several models."""
+        pairs = [setup(key, self.layer) for key in split(fold_in(self.key, "models"), number)]
+        return [ps for ps, _ in pairs], [self.set_mode(st) for _, st in pairs]
+
+    def direction(self, tree: Any) -> Any:
+        """Return random numbers in the shape of a tree."""
+        leaves, structure = pytree.tree_flatten(tree)
+        keys = split(fold_in(self.key, "direction"), len(leaves))
+        drawn = [normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+        return pytree.tree_unflatten(drawn, structure)
+
+
+def is_real(leaf: Any) -> bool:
+    """Tell whether something is a tensor of real floating numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -1,0 +1,53 @@
+"""Fixtures that every test draws its randomness and its devices from."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# The same examples in every run, and no limit on the time of one: compiling takes what it takes.
+settings.register_profile("luxtorch", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("luxtorch")
+
+
+def _seed(request: pytest.FixtureRequest) -> int:
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator seeded by the test's own name: the numbers of a test never depend on other tests."""
+    return torch.Generator().manual_seed(_seed(request))
+
+
+@pytest.fixture
+def make_key(request: pytest.FixtureRequest) -> Callable[[], Tensor]:
+    """Return a function that gives a fresh key at every call, seeded by the test's own name."""
+    import luxtorch.random as lr
+
+    root, count = lr.key(_seed(request)), 0
+
+    def fresh() -> Tensor:
+        nonlocal count
+        count += 1
+        return lr.fold_in(root, count)
+
+    return fresh
+
+
+@pytest.fixture(params=["cpu", *(f"cuda:{i}" for i in range(min(torch.cuda.device_count(), 1)))])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Let no test's graphs count towards the recompilation limit of another."""
+    yield
+    torch.compiler.reset()
