@@ -25,9 +25,7 @@ class LuxtorchError(Exception):
           fix:      Pass 10 features.
     """
 
-    def __init__(
-        self, problem: str, *, expected: str = "", got: str = "", fix: str = "", where: str = ""
-    ) -> None:
+    def __init__(self, problem: str, *, expected: str = "", got: str = "", fix: str = "", where: str = "") -> None:
         super().__init__(problem)
         self.problem = problem
         self.expected = expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,8 +170,6 @@ def _checked(layer: Any) -> Layer:
             "Only a layer can be set up.",
             expected="a luxtorch layer",
             got=f"{layer!r:.80} of type {type(layer).__name__}",
-            fix="The order is lt.setup(rng, model). Wrap a function in lt.WrappedFunction, an nn.Module in lt.from_torch."
-            if not isinstance(layer, Mapping)
-            else "Pass the layer, not its parameters.",
+            fix="The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction.",
         )
     return layer

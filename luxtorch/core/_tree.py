@@ -15,7 +15,7 @@ tree_map = pytree.tree_map
 tree_leaves = pytree.tree_leaves
 
 # optree has no public name for the namespace that everyone looks in, torchopt included.
-_EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # noqa: B009
+_EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 
 
 def register_node(

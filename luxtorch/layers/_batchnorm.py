@@ -146,7 +146,9 @@ class BatchNorm(Layer):
     def extra_repr(self) -> str:
         """Return for instance `32, relu`."""
         options = [f"{n}=False" for n in ("affine", "track_running_stats") if not getattr(self, n)]
-        return ", ".join([str(self.num_features), *([show_value(self.activation)] if self.activation else []), *options])
+        return ", ".join(
+            [str(self.num_features), *([show_value(self.activation)] if self.activation else []), *options]
+        )
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +158,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _normalised(
-    x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise by given moments, in operations that every transform knows."""
     shape = (-1, *(1,) * (x.ndim - 2))
     factor = torch.rsqrt(var + eps)

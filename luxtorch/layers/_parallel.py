@@ -56,7 +56,9 @@ class Parallel(ContainerLayer):
         if not found:
             raise InputError("Parallel needs layers.", expected="Parallel(connection, layer, ...)", got="none")
         if not (connection is None or callable(connection)) or isinstance(connection, type):
-            raise InputError("The connection comes first.", expected="a function, a layer or None", got=f"{connection!r}")
+            raise InputError(
+                "The connection comes first.", expected="a function, a layer or None", got=f"{connection!r}"
+            )
         if isinstance(connection, Layer):
             found = {"layers": Parallel(None, **found), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
@@ -119,7 +121,9 @@ class SkipConnection(ContainerLayer):
 
     def __init__(self, layer: LayerLike, connection: Connection) -> None:
         if not callable(connection) or isinstance(connection, type):
-            raise InputError("The connection combines two values.", expected="a function or layer", got=f"{connection!r}")
+            raise InputError(
+                "The connection combines two values.", expected="a function or layer", got=f"{connection!r}"
+            )
         self._set(layer=as_layer(layer), connection=connection)
 
     def children(self) -> Mapping[str, Layer]:

@@ -20,7 +20,7 @@ def uniform(
     """Draw uniformly from the interval [low, high).
 
     Args:
-        key: A key; or a batch of keys of shape (*batch, 2), which draw one slice each: `shape` then starts with `batch`.
+        key: A key; or a batch of keys of shape (*batch, 2), which draw a slice each: `shape` then starts with `batch`.
         shape: The shape of the output.
         low: The lower bound, included.
         high: The upper bound, excluded.
@@ -44,7 +44,7 @@ def normal(
     """Draw from the normal distribution.
 
     Args:
-        key: A key; or a batch of keys of shape (*batch, 2), which draw one slice each: `shape` then starts with `batch`.
+        key: A key; or a batch of keys of shape (*batch, 2), which draw a slice each: `shape` then starts with `batch`.
         shape: The shape of the output.
         mean: The mean.
         std: The standard deviation.
@@ -98,11 +98,14 @@ def truncated_normal(
     if not low < high:
         raise InputError("The cuts are in the wrong order.", expected="low < high", got=f"low={low}, high={high}")
     shape, dtype = _checked(key, shape, dtype)
-    below, above = (math.erf((cut - mean) / (std * math.sqrt(2.0))) for cut in (low, high))
-    # Inverting the distribution function needs more bits than the half types have.
-    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    draw = torch.erfinv(uniform(key, shape, low=below, high=above, dtype=wide))
-    return draw.mul(std * math.sqrt(2.0)).add(mean).clamp(low, high).to(dtype)
+    cuts = (low - mean) / std, (high - mean) / std
+    # Probabilities close to 0 have more digits than those close to 1: an upper tail is drawn as a lower one, reflected.
+    sign = -1.0 if cuts[0] > 0 else 1.0
+    below, above = sorted(0.5 * math.erfc(-sign * cut / math.sqrt(2.0)) for cut in cuts)
+    central = cuts[0] <= 0 <= cuts[1] and dtype != torch.float64
+    wide = torch.float32 if central else torch.float64
+    draw: Tensor = torch.special.ndtri(uniform(key, shape, low=below, high=above, dtype=wide))
+    return draw.mul(sign * std).add(mean).clamp(low, high).to(dtype)
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:

@@ -22,7 +22,8 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
     """Make a key from a seed.
 
     A key is what `torch.func._random` calls one: a uint64 tensor of shape (2,). It is a value, not a machine: drawing
-    from it twice gives the same numbers twice. Whoever needs fresh numbers derives a fresh key, by `split` or `fold_in`.
+    from it twice gives the same numbers twice. Whoever needs fresh numbers derives a fresh key, by `split` or
+    `fold_in`.
 
     Args:
         seed: Any integer; it is taken modulo 2^64.
@@ -63,11 +64,11 @@ def as_key(rng: Rng) -> Tensor:
         >>> bool((lr.as_key(generator) == lr.as_key(generator)).all())
         False
     """
+    if isinstance(rng, Tensor):
+        return checked(rng)
     if isinstance(rng, torch.Generator):
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=rng, device=rng.device)
         return torch.cat([seed, torch.zeros_like(seed)]).view(torch.uint64)
-    if isinstance(rng, Tensor):
-        return checked(rng)
     return key(rng)
 
 

@@ -42,7 +42,9 @@ def same_values(law: str, got: Any, expected: Any, *, tolerance: float = 0.0) ->
             equal = torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1.0), equal_nan=True)
         if not equal:
             gap = (a - b).abs().max().item() if a.is_floating_point() else "some elements"
-            raise LawError(f"{law}: '{name or 'the output'}' differs.", expected=f"{b!s:.200}", got=f"{a!s:.200} (by {gap})")
+            raise LawError(
+                f"{law}: '{name or 'the output'}' differs.", expected=f"{b!s:.200}", got=f"{a!s:.200} (by {gap})"
+            )
 
 
 def close(law: str, got: float, expected: float, tolerance: float) -> None:

@@ -11,9 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-try:
-    from luxtorch.components import ComponentVector
-except ImportError: pass
+from luxtorch.components import ComponentVector
 from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
 
 from ._compare import LawError, close, same_structure, same_values
@@ -61,8 +59,8 @@ def forward_law(s: Subject) -> None:
     s = s.in_double()
     if variables := s.variables():
         direction = s.direction(variables)
-        _, change, _ = torch.func.jvp(s.of_variables, (variables,), (direction,), has_aux=True)
-        _, pullback, _ = torch.func.vjp(s.of_variables, variables, has_aux=True)
+        _, change, *_ = torch.func.jvp(s.of_variables, (variables,), (direction,), has_aux=True)
+        _, pullback, *_ = torch.func.vjp(s.of_variables, variables, has_aux=True)
         close("forward", float(change), float(_dot(pullback(torch.ones_like(change))[0], direction)), _TIGHT)
 
 
@@ -73,8 +71,8 @@ def second_order_law(s: Subject) -> None:
         direction = s.direction(variables)
         # The square makes the second derivative of a linear layer differ from zero.
         gradient = torch.func.grad(lambda v: s.of_variables(v)[0] ** 2)
-        _, forward = torch.func.jvp(gradient, (variables,), (direction,))
-        _, pullback = torch.func.vjp(gradient, variables)
+        _, forward, *_ = torch.func.jvp(gradient, (variables,), (direction,))
+        _, pullback, *_ = torch.func.vjp(gradient, variables)
         same_values("second_order", forward, pullback(direction)[0], tolerance=_TIGHT)
 
 
@@ -127,7 +125,8 @@ def value_law(s: Subject) -> None:
         copied = pickle.loads(pickle.dumps(s.layer))
     except (pickle.PicklingError, AttributeError) as error:
         raise LawError(
-            f"value: the layer cannot be pickled: {error}", fix="Define its functions at the top of a module; no lambdas."
+            f"value: the layer cannot be pickled: {error}",
+            fix="Define its functions at the top of a module; no lambdas.",
         ) from error
     if copied != s.layer or hash(copied) != hash(s.layer):
         raise LawError("value: the layer's pickled copy is not equal to it.", expected=repr(s.layer), got=repr(copied))
@@ -146,9 +145,13 @@ def names_law(s: Subject) -> None:
                 s.call(s.x, *trees)
             except KeyNameError as error:
                 if not error.where.startswith(".".join(("model", *where))):
-                    raise LawError("names: the error names another place.", expected=str(where), got=error.where) from error
+                    raise LawError(
+                        "names: the error names another place.", expected=str(where), got=error.where
+                    ) from error
             else:
-                raise LawError(f"names: a wrong name at {where} goes unnoticed.", expected="KeyNameError", got="no error")
+                raise LawError(
+                    f"names: a wrong name at {where} goes unnoticed.", expected="KeyNameError", got="no error"
+                )
 
 
 def _broken(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -164,11 +167,13 @@ def _broken(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def _generators() -> list[Tensor]:
     states = [torch.get_rng_state()]
-    return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+    return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
 
 def _counting(backend: str | Callable[..., Any], graphs: list[Any]) -> Callable[..., Any]:
-    compiler = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    from torch._dynamo import lookup_backend  # seconds to import, and only for this
+
+    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
 
     def count(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
@@ -199,7 +204,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "second_order": second_order_law,
     "vmap_inputs": vmap_inputs_law,
     "vmap_models": vmap_models_law,
-    **({"component_vector": component_vector_law} if "ComponentVector" in globals() else {}),
+    "component_vector": component_vector_law,
     "value": value_law,
     "names": names_law,
     "compile": compile_law,

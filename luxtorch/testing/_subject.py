@@ -65,7 +65,11 @@ class Subject:
 
     def inputs(self, number: int) -> list[Any]:
         """Return several inputs; what is not real in them is the same in all."""
-        return [tree_map(lambda leaf: leaf * (1 + 0.1 * i) if is_real(leaf) else leaf, self.x) for i in range(number)]
+
+        def scaled(factor: float) -> Any:
+            return tree_map(lambda leaf: leaf * factor if is_real(leaf) else leaf, self.x)
+
+        return [scaled(1 + 0.1 * i) for i in range(number)]
 
     def models(self, number: int) -> tuple[list[Any], list[Any]]:
         """Return parameters and states of several models."""

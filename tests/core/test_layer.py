@@ -134,7 +134,9 @@ def test_setup_works_on_every_device(device):
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.booleans())
 def test_lengths_and_shapes_are_found_without_computing(sizes, norm):
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (Dense(a, b), lt.BatchNorm(b))[: 1 + norm]]
+    layers = [
+        layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (Dense(a, b), lt.BatchNorm(b))[: 1 + norm]
+    ]
     model = Chain(*layers)
     ps, state = lt.setup(0, model)
     assert lt.parameter_length(model) == lt.parameter_length(ps) == sum(leaf.numel() for leaf in tree_leaves(ps))

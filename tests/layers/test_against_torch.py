@@ -24,7 +24,9 @@ def test_dense_is_linear(make_key, bias, shape):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (4, 3, 5, 2), (2, 3, 2, 2, 2)])
 def test_batch_norm_is_that_of_torch_over_many_steps(make_key, path, momentum, affine, shape):
-    kind = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[len(shape)]
+    kind = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[
+        len(shape)
+    ]
     reference = kind(3, momentum=momentum, affine=affine)
     layer = BatchNorm(3, momentum=momentum, affine=affine)
     ps, st = lt.setup(make_key(), layer)

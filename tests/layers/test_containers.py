@@ -10,7 +10,9 @@ from luxtorch import Chain, Dense, InputError, Parallel, SkipConnection, Wrapped
 
 
 def test_names_are_given_or_made():
-    assert Chain(Dense(1, 2), torch.tanh, [Dense(2, 3), (Dense(3, 4),)]).names == tuple(f"layer_{i}" for i in range(1, 5))
+    assert Chain(Dense(1, 2), torch.tanh, [Dense(2, 3), (Dense(3, 4),)]).names == tuple(
+        f"layer_{i}" for i in range(1, 5)
+    )
     assert Chain(a=Dense(1, 2), b=torch.tanh).names == ("a", "b")
     nested = Chain(Chain(Dense(1, 2)), Dense(2, 3))
     assert list(lt.setup(0, nested)[0]) == ["layer_1", "layer_2"]

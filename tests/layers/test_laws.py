@@ -40,9 +40,15 @@ FORMS = {
     "named Chain": (Chain(one=Dense(3, 3), two=torch.tanh), [(4, 3)]),
     "Parallel": (Parallel(torch.add, Dense(3, 2), Chain(Dense(3, 2), Dropout(0.5))), [(4, 3)]),
     "Parallel of a tuple": (Parallel(None, Dense(3, 2), Dense(2, 2)), [((4, 3), (4, 2))]),
-    "Parallel with a layer": (Parallel(Parallel(torch.mul, Dense(2, 2), BatchNorm(2)), Dense(3, 2), Dense(3, 2)), [(4, 3)]),
+    "Parallel with a layer": (
+        Parallel(Parallel(torch.mul, Dense(2, 2), BatchNorm(2)), Dense(3, 2), Dense(3, 2)),
+        [(4, 3)],
+    ),
     "SkipConnection": (SkipConnection(Chain(Dense(3, 3), BatchNorm(3)), torch.mul), [(4, 3)]),
-    "SkipConnection with a layer": (SkipConnection(Dense(3, 3), Parallel(torch.mul, Dense(3, 2), Dense(3, 2))), [(4, 3)]),
+    "SkipConnection with a layer": (
+        SkipConnection(Dense(3, 3), Parallel(torch.mul, Dense(3, 2), Dense(3, 2))),
+        [(4, 3)],
+    ),
 }
 
 

@@ -27,7 +27,7 @@ def case(make_key):
     return *lt.setup(make_key(), MODEL), lt.random.normal(make_key(), (16, 4))
 
 
-@pytest.mark.parametrize("form", [dict])
+@pytest.mark.parametrize("form", [dict, lt.ComponentVector])
 def test_grad_jvp_and_compile_of_a_model_in_train_mode(case, form):
     ps, st, x = case
     ps = form(ps)

@@ -115,7 +115,9 @@ def test_inductor_is_eager_to_the_bit(make_key):
     got, expected = torch.compile(everything, fullgraph=True)(key), everything(key)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected), strict=True):
         # The compiler may contract a multiplication and an addition of truncated_normal into one rounding.
-        torch.testing.assert_close(a, b, rtol=1e-6 if a.is_floating_point() else 0, atol=1e-6 if a.is_floating_point() else 0)
+        torch.testing.assert_close(
+            a, b, rtol=1e-6 if a.is_floating_point() else 0, atol=1e-6 if a.is_floating_point() else 0
+        )
 
 
 def masked_loss(w, key, x):
@@ -164,6 +166,15 @@ def test_truncation_holds(mean, std, low, width, dtype):
     assert not drawn.isnan().any()
     slack = 2 * torch.finfo(dtype).eps * max(abs(low), abs(high))
     assert bool((drawn.double() >= low - slack).all()) and bool((drawn.double() <= high + slack).all())
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(3.0, 4.0), (-4.0, -3.0), (7.0, 9.0), (-30.0, -29.0), (0.0, 1.0), (-40.0, 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tails_are_drawn_accurately(make_key, low, high, dtype):
+    drawn = lr.truncated_normal(make_key(), (5_000,), low=low, high=high, dtype=dtype).double()
+    assert stats.kstest(drawn.numpy(), stats.truncnorm(low, high).cdf).pvalue > 1e-3
 
 
 def test_senseless_draws_are_refused(make_key):

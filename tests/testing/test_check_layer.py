@@ -76,7 +76,7 @@ class LooksAtTheValues(Lawful):
 
 
 class ForgetsItsSetup(Lawful):
-    count = [0]  # noqa: RUF012
+    count = [0]
 
     def initial_parameters(self, key):
         self.count[0] += 1

@@ -1,0 +1,76 @@
+# Everything a developer or CI runs. A fresh machine needs Python with pip, make and g++; the targets set up the rest.
+
+PYTHON ?= python3
+WORKERS ?= 2
+# One thread a worker: with more, the workers of a test run fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-oldest doctest lint types format wheel ci clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+venv: .venv/.stamp ## make .venv, or bring it up to date with pyproject.toml and constraints.txt
+
+demo: .venv/.stamp ## run the tour of the library
+	.venv/bin/python examples/basics.py
+
+test: .venv/.stamp ## run the fast tests on the newest torch
+	.venv/bin/pytest tests $(WITHOUT_SLOW)
+
+test-slow: .venv/.stamp ## run the slow tests
+	.venv/bin/pytest tests -m slow -n $(WORKERS) || [ $$? -eq 5 ] # 5: there are none
+
+test-oldest: .venv-oldest/.stamp ## run the fast tests on the oldest torch
+	.venv-oldest/bin/pytest tests $(WITHOUT_SLOW)
+
+doctest: .venv/.stamp ## run the examples in the docstrings
+	.venv/bin/pytest --doctest-modules luxtorch
+
+lint: .venv/.stamp ## check format, lint rules and the arrows between folders
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports --no-logo
+
+types: .venv/.stamp ## check the types
+	.venv/bin/mypy
+
+format: .venv/.stamp ## format, and mend what ruff can mend
+	.venv/bin/ruff check --fix --quiet . || true
+	.venv/bin/ruff format .
+
+# In a new environment, from a folder where the source tree cannot be imported.
+wheel: .venv/.stamp .venv-oldest/constraints.txt ## build the wheel, install it elsewhere and test it there
+	rm -rf dist
+	.venv/bin/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt "$$(ls dist/*.whl)[test]"
+	elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT \
+		&& cp -r tests pyproject.toml README.md "$$elsewhere" && cd "$$elsewhere" \
+		&& $(CURDIR)/.venv-wheel/bin/python -c "import luxtorch; assert 'site-packages' in luxtorch.__file__" \
+		&& $(CURDIR)/.venv-wheel/bin/pytest tests $(WITHOUT_SLOW)
+
+ci: ## run all that CI runs
+	.ci/run
+
+clean: ## remove the environments and all that the tools left
+	rm -rf .venv .venv-oldest .venv-wheel build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.stamp: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/constraints.txt: constraints.txt constraints-oldest.txt
+	mkdir -p .venv-oldest
+	sed '/^torch==/d' constraints.txt | cat - constraints-oldest.txt > $@
+
+.venv-oldest/.stamp: pyproject.toml .venv-oldest/constraints.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt --editable '.[test]'
+	touch $@
