@@ -45,6 +45,7 @@ from .core import stateless_apply as stateless_apply
 from .core import test_mode as test_mode
 from .core import train_mode as train_mode
 from .core import update_state as update_state
+from .device import Device as Device
 from .device import DeviceError as DeviceError
 from .device import bf16 as bf16
 from .device import cpu_device as cpu_device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import optree
@@ -22,6 +22,7 @@ def register_node(
     cls: type[T],
     flatten: Callable[[T], tuple[list[Any], Any]],
     unflatten: Callable[[Iterable[Any], Any], T],
+    names: Sequence[str] | None = None,
 ) -> None:
     """Register a class as a pytree node, for torch and for whatever is built on optree.
 
@@ -33,16 +34,15 @@ def register_node(
         flatten: Takes a node to `(children, static)`; `static` must be hashable.
         unflatten: Takes `(children, static)` back to a node. It must accept any children, not only
             tensors: tree libraries put all kinds of placeholders in.
+        names: What the children are called in paths; their numbers if None.
     """
-    pytree.register_pytree_node(
-        cls,
-        flatten,
-        unflatten,
-        flatten_with_keys_fn=lambda node: (
-            [(pytree.SequenceKey(i), child) for i, child in enumerate(flatten(node)[0])],
-            flatten(node)[1],
-        ),
-    )
+
+    def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
+        children, static = flatten(node)
+        keys = [pytree.GetAttrKey(name) for name in names] if names else map(pytree.SequenceKey, range(len(children)))
+        return list(zip(keys, children, strict=True)), static
+
+    pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
     optree.register_pytree_node(
         cls,  # type: ignore[arg-type]
         flatten,  # type: ignore[arg-type]

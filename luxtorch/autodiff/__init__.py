@@ -1,0 +1,14 @@
+"""Derivatives of pure functions over any tree, in the words of Lux and Zygote."""
+
+from ._batched_jacobian import batched_jacobian as batched_jacobian
+from ._gradient import gradient as gradient
+from ._gradient import withgradient as withgradient
+from ._jacobian import hessian as hessian
+from ._jacobian import jacobian as jacobian
+from ._operators import HesVec as HesVec
+from ._operators import JacVec as JacVec
+from ._products import hvp as hvp
+from ._products import jacobian_vector_product as jacobian_vector_product
+from ._products import pullback as pullback
+from ._products import pushforward as pushforward
+from ._products import vector_jacobian_product as vector_jacobian_product

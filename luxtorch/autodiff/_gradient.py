@@ -1,0 +1,113 @@
+"""Gradients of scalar functions over any tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ._aux import Tree, join, split
+from ._checks import Mode, check_inputs, check_mode, check_scalar
+from ._rows import columns
+
+
+def withgradient(
+    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> tuple[Any, Any]:
+    """Compute a scalar function and its gradient.
+
+    Args:
+        f: A function of as many trees as `xs` has, that returns a scalar, or `(scalar, aux)`.
+        xs: Trees of floating point tensors: tensors, nested dicts, `ComponentVector`s. Complex tensors are allowed in
+            reverse mode, with torch's convention.
+        mode: `"reverse"` costs a few evaluations of `f`. `"forward"` costs one for every element of `xs`; it needs no
+            backward rules and less memory.
+        has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
+        chunk_size: How many elements a forward mode evaluation takes at once; all by default. With 1 there is no
+            `vmap`, for functions that it does not know.
+
+    Returns:
+        What `f` returned, and the gradient: a tree like `x` for one argument, a tuple of trees for several.
+
+    Raises:
+        InputError: The function does not return a scalar.
+        DTypeError: A leaf of `xs` is no floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.withgradient(lambda p: (p["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})
+        (tensor(5.), {'w': tensor([2., 4.])})
+
+    Source:
+        `Zygote.withgradient`; `torch.func.grad_and_value`, which this is.
+    """
+    check_mode(mode)
+    if mode == "forward":
+        return _forward(f, xs, has_aux, chunk_size)
+
+    def loss(*args: Tree) -> tuple[Tensor, Tree]:
+        value, aux = split(f(*args), has_aux)
+        return check_scalar(value), aux
+
+    argnums = 0 if len(xs) == 1 else tuple(range(len(xs)))
+    try:
+        gradients, (value, aux) = torch.func.grad_and_value(loss, argnums, has_aux=True)(*xs)
+    except Exception:
+        check_inputs(xs)
+        raise
+    return join(value, aux, has_aux), gradients
+
+
+def gradient(
+    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Any:
+    """Compute the gradient of a scalar function.
+
+    Args:
+        f: A function of as many trees as `xs` has, that returns a scalar, or `(scalar, aux)`.
+        xs: Trees of floating point tensors.
+        mode: `"reverse"` or `"forward"`, as for `withgradient`.
+        has_aux: Whether `f` returns a pair.
+        chunk_size: How many elements a forward mode evaluation takes at once.
+
+    Returns:
+        The gradient, a tree like `x` for one argument and a tuple of trees for several; `(gradient, aux)` with
+        `has_aux`.
+
+    Raises:
+        InputError: The function does not return a scalar.
+        DTypeError: A leaf of `xs` is no floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.gradient(lambda x: x @ x / 2, torch.tensor([3.0, 4.0]))
+        tensor([3., 4.])
+        >>> lt.gradient(lambda a, b: a * b, torch.tensor(2.0), torch.tensor(5.0))
+        (tensor(5.), tensor(2.))
+
+    Source:
+        `Zygote.gradient`, but that one argument gives its gradient and not a tuple of one.
+    """
+    value, gradients = withgradient(f, *xs, mode=mode, has_aux=has_aux, chunk_size=chunk_size)
+    return (gradients, value[1]) if has_aux else gradients
+
+
+def _forward(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Any, Any]:
+    check_inputs(xs, real=True)
+    value, aux = split(f(*xs), has_aux)
+    check_scalar(value)
+    leaves, spec = pytree.tree_flatten(xs)
+
+    def loss(*args: Tensor) -> tuple[Tree, Tree]:
+        return split(f(*pytree.tree_unflatten(args, spec)), has_aux)
+
+    (slopes,) = columns(loss, (value,), leaves, chunk_size)
+    # A column has the dtype of the value, a gradient that of its leaf.
+    matching = [slope.to(leaf.dtype) for slope, leaf in zip(slopes, leaves, strict=True)]
+    gradients = pytree.tree_unflatten(matching, spec)
+    return join(value, aux, has_aux), gradients[0] if len(xs) == 1 else gradients

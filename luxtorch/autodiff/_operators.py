@@ -1,0 +1,226 @@
+"""Jacobians and Hessians as matrix-free linear operators."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError, LuxtorchError
+
+from ._aux import Tree
+from ._checks import Mode, check_inputs, check_mode, describe
+from ._gradient import gradient
+from ._products import jacobian_vector_product, pullback, record
+from ._space import Space
+
+
+class LinearOperator:
+    """Multiply trees, or the flat vectors that stand for them, by a matrix that is never built.
+
+    `A @ u` takes what looks like the input to what looks like the output, and a flat vector to a flat vector.
+    `matvec` and `rmatvec` are for flat vectors alone, torch's or NumPy's, as SciPy's solvers call them.
+    """
+
+    _inputs: Space
+    _outputs: Space
+
+    def _apply(self, u: Tree) -> Tree:
+        raise NotImplementedError
+
+    def _apply_transposed(self, u: Tree) -> Tree:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of outputs and of inputs."""
+        return self._outputs.size, self._inputs.size
+
+    @property
+    def dtype(self) -> Any:
+        """The NumPy dtype of the flat vectors, as SciPy's protocol wants it."""
+        dtype = torch.promote_types(self._inputs.dtype, self._outputs.dtype)
+        try:
+            return torch.empty(0, dtype=dtype).numpy().dtype
+        except TypeError as error:
+            raise DTypeError(
+                "NumPy has no such dtype.",
+                expected="float16, float32 or float64",
+                got=str(dtype).removeprefix("torch."),
+                fix="Convert the tree with f32(x).",
+            ) from error
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transposed operator."""
+        return _Transposed(self)
+
+    def __matmul__(self, u: Tree) -> Any:
+        return self(u)
+
+    def __call__(self, u: Tree) -> Any:
+        """Multiply a tree or a flat vector: `A(u)` is `A @ u`, and can be compiled where torch does not know `@`."""
+        if isinstance(u, Tensor) and u.dim() == 1 and not self._inputs.is_flat:
+            return self.matvec(u)
+        return self._apply(u)
+
+    def matvec(self, v: Any) -> Any:
+        """Multiply a flat vector: a tensor gives a tensor, a NumPy array gives a NumPy array."""
+        return _flat(self._apply, v, self._inputs, self._outputs)
+
+    def rmatvec(self, v: Any) -> Any:
+        """Multiply a flat vector by the transposed operator."""
+        return _flat(self._apply_transposed, v, self._outputs, self._inputs)
+
+    def as_linear_operator(self) -> Any:
+        """Return this as a `scipy.sparse.linalg.LinearOperator`.
+
+        Raises:
+            LuxtorchError: SciPy is not installed.
+        """
+        try:
+            scipy_linalg = importlib.import_module("scipy.sparse.linalg")
+        except ImportError as error:
+            raise LuxtorchError(
+                "SciPy is not installed.", expected="scipy, for as_linear_operator", fix="Run `pip install scipy`."
+            ) from error
+        return scipy_linalg.aslinearoperator(self)
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"{type(self).__name__.lstrip('_')}({rows} x {columns})"
+
+
+class _Transposed(LinearOperator):
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+        self._inputs, self._outputs = operator._outputs, operator._inputs
+
+    def _apply(self, u: Tree) -> Tree:
+        return self._operator._apply_transposed(u)
+
+    def _apply_transposed(self, u: Tree) -> Tree:
+        return self._operator._apply(u)
+
+    @property
+    def T(self) -> LinearOperator:
+        return self._operator
+
+
+class JacVec(LinearOperator):
+    """Stand for the Jacobian of a function at a point.
+
+    A product runs forward mode; one with `J.T` runs the backward pass of the graph that was recorded when the operator
+    was made.
+
+    Args:
+        f: A function of one tree that returns a tree of floating point tensors.
+        x: A tree of floating point tensors.
+
+    Attributes:
+        value: What `f(x)` is.
+
+    Raises:
+        DTypeError: A leaf of `x` or of `f(x)` is no real floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> J = lt.JacVec(lambda x: torch.stack([x[0] * x[1], x.sum(), x[2]]), torch.tensor([2.0, 3.0, 4.0]))
+        >>> J @ torch.tensor([1.0, 0.0, 0.0]), J.T @ torch.tensor([1.0, 0.0, 0.0])
+        (tensor([3., 1., 0.]), tensor([3., 2., 0.]))
+        >>> J.as_linear_operator().shape
+        (3, 3)
+
+    Source:
+        `JacVec` of SparseDiffTools.jl and SciMLOperators.jl.
+    """
+
+    def __init__(self, f: Callable[[Tree], Any], x: Tree) -> None:
+        check_inputs((x,), real=True)
+        self._f = f
+        self._x = x
+        self.value, self._back = pullback(f, x)
+        self._inputs, self._outputs = Space(x), Space(self.value)
+
+    def _apply(self, u: Tree) -> Tree:
+        return jacobian_vector_product(self._f, self._x, u)
+
+    def _apply_transposed(self, u: Tree) -> Tree:
+        return _usable(self._back, self._f, self._x)(u)
+
+
+class HesVec(LinearOperator):
+    """Stand for the Hessian of a scalar function at a point. It is symmetric: `H.T` is `H`.
+
+    Args:
+        f: A function of one tree that returns a scalar.
+        x: A tree of real floating point tensors.
+        mode: How the gradient is differentiated. `"reverse"` records the gradient's graph once, when the operator is
+            made, so that a product costs one backward pass and nothing else; `"forward"` keeps nothing, and runs
+            forward over reverse for each product.
+
+    Attributes:
+        gradient: The gradient of `f` at `x`.
+
+    Raises:
+        InputError: `f` does not return a scalar.
+        DTypeError: A leaf of `x` is no real floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> H = lt.HesVec(lambda p: (p["a"] ** 2).sum() * p["b"], {"a": torch.ones(2), "b": torch.tensor(3.0)})
+        >>> H @ {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor(0.0)}
+        {'a': tensor([6., 0.]), 'b': tensor(2.)}
+        >>> H @ torch.tensor([1.0, 0.0, 0.0])
+        tensor([6., 0., 2.])
+
+    Source:
+        `HesVec` of SparseDiffTools.jl.
+    """
+
+    def __init__(self, f: Callable[[Tree], Any], x: Tree, *, mode: Mode = "reverse") -> None:
+        check_mode(mode)
+        check_inputs((x,), real=True)
+        self._x = x
+        self._slope: Callable[[Tree], Any] = lambda point: gradient(f, point)
+        self._back: Callable[[Tree], Any] | None = None
+        if mode == "reverse":
+            self.gradient, self._back = record(self._slope, (x,), has_aux=False, like="x")
+        else:
+            self.gradient = self._slope(x)
+        self._inputs = self._outputs = Space(x)
+
+    def _apply(self, u: Tree) -> Tree:
+        if self._back is None:
+            return jacobian_vector_product(self._slope, self._x, u)
+        return _usable(self._back, self._slope, self._x)(u)
+
+    _apply_transposed = _apply
+
+    @property
+    def T(self) -> HesVec:
+        return self
+
+
+def _usable(back: Callable[[Tree], Any], f: Callable[[Tree], Any], x: Tree) -> Callable[[Tree], Any]:
+    # A compiler cannot step into a graph that was recorded outside of what it traces.
+    return pullback(f, x)[1] if torch.compiler.is_compiling() else back
+
+
+def _flat(product: Callable[[Tree], Tree], v: Any, source: Space, target: Space) -> Any:
+    if isinstance(v, Tensor):
+        if v.shape != (source.size,):
+            raise InputError(
+                "The flat vector has the wrong size.",
+                expected=f"a tensor of shape ({source.size},)",
+                got=describe(v),
+                fix="Pass one element for each element of the tree, in the tree's order.",
+            )
+        return target.ravel(product(source.unravel(v)))
+    vector = torch.tensor(v, dtype=source.dtype, device=source.device).reshape(-1)
+    return _flat(product, vector, source, target).detach().cpu().numpy()

@@ -1,0 +1,196 @@
+"""Products of a Jacobian or a Hessian with a vector, without the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ._aux import Tree, join, split
+from ._checks import Mode, check_inputs, check_like, check_mode, check_outputs
+from ._gradient import gradient
+from ._transforms import jvp, vjp
+
+
+def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[Any, Callable[[Tree], Any]]:
+    """Compute a function and return, beside its value, the function that multiplies by its transposed Jacobian.
+
+    Args:
+        f: A function of as many trees as `xs` has, that returns a tree of floating point tensors, or `(tree, aux)`.
+        xs: Trees of floating point tensors.
+        has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
+
+    Returns:
+        What `f` returned, and a function. It takes a tree like the value to a tree like `x` for one argument, and to
+        a tuple of trees for several; it may be called any number of times.
+
+    Raises:
+        DTypeError: A leaf of `xs` or of the value is no floating point tensor.
+        InputError: The vector does not look like the value.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> value, back = lt.pullback(lambda x: x * x / 2, torch.tensor([1.0, 2.0]))
+        >>> value, back(torch.ones(2))
+        (tensor([0.5000, 2.0000]), tensor([1., 2.]))
+
+    Source:
+        `Zygote.pullback`; `torch.func.vjp`, which this is.
+    """
+    return record(f, xs, has_aux, like="f(x)")
+
+
+def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str) -> tuple[Any, Callable[[Tree], Any]]:
+    """Do the work of `pullback`; `like` is what its value is called in errors."""
+    leaves, spec = pytree.tree_flatten(xs)
+
+    def outputs(*args: Tensor) -> tuple[Tree, Tree]:
+        value, aux = split(f(*pytree.tree_unflatten(args, spec)), has_aux)
+        check_outputs(value)
+        return value, aux
+
+    try:
+        value, transposed, aux = vjp(outputs, tuple(leaves))
+    except Exception:
+        check_inputs(xs)
+        raise
+
+    def back(u: Tree) -> Any:
+        check_like(u, value, like)
+        products = pytree.tree_unflatten(transposed(u), spec)
+        return products[0] if len(xs) == 1 else products
+
+    return join(value, aux, has_aux), back
+
+
+def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """Return the function that computes `f` together with the product of its Jacobian and a vector.
+
+    Args:
+        f: A function of as many trees as `xs` has, that returns a tree of tensors, or `(tree, aux)`.
+        xs: Trees of floating point tensors.
+        has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
+
+    Returns:
+        A function that takes a vector like `x` (one for each argument) to what `f` returns and the product.
+
+    Raises:
+        DTypeError: A leaf of `xs` is no floating point tensor, or a leaf of the vector has another dtype.
+        InputError: The vector does not look like `x`.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> pf = lt.pushforward(lambda x: x * x / 2, torch.tensor([1.0, 2.0]))
+        >>> value, jvp = pf(torch.ones(2))
+        >>> value, jvp
+        (tensor([0.5000, 2.0000]), tensor([1., 2.]))
+
+    Source:
+        `torch.func.jvp`, which this is; the name is that of ForwardDiff's and Zygote's users.
+    """
+    check_inputs(xs)
+    leaves, spec = pytree.tree_flatten(xs)
+
+    def forward(*us: Tree) -> tuple[Any, Any]:
+        alone = len(xs) == len(us) == 1
+        tangents = check_like(us[0] if alone else us, xs[0] if alone else xs, like="x")
+
+        def outputs(*args: Tensor) -> tuple[Tree, Tree]:
+            return split(f(*pytree.tree_unflatten(args, spec)), has_aux)
+
+        value, product, aux = jvp(outputs, tuple(leaves), tuple(tangents))
+        return join(value, aux, has_aux), product
+
+    return forward
+
+
+def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
+    """Compute the product of the Jacobian of `f` at `x` with a vector, by forward mode.
+
+    Args:
+        f: A function of one tree that returns a tree of tensors.
+        x: A tree of floating point tensors.
+        u: A tree like `x`.
+
+    Returns:
+        A tree like `f(x)`. It is linear in `u`, and an outer transform differentiates it by `u` too.
+
+    Raises:
+        DTypeError: A leaf of `x` is no floating point tensor, or a leaf of `u` has another dtype.
+        InputError: `u` does not look like `x`.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.jacobian_vector_product(torch.square, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5]))
+        tensor([2., 2.])
+
+    Source:
+        `Lux.jacobian_vector_product`; `torch.func.jvp`.
+    """
+    return pushforward(f, x)(u)[1]
+
+
+def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
+    """Compute the product of the transposed Jacobian of `f` at `x` with a vector, by reverse mode.
+
+    Args:
+        f: A function of one tree that returns a tree of floating point tensors.
+        x: A tree of floating point tensors.
+        u: A tree like `f(x)`.
+
+    Returns:
+        A tree like `x`. It is linear in `u`, and an outer transform differentiates it by `u` too.
+
+    Raises:
+        DTypeError: A leaf of `x` or of `f(x)` is no floating point tensor.
+        InputError: `u` does not look like `f(x)`.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.vector_jacobian_product(torch.square, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5]))
+        tensor([2., 2.])
+
+    Source:
+        `Lux.vector_jacobian_product`; `torch.func.vjp`.
+    """
+    return pullback(f, x)[1](u)
+
+
+def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -> Any:
+    """Compute the product of the Hessian of `f` at `x` with a vector.
+
+    Args:
+        f: A function of one tree that returns a scalar.
+        x: A tree of real floating point tensors.
+        u: A tree like `x`.
+        mode: How the gradient is differentiated. `"reverse"` (reverse over reverse) is faster and needs no forward
+            rules; `"forward"` (forward over reverse) needs less memory.
+
+    Returns:
+        A tree like `x`.
+
+    Raises:
+        DTypeError: A leaf of `x` is no real floating point tensor.
+        InputError: `u` does not look like `x`, or `f` does not return a scalar.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    check_mode(mode)
+    check_inputs((x,), real=True)
+
+    def slope(x: Tree) -> Tree:
+        return gradient(f, x)
+
+    if mode == "forward":
+        return jacobian_vector_product(slope, x, u)
+    return record(slope, (x,), has_aux=False, like="x")[1](u)

@@ -1,0 +1,99 @@
+"""Jacobians between lists of tensors, from their products with basis vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import InputError, tree_leaves
+
+from ._transforms import WithAux, jvp
+
+Blocks = list[list[Tensor]]
+
+
+def rows(
+    vjp: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    chunk_size: int | None,
+) -> Blocks:
+    """Return the block of every output by every input, row by row, in reverse mode.
+
+    Args:
+        vjp: Takes a vector like the outputs to a vector like the inputs.
+        ys: The outputs.
+        xs: The inputs.
+        chunk_size: How many rows are computed at once.
+    """
+    by_input = stack(lambda index: vjp(one_hot(index, ys)), numel(ys), xs, chunk_size)
+    split = [torch.split(block, [y.numel() for y in ys]) for block in by_input]
+    return [[parts[i].reshape(y.shape + x.shape) for parts, x in zip(split, xs, strict=True)] for i, y in enumerate(ys)]
+
+
+def columns(f: WithAux, ys: Sequence[Tensor], xs: Sequence[Tensor], chunk_size: int | None) -> Blocks:
+    """Return the block of every output by every input, column by column, in forward mode.
+
+    Args:
+        f: Takes the inputs to a tree of the outputs, and something auxiliary.
+        ys: The outputs.
+        xs: The inputs.
+        chunk_size: How many columns are computed at once.
+    """
+    inputs = tuple(xs)
+
+    def column(index: Tensor) -> Sequence[Tensor]:
+        return tuple(tree_leaves(jvp(f, inputs, one_hot(index, inputs))[1]))
+
+    by_output = stack(column, numel(xs), ys, chunk_size)
+    split = [torch.split(block.movedim(0, -1), [x.numel() for x in xs], dim=-1) for block in by_output]
+    return [
+        [part.reshape(y.shape + x.shape) for part, x in zip(parts, xs, strict=True)]
+        for parts, y in zip(split, ys, strict=True)
+    ]
+
+
+def numel(tensors: Sequence[Tensor]) -> int:
+    """Return the number of elements of some tensors together."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def one_hot(index: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the basis vector of an index, cut to the shapes of some tensors.
+
+    The index may carry a vmap: no more of the basis exists at a time than is in use.
+    """
+    vectors, start = [], 0
+    for tensor in like:
+        places = torch.arange(start, start + tensor.numel(), device=tensor.device)
+        vectors.append((places == index.to(tensor.device)).to(tensor.dtype).view(tensor.shape))
+        start += tensor.numel()
+    return tuple(vectors)
+
+
+def stack(
+    product: Callable[[Tensor], Sequence[Tensor]], count: int, like: Sequence[Tensor], chunk_size: int | None
+) -> list[Tensor]:
+    """Return the product of every basis index, stacked along a new first dimension.
+
+    Args:
+        product: Takes an index to tensors of the shapes of `like`.
+        count: The number of indices.
+        like: Stand-ins for a product.
+        chunk_size: How many indices `vmap` takes at once, None for all; with 1 a loop takes them, without `vmap`.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise InputError(
+            "The chunk size must be positive.",
+            expected="at least 1, or None for everything at once",
+            got=str(chunk_size),
+            fix="Leave chunk_size out.",
+        )
+    if count == 0 or not like:
+        return [tensor.new_zeros((count, *tensor.shape)) for tensor in like]
+    indices = torch.arange(count, device=like[0].device)
+    if chunk_size == 1:
+        return [torch.stack(products) for products in zip(*map(product, indices), strict=True)]
+    return list(torch.func.vmap(product, chunk_size=chunk_size)(indices))

@@ -1,0 +1,125 @@
+"""Moving trees to a device, and asking where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError, named_leaves
+
+from ._cast import in_precision
+from ._tensors import map_tensors
+
+
+@dataclass(frozen=True)
+class Device:
+    """Move trees of tensors to a device, by being called.
+
+    A tensor that is there already is not copied, and one that the tree holds twice is still one tensor afterwards.
+    Whatever is no tensor is left as it is. `map(device, loader)` moves the batches of a data loader.
+
+    Args:
+        device: A torch device, or its name.
+        dtype: The precision to cast floating point and complex tensors to; None keeps theirs. Integers, booleans and
+            random keys are never cast.
+
+    Raises:
+        DTypeError: `dtype` is no floating point dtype.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> device = lt.cpu_device(dtype=torch.float64)
+        >>> device({"weight": torch.ones(1), "count": torch.tensor(3)})
+        {'weight': tensor([1.], dtype=torch.float64), 'count': tensor(3)}
+
+    Source:
+        The devices of MLDataDevices.jl.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise DTypeError(
+                "A device casts to a precision.",
+                expected="a floating point dtype, or None",
+                got=str(dtype),
+                fix="Pass torch.float32, for instance.",
+            )
+        object.__setattr__(self, "device", torch.device(device))
+        object.__setattr__(self, "dtype", dtype)
+
+    def __call__(self, tree: Any) -> Any:
+        """Return a tree with all its tensors on the device.
+
+        Raises:
+            InputError: The tree holds a layer or a module.
+        """
+        return map_tensors(self._move, tree)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None:
+            return tensor.to(self.device)
+        return tensor.to(self.device, in_precision(tensor, self.dtype))
+
+
+def to_device(tree: Any, device: Device | torch.device | str) -> Any:
+    """Return a tree with all its tensors on a device; see `Device`.
+
+    Args:
+        tree: A tree of tensors.
+        device: Where to.
+
+    Returns:
+        A tree of the same structure.
+
+    Raises:
+        InputError: The tree holds a layer or a module.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.to_device({"weight": torch.ones(1)}, "meta")
+        {'weight': tensor(..., device='meta', size=(1,))}
+    """
+    return (device if isinstance(device, Device) else Device(device))(tree)
+
+
+def get_device(tree: Any) -> Device | None:
+    """Return the device on which all tensors of a tree are.
+
+    Args:
+        tree: A tree of tensors.
+
+    Returns:
+        The device, or None if the tree has no tensor.
+
+    Raises:
+        InputError: The tensors are on several devices.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.get_device({"weight": torch.ones(1)}) == lt.cpu_device()
+        True
+
+    Source:
+        `MLDataDevices.get_device`.
+    """
+    places: dict[torch.device, list[str]] = {}
+    for path, leaf in named_leaves(tree):
+        if isinstance(leaf, Tensor):
+            places.setdefault(leaf.device, []).append(path)
+    if len(places) > 1:
+        raise InputError(
+            "The tensors of the tree are on several devices.",
+            expected="one device",
+            got="; ".join(f"{', '.join(paths)} on {device}" for device, paths in places.items()),
+            fix="Move the whole tree, as in `gpu_device()(tree)`.",
+        )
+    return Device(next(iter(places))) if places else None
