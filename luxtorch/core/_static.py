@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import optree
+import torch
 import torch.utils._pytree as pytree
 
 from ._tree import _EVERYWHERE
@@ -48,3 +49,5 @@ optree.register_pytree_node(
     lambda node, _: node,  # type: ignore[arg-type,return-value]
     namespace=_EVERYWHERE,
 )
+# States are saved and loaded as plain data.
+torch.serialization.add_safe_globals([Static])

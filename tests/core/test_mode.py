@@ -39,6 +39,14 @@ def test_a_static_value_is_structure_everywhere():
     assert repr(Static("a")) == "Static('a')" and not Static(0)
 
 
+def test_states_are_saved_and_loaded_as_plain_data(tmp_path):
+    _, st = lt.setup(0, MODEL)
+    torch.save(lt.test_mode(st), tmp_path / "states.pt")
+    loaded = torch.load(tmp_path / "states.pt", weights_only=True)
+    assert loaded["layer_2"]["layer_1"]["training"] == Static(False)
+    assert torch.equal(loaded["layer_2"]["layer_2"]["rng"], st["layer_2"]["layer_2"]["rng"])
+
+
 def test_the_mode_is_part_of_the_graph():
     ps, st = lt.setup(0, MODEL)
     graphs = []
