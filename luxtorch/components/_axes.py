@@ -1,0 +1,166 @@
+"""The static half of a named vector: which name covers which elements, with which shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, KeysView
+from itertools import zip_longest
+from math import prod
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
+
+import torch.utils._pytree as pytree
+
+from luxtorch.core import KeyNameError, suggest
+
+Shape: TypeAlias = "tuple[int, ...]"
+Entries: TypeAlias = "tuple[tuple[str, Axes | Shape], ...]"
+
+
+class ComponentNameError(KeyNameError, AttributeError):
+    """Report an unknown component, whether it was asked for as a key or as an attribute."""
+
+
+class Place(NamedTuple):
+    """Where one component lies: it covers `size` elements from `start`, and `leaves` leaves from `leaf`."""
+
+    child: Axes | Shape
+    start: int
+    size: int
+    leaf: int
+    leaves: int
+
+
+class Axes:
+    """Name the elements of a flat vector: nested names, with a shape at every leaf.
+
+    An `Axes` holds no numbers, is hashable and never changes. Equal axes are one object, so comparing
+    two of them costs nothing. Make one with `axes`.
+
+    Attributes:
+        names: The names of the top level, in the order of the elements.
+        size: The number of elements.
+        leaf_sizes: The numbers of elements of the leaves, in the order of the elements.
+        top: The names of the top level with their places.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> layout = lt.axes({"dense": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, "relu": {}})
+        >>> layout
+        Axes(dense=Axes(weight=(2, 3), bias=(2,)), relu=Axes())
+        >>> layout.names, layout.size
+        (('dense', 'relu'), 8)
+        >>> layout["dense"], layout["dense.bias"], layout.slice("dense.bias")
+        (Axes(weight=(2, 3), bias=(2,)), (2,), slice(6, 8, None))
+    """
+
+    __slots__ = ("__weakref__", "_entries", "_hash", "_keys", "_places", "leaf_sizes", "names", "size", "top")
+
+    names: tuple[str, ...]
+    size: int
+    leaf_sizes: tuple[int, ...]
+    top: tuple[tuple[str, Place], ...]
+    _entries: Entries
+    _hash: int
+    _keys: KeysView[str]
+    _places: dict[str, Place]
+
+    def __new__(cls, entries: Entries) -> Axes:
+        known = _INTERNED.get(entries)
+        if known is not None:
+            return known
+        self = super().__new__(cls)
+        self._entries = entries
+        self._hash = hash(entries)
+        self._places = dict(_places(entries))
+        self._keys = dict(entries).keys()
+        self.names = tuple(self._keys)
+        self.top = tuple((name, self._places[name]) for name in self.names)
+        self.leaf_sizes = tuple(prod(shape) for shape in self.shapes.values())
+        self.size = sum(self.leaf_sizes)
+        return _INTERNED.setdefault(entries, self)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every leaf, by its dotted name, in the order of the elements."""
+        return {name: place.child for name, place in self._places.items() if not isinstance(place.child, Axes)}
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the top level."""
+        return self._keys
+
+    def place(self, name: str) -> Place:
+        """Return where a component lies; a name below the top level is dotted.
+
+        Raises:
+            KeyNameError: If there is no such component.
+        """
+        place = self._places.get(name)
+        if place is None:
+            raise ComponentNameError(
+                f"There is no component '{name}'.",
+                expected=", ".join(f"'{known}'" for known in self.names[:8]) + ", ..." * (len(self.names) > 8),
+                fix=suggest(name, self._places),
+            )
+        return place
+
+    def slice(self, name: str) -> slice:
+        """Return the elements that a component covers, as a slice of the flat vector."""
+        place = self.place(name)
+        return slice(place.start, place.start + place.size)
+
+    def __getitem__(self, name: str) -> Axes | Shape:
+        return self.place(name).child
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Axes) and self._entries == other._entries)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Axes, (self._entries,)
+
+    def __repr__(self) -> str:
+        return f"Axes({', '.join(f'{name}={child!r}' for name, child in self._entries)})"
+
+
+_INTERNED: WeakValueDictionary[Entries, Axes] = WeakValueDictionary()
+
+# As a pytree constant, axes are one comparison among the guards of a compiled graph.
+pytree.register_constant(Axes)
+
+
+def _places(entries: Entries) -> Iterator[tuple[str, Place]]:
+    """Yield every component, groups included, with its dotted name."""
+    start = leaf = 0
+    for name, child in entries:
+        if isinstance(child, Axes):
+            here = Place(child, start, child.size, leaf, len(child.leaf_sizes))
+            yield name, here
+            for inner, place in child._places.items():
+                yield f"{name}.{inner}", place._replace(start=start + place.start, leaf=leaf + place.leaf)
+        else:
+            here = Place(child, start, prod(child), leaf, 1)
+            yield name, here
+        start += here.size
+        leaf += here.leaves
+
+
+def difference(a: Axes, b: Axes) -> str:
+    """Return in words where two axes differ first."""
+    left, right = a.shapes, b.shapes
+    for name in {**left, **right}:
+        if left.get(name) != right.get(name):
+            shapes = [str(side[name]) if name in side else "missing" for side in (left, right)]
+            return f"'{name}', {shapes[0]} against {shapes[1]}"
+    orders = zip_longest(a._places, b._places, fillvalue="nothing")
+    return "another order, '{}' against '{}'".format(*next(pair for pair in orders if pair[0] != pair[1]))

@@ -1,0 +1,126 @@
+"""From a tree of tensors to its axes and its flat vector, with errors that name the leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from operator import index
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError
+
+from ._axes import Axes
+from ._elementwise import Named
+from ._trace import intern
+
+NamedLeaves: TypeAlias = "list[tuple[str, Tensor]]"
+
+
+def describe(tree: Any, batch_dims: int = 0) -> tuple[Axes, NamedLeaves]:
+    """Return the axes of a tree, and its leaves with their dotted names, in the order of the axes."""
+    if not isinstance(tree, (Mapping, list, tuple)):
+        raise DTypeError(
+            "Components need names.",
+            expected="a dict, a list or a tuple of tensors, nested or not",
+            got=type(tree).__name__,
+            fix="Name the tensor, as in {'weight': tensor}." if isinstance(tree, Tensor) else "",
+        )
+    leaves: NamedLeaves = []
+    return _describe(tree, "", batch_dims, leaves), leaves
+
+
+def _describe(tree: Any, prefix: str, batch_dims: int, leaves: NamedLeaves) -> Axes:
+    entries: list[tuple[str, Any]] = []
+    for name, value in _children(tree):
+        if not isinstance(name, str) or not name or "." in name:
+            _refuse_name(name, prefix)
+        path = prefix + name
+        if isinstance(value, Tensor):
+            if value.dim() < batch_dims:
+                raise InputError(
+                    f"The leaf '{path}' has too few dimensions.",
+                    expected=f"{batch_dims} leading batch dimensions, as batch_dims says",
+                    got=f"shape {tuple(value.shape)}",
+                )
+            leaves.append((path, value))
+            # `index`, because torch.compile may know a size by a symbol, and names are for fixed sizes.
+            entries.append((name, tuple(index(size) for size in value.shape[batch_dims:])))
+        elif isinstance(value, (Mapping, list, tuple)):
+            entries.append((name, _describe(value, f"{path}.", batch_dims, leaves)))
+        else:
+            raise DTypeError(
+                f"The leaf '{path}' is not a tensor.",
+                got=repr(value),
+                fix="Make it a tensor if it is a parameter; otherwise keep it in the states.",
+            )
+    return intern(tuple(entries))
+
+
+def _children(tree: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return [(str(i), value) for i, value in enumerate(tree)]
+
+
+def _refuse_name(name: object, prefix: str) -> NoReturn:
+    raise InputError(
+        f"The key {name!r} cannot name a component.",
+        expected="a string, not empty and without dots: a dot leads into a group, as in 'layer_1.weight'",
+        fix="Rename it." if isinstance(name, str) else f"Use the string '{name}'.",
+        where=prefix[:-1],
+    )
+
+
+def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Tensor:
+    """Copy leaves into one tensor of shape (*batch, size)."""
+    if dtype is not None:
+        leaves = [(path, leaf.to(dtype)) for path, leaf in leaves]
+    for path, leaf in leaves:
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise DTypeError(
+                f"The leaf '{path}' has no derivative.",
+                expected="floating point or complex tensors",
+                got=str(leaf.dtype),
+                fix="Keep it in the states, or pass dtype= to cast every leaf.",
+            )
+    _check_one(leaves, "dtype", lambda leaf: leaf.dtype, "Cast the tree first, or pass dtype= to cast every leaf.")
+    _check_one(leaves, "device", lambda leaf: leaf.device, "Move the whole tree to one device first.")
+    _check_one(leaves, "batch", lambda leaf: tuple(leaf.shape[:batch_dims]), "Expand the leaves to one batch first.")
+    if not leaves:
+        return torch.zeros(0, dtype=dtype)
+    rows = [leaf.flatten(batch_dims) if leaf.dim() > batch_dims else leaf.unsqueeze(-1) for _, leaf in leaves]
+    return torch.cat(rows, dim=-1)
+
+
+def _check_one(leaves: NamedLeaves, what: str, read: Callable[[Tensor], Hashable], fix: str) -> None:
+    """Check that all leaves share one dtype, device or batch."""
+    first: dict[Hashable, str] = {}
+    for path, leaf in leaves:
+        first.setdefault(read(leaf), path)
+    if len(first) > 1:
+        raise DTypeError(
+            f"The leaves of one vector share one {what}, and these differ.",
+            got=", ".join(f"'{path}' has {value}" for value, path in first.items()),
+            fix=fix,
+        )
+
+
+def check_flat(flat: Any, axes: Axes) -> None:
+    """Raise an error unless a flat tensor has one element for each element of the axes."""
+    if not isinstance(flat, Tensor):
+        raise DTypeError(
+            "The data of a ComponentVector is not a tensor.",
+            got=type(flat).__name__,
+            fix="Read a Jacobian between two vectors by ComponentMatrix.from_jacobian."
+            if isinstance(flat, Named)
+            else "",
+        )
+    if flat.dim() == 0 or flat.shape[-1] != axes.size:
+        raise InputError(
+            "The last dimension of the flat tensor does not fit the axes.",
+            expected=f"(..., {axes.size})",
+            got=f"shape {tuple(flat.shape)}",
+            fix="Read a Jacobian by ComponentMatrix.from_jacobian; for other data, pass the axes it was made with.",
+        )

@@ -1,0 +1,35 @@
+"""Telling whether views that were made of a tensor earlier can still stand for it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_get_level
+
+# What torch reports as the level of a tensor whose transform has ended.
+_ENDED = -2
+
+
+# The tensor, one of its views, the tensor's version, whether autograd recorded, and whether a transform owns the view.
+Stamp: TypeAlias = "tuple[Tensor, Tensor, int, bool, bool]"
+
+
+def take_stamp(tensor: Tensor, view: Tensor) -> Stamp:
+    """Return what has to be known later about views made just now."""
+    # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
+    version = tensor._version if tensor.requires_grad else -1
+    return tensor, view, version, torch.is_grad_enabled(), is_functorch_wrapped_tensor(view)
+
+
+def is_stale(stamp: Stamp) -> bool:
+    """Return whether the views have to be made again.
+
+    They have to if autograd records now and did not then, if the tensor was changed in place (autograd refuses the
+    views of one split after that), or if they were made in a transform of torch.func that has ended.
+    """
+    tensor, view, version, recorded, in_transform = stamp
+    if tensor.requires_grad and (tensor._version != version or (torch.is_grad_enabled() and not recorded)):
+        return True
+    return in_transform and maybe_get_level(view) == _ENDED

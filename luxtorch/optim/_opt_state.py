@@ -1,0 +1,86 @@
+"""The state of an optimizer: a rule, and what it remembers of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
+
+from luxtorch.components import Axes
+from luxtorch.core import register_node
+
+from ._hyperparameters import show
+from ._leafwise import LeafwiseRule, RuleState
+from ._rule import Rule
+
+
+class Layout(NamedTuple):
+    """Hold what is static in a state.
+
+    Attributes:
+        rule: The rule, without the values of its hyperparameters.
+        names: The dotted names of all parameters, those inside ComponentVectors too.
+        frozen: Those of them that are frozen.
+        vectors: The names of the leaves that are flat vectors, with their axes.
+        by_component: Whether the components of ComponentVectors are leaves of their own: they are from the
+            moment when some of them are treated differently from others.
+    """
+
+    rule: GradientTransformation
+    names: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    vectors: tuple[tuple[str, Axes], ...] = ()
+    by_component: bool = False
+
+
+class OptState:
+    """Hold an optimizer's state: a pytree whose leaves are all tensors.
+
+    Made by `setup`, carried on by `update`, changed by `adjust`, `freeze` and `thaw`; never changed in place.
+
+    Args:
+        layout: What is static: the rule, the names, what is frozen. Part of the tree's structure.
+        state: What the rule's `init` and `update` return.
+    """
+
+    __slots__ = ("layout", "state")
+
+    def __init__(self, layout: Layout, state: Any) -> None:
+        self.layout = layout
+        self.state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptState, (self.layout, self.state)
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        frozen = f", frozen: {', '.join(layout.frozen)}" if layout.frozen else ""
+        noun = "parameter" if len(layout.names) == 1 else "parameters"
+        return f"OptState({_describe(layout.rule, self.state)}, {len(layout.names)} {noun}{frozen})"
+
+
+def map_rules(change: Callable[[LeafwiseRule, RuleState], RuleState], rule: GradientTransformation, state: Any) -> Any:
+    """Return a state with that of each leafwise rule in it, as alone or in a chain, changed."""
+    if isinstance(rule, ChainedGradientTransformation):
+        return tuple(map_rules(change, *part) for part in zip(rule.transformations, state, strict=True))
+    return change(rule, state) if isinstance(rule, LeafwiseRule) else state
+
+
+def _describe(rule: GradientTransformation, state: Any) -> str:
+    """Return a rule as it was written, with the hyperparameters that the state holds by now."""
+    if isinstance(rule, ChainedGradientTransformation):
+        parts = zip(rule.transformations, state, strict=True)
+        return f"chain({', '.join(_describe(*part) for part in parts)})"
+    if isinstance(rule, LeafwiseRule):
+        by_path = isinstance(state.hyper, dict)
+        values = "by path" if by_path else show(state.hyper, rule.hyperparameters)
+        return f"{type(rule).__name__}({values})"
+    return repr(rule) if isinstance(rule, Rule) else "torchopt optimizer"
+
+
+register_node(
+    OptState, lambda opt_state: ([opt_state.state], opt_state.layout), lambda state, layout: OptState(layout, *state)
+)
+torch.serialization.add_safe_globals([OptState, Layout])

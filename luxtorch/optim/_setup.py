@@ -1,0 +1,50 @@
+"""The state of an optimizer before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchopt.base import GradientTransformation
+
+from luxtorch.core import DTypeError
+
+from ._leaves import components, pair, vectors
+from ._opt_state import Layout, OptState
+from ._rule import structure_of
+
+
+def setup(rule: GradientTransformation, ps: Any) -> OptState:
+    """Return the state of an optimizer before the first step.
+
+    Args:
+        rule: A rule of this package, or any torchopt optimizer or chain. torchopt's are used as they are, but
+            never in place.
+        ps: The parameters: nested dicts of tensors, a ComponentVector, a tensor, or any pytree of these; on the
+            device where they will be trained. The hyperparameters stay on the CPU: there the kernels read them.
+
+    Returns:
+        The state: a pytree of tensors, for `update`.
+
+    Raises:
+        DTypeError: If the rule is not a gradient transformation, or a parameter is not a real tensor.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> optim.setup(optim.Descent(0.01), {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+        OptState(Descent(lr=0.01), 2 parameters)
+
+    The name is that of Optimisers.jl.
+    """
+    if not isinstance(rule, GradientTransformation):
+        raise DTypeError(
+            "The rule is not a gradient transformation.",
+            expected="a rule such as optim.Adam(1e-3), or a torchopt optimizer",
+            got=repr(rule) if isinstance(rule, type) else type(rule).__name__,
+            fix="torch.optim optimizers change parameters in place; use the rule of the same name here.",
+        )
+    axes = vectors(ps)
+    names = [
+        part for name in pair(ps, None).names for part in (components(name, axes[name]) if name in axes else [name])
+    ]
+    return OptState(Layout(structure_of(rule), tuple(names), vectors=tuple(axes.items())), rule.init(ps))

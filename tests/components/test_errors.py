@@ -1,0 +1,122 @@
+"""Every refusal names the leaf and the way out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from luxtorch.components import ComponentVector, axes
+from luxtorch.core import DTypeError, InputError, KeyNameError, Static
+
+
+def floats(*shape):
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "problem", "rest"),
+    [
+        ({"a": {"b": 1.0}}, DTypeError, "The leaf 'a.b' is not a tensor.", ["1.0", "keep it in the states"]),
+        ({"a": None}, DTypeError, "The leaf 'a' is not a tensor.", ["None"]),
+        ({"a": {"training": Static(True)}}, DTypeError, "The leaf 'a.training' is not a tensor.", ["Static(True)"]),
+        ({"a": [floats(1), "x"]}, DTypeError, "The leaf 'a.1' is not a tensor.", ["'x'"]),
+        ({"a": {"n": torch.tensor([1])}}, DTypeError, "The leaf 'a.n' has no derivative.", ["torch.int64", "dtype="]),
+        ({"a": torch.tensor([True])}, DTypeError, "The leaf 'a' has no derivative.", ["torch.bool"]),
+        (
+            {"a": {"b": floats(1)}, "c": floats(1).double(), "d": floats(1).double()},
+            DTypeError,
+            "share one dtype",
+            ["'a.b' has torch.float32, 'c' has torch.float64", "Cast the tree first, or pass dtype="],
+        ),
+        (
+            {"a": floats(1), "b": {"c": floats(1).to("meta")}},
+            DTypeError,
+            "share one device",
+            ["'a' has cpu, 'b.c' has meta", "Move the whole tree"],
+        ),
+        (
+            {"a": {"b.c": floats(1)}},
+            InputError,
+            "The key 'b.c' cannot name a component.",
+            ["a: ", "without dots", "Rename"],
+        ),
+        ({"a": {"": floats(1)}}, InputError, "The key '' cannot name", ["not empty"]),
+        ({1: floats(1)}, InputError, "The key 1 cannot name a component.", ["Use the string '1'"]),
+        (floats(2), DTypeError, "Components need names.", ["Tensor", "{'weight': tensor}"]),
+        (3, DTypeError, "Components need names.", ["int"]),
+    ],
+)
+def test_trees_that_are_refused(tree, error, problem, rest):
+    with pytest.raises(error) as caught:
+        ComponentVector(tree)
+    assert problem in str(caught.value)
+    for text in rest:
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("flat", [floats(3), floats(), floats(13, 3)])
+def test_from_flat_checks_the_size(cv, flat):
+    with pytest.raises(InputError, match="does not fit the axes") as caught:
+        ComponentVector.from_flat(flat, cv.axes)
+    assert "(..., 13)" in str(caught.value) and str(tuple(flat.shape)) in str(caught.value)
+
+
+def test_from_flat_wants_a_tensor(cv):
+    with pytest.raises(DTypeError, match="not a tensor") as caught:
+        ComponentVector.from_flat([1.0] * 13, cv.axes)
+    assert "list" in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [lambda cv: cv["layer_9"], lambda cv: cv.layer_9, lambda cv: cv["layer_1"]["wieght"]])
+def test_unknown_names(cv, read):
+    with pytest.raises(KeyNameError, match="There is no component") as caught:
+        read(cv)
+    assert isinstance(caught.value, AttributeError) and isinstance(caught.value, KeyError)
+    assert "Did you mean '" in str(caught.value)
+
+
+def test_names_below_a_leaf_or_a_group(cv):
+    for name in ("layer_1.weight.x", "layer_1.", ".layer_1", "layer_2.weight", ""):
+        with pytest.raises(KeyNameError):
+            cv[name]
+
+
+def test_hasattr(cv):
+    assert hasattr(cv, "layer_1") and not hasattr(cv, "layer_9") and not hasattr(cv, "__fspath__")
+    assert getattr(cv, "layer_9", 7) == 7
+
+
+def test_selections_that_are_refused(cv):
+    with pytest.raises(InputError, match="selected twice"):
+        cv[["scale", "scale"]]
+    with pytest.raises(InputError, match="'layer_1.bias' is not at the top level"):
+        cv[["layer_1.bias"]]
+    with pytest.raises(KeyNameError, match="Did you mean 'scale'"):
+        cv[["scala"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda cv: setattr(cv, "scale", 1), r"'scale' cannot be set.(.|\n)*cv.replace\(scale=...\)"),
+        (lambda cv: setattr(cv.layer_1, "weight", 1), r"cv.replace\(weight=...\)"),
+        (lambda cv: setattr(cv, "flat", 1), "'flat' cannot be set"),
+        (lambda cv: delattr(cv, "axes"), "'axes' cannot be deleted"),
+        (lambda cv: cv.__setitem__("scale", 1), r"cv.replace\({'scale': ...}\)"),
+    ],
+)
+def test_nothing_can_be_set(cv, change, problem):
+    before = cv.flat.clone()
+    with pytest.raises(InputError, match=problem):
+        change(cv)
+    assert torch.equal(cv.flat, before) and cv.axes.size == 13
+
+
+def test_a_comparison_has_no_single_truth(cv):
+    with pytest.raises(InputError, match="one truth value for each element"):
+        bool(cv == cv)
+
+
+def test_axes_of_what_has_no_names():
+    with pytest.raises(DTypeError, match="Components need names"):
+        axes(floats(2))
