@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from ._products import jacobian_vector_product, pullback, record
 from ._space import Space
 
 
-class LinearOperator:
+class LinearOperator(ABC):
     """Multiply trees, or the flat vectors that stand for them, by a matrix that is never built.
 
     `A @ u` takes what looks like the input to what looks like the output, and a flat vector to a flat vector.
@@ -28,11 +29,13 @@ class LinearOperator:
     _inputs: Space
     _outputs: Space
 
+    @abstractmethod
     def _apply(self, u: Tree) -> Tree:
-        raise NotImplementedError
+        """Multiply a tree."""
 
+    @abstractmethod
     def _apply_transposed(self, u: Tree) -> Tree:
-        raise NotImplementedError
+        """Multiply a tree by the transposed operator."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -37,17 +38,17 @@ def _reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 class Named:
     """Operators with numbers, tensors and values of the same names; the result has these names."""
 
+    @abstractmethod
     def _strip(self) -> Tensor:
         """Return the numbers without their names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rename(self, result: Any) -> Any:
         """Return the result of an elementwise operation with the names put back, if it is a tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_names(self, other: Named) -> None:
         """Raise an InputError unless another value has the same names."""
-        raise NotImplementedError
 
     __neg__ = _unary(operator.neg)
     __pos__ = _unary(operator.pos)

@@ -47,6 +47,7 @@ class Adam(LeafwiseRule):
 
 
 def adam_slots(p: Tensor) -> Slots:
+    """Return the step count and the two averages of a parameter before the first step."""
     # The step count is what the fused kernels take: float32, beside the parameter. It is exact up to 2**24 steps.
     step = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
