@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError
+from luxtorch.core import DTypeError, InputError, LuxtorchError
 
 from ._axes import Axes
 from ._elementwise import Named
@@ -87,20 +87,26 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
             )
     _check_one(leaves, "dtype", lambda leaf: leaf.dtype, "Cast the tree first, or pass dtype= to cast every leaf.")
     _check_one(leaves, "device", lambda leaf: leaf.device, "Move the whole tree to one device first.")
-    _check_one(leaves, "batch", lambda leaf: tuple(leaf.shape[:batch_dims]), "Expand the leaves to one batch first.")
+    _check_one(leaves, "batch", lambda leaf: tuple(leaf.shape[:batch_dims]), "Expand the leaves first.", InputError)
     if not leaves:
         return torch.zeros(0, dtype=dtype)
     rows = [leaf.flatten(batch_dims) if leaf.dim() > batch_dims else leaf.unsqueeze(-1) for _, leaf in leaves]
     return torch.cat(rows, dim=-1)
 
 
-def _check_one(leaves: NamedLeaves, what: str, read: Callable[[Tensor], Hashable], fix: str) -> None:
+def _check_one(
+    leaves: NamedLeaves,
+    what: str,
+    read: Callable[[Tensor], Hashable],
+    fix: str,
+    error: type[LuxtorchError] = DTypeError,
+) -> None:
     """Check that all leaves share one dtype, device or batch."""
     first: dict[Hashable, str] = {}
     for path, leaf in leaves:
         first.setdefault(read(leaf), path)
     if len(first) > 1:
-        raise DTypeError(
+        raise error(
             f"The leaves of one vector share one {what}, and these differ.",
             got=", ".join(f"'{path}' has {value}" for value, path in first.items()),
             fix=fix,

@@ -28,7 +28,9 @@ class ComponentMatrix(Named):
 
     Products with ComponentVectors, tensors and matrices carry the names of the outer sides on, and so do `torch.outer`,
     `torch.linalg.inv` and `torch.linalg.solve`. What computes element by element keeps the names of both sides; all
-    other torch functions return plain tensors.
+    other torch functions return plain tensors. A batch of vectors is multiplied vector by vector.
+
+    In torch 2.13, torch.compile traces `torch.matmul(H, v)`, but not `H @ v`.
 
     Args:
         data: The tensor.
@@ -75,6 +77,8 @@ class ComponentMatrix(Named):
         Args:
             jacobian: What `jacrev`, `jacfwd` or `hessian` returned, where the input, the output or both were a
                 ComponentVector: a ComponentVector whose flat tensor is the matrix, or is a ComponentVector again.
+                If only one side has names and both are of one size, these are taken for the names of the columns,
+                as in a Jacobian with respect to a ComponentVector.
 
         Raises:
             DTypeError: If it is no ComponentVector.
@@ -249,9 +253,9 @@ def _product(func: Callable[..., Tensor], a: Any, b: Any) -> Any:
     if not isinstance(a, ComponentMatrix) and not isinstance(b, ComponentMatrix):
         return func(left, right)
     if isinstance(a, ComponentVector):
-        return _name_vector(func(left.unsqueeze(-2), right).squeeze(-2), cols)
+        return _name_vector(torch.matmul(left.unsqueeze(-2), right).squeeze(-2), cols)
     if isinstance(b, ComponentVector):
-        return _name_vector(func(left, right.unsqueeze(-1)).squeeze(-1), rows)
+        return _name_vector(torch.matmul(left, right.unsqueeze(-1)).squeeze(-1), rows)
     result = func(left, right)
     if left.dim() == 1 or right.dim() == 1:
         return _name_vector(result, rows if right.dim() == 1 else cols)
@@ -286,5 +290,6 @@ register_node(
     ComponentMatrix,
     lambda matrix: ([matrix.data], (matrix.row_axes, matrix.col_axes)),
     lambda children, axes: _new(next(iter(children)), *axes),
+    names=["data"],
 )
 torch.serialization.add_safe_globals([_new])

@@ -37,6 +37,9 @@ class ComponentVector(Reading):
 
     Leading dimensions of the flat tensor are a batch, for instance of models; every component has them too.
 
+    A function for torch.compile whose backward is called from outside is best given `cv.flat`, and names it inside by
+    `from_flat`: of a vector made in the compiled function, all components come from one split.
+
     A component with the name of an attribute or method, such as `shape` or `to`, is read by `cv["shape"]` alone.
 
     Args:
@@ -49,7 +52,7 @@ class ComponentVector(Reading):
         `flat` is `(*batch, size)`, and a component is `(*batch, *shape)`.
 
     Raises:
-        InputError: If a name is not a string, is empty or has a dot.
+        InputError: If a name is not a string, is empty or has a dot, or if leaves differ in their batch.
         DTypeError: If a leaf is not a floating point or complex tensor, or if leaves differ in dtype or device.
 
     Example:
@@ -325,5 +328,6 @@ register_node(
     ComponentVector,
     lambda vector: ([vector.flat], vector.axes),
     lambda children, axes: named(next(iter(children)), axes),
+    names=["flat"],
 )
 torch.serialization.add_safe_globals([named, Axes])

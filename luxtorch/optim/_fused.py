@@ -40,12 +40,14 @@ def numbers(hyper: Tensor) -> list[float] | None:
 
 
 def descent(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots], lr: float) -> Step:
+    """Return the step of `Descent`."""
     return _add(params, grads, -lr), slots
 
 
 def momentum(
     params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots], lr: float, momentum: float
 ) -> Step | None:
+    """Return the step of `Momentum`."""
     velocity = _velocity(grads, slots, momentum)
     if velocity is None:
         return None
@@ -55,6 +57,7 @@ def momentum(
 def nesterov(
     params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots], lr: float, momentum: float
 ) -> Step | None:
+    """Return the step of `Nesterov`."""
     velocity = _velocity(grads, slots, momentum)
     if velocity is None:
         return None
@@ -77,6 +80,7 @@ def adam(
     beta2: float,
     eps: float,
 ) -> Step | None:
+    """Return the step of `Adam`."""
     # With no decay, torch's AdamW and Adam are one.
     return adamw(params, grads, slots, lr, beta1, beta2, eps, 0.0)
 
@@ -91,6 +95,7 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> Step | None:
+    """Return the step of `AdamW`."""
     if not _alike(params, grads, slots):
         return None
     new_params = [p.clone() for p in params]

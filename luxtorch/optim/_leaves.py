@@ -82,6 +82,7 @@ def rebuild(ps: Any, leaves: Iterator[Any]) -> Any:
 
 
 def join(name: str, key: object) -> str:
+    """Return the dotted name of a child."""
     return f"{name}.{key}" if name else str(key)
 
 

@@ -107,6 +107,8 @@ class TestProducts:
         assert_vector(multiply(left, M), left.flat @ M.data, cv.axes)
         assert_vector(multiply(M, cv.flat), M.data @ cv.flat, out)
         assert_vector(multiply(left.flat, M), left.flat @ M.data, cv.axes)
+        assert_vector(torch.mv(M, cv), M.data @ cv.flat, out)
+        assert_vector(torch.mv(M, cv.flat), M.data @ cv.flat, out)
         assert_plain(cv @ H @ cv, cv.flat @ H.data @ cv.flat)
 
     def test_with_batches_of_vectors(self, M, cv, out):

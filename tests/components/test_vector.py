@@ -146,7 +146,7 @@ class TestBatch:
             assert torch.equal(named.layer_1.weight, flat[..., :6].reshape(*flat.shape[:-1], 3, 2))
 
     def test_batches_have_to_agree(self):
-        with pytest.raises(TypeError, match="share one batch"):
+        with pytest.raises(ValueError, match=r"'a' has \(2,\), 'b' has \(3,\)"):
             ComponentVector({"a": torch.zeros(2, 3), "b": torch.zeros(3, 3)}, batch_dims=1)
         with pytest.raises(ValueError, match="'g.b' has too few dimensions"):
             ComponentVector({"a": torch.zeros(2, 3), "g": {"b": torch.zeros(())}}, batch_dims=1)

@@ -30,6 +30,7 @@ CASES = {
     "adam-eps": Case(
         optim.Adam(0.02, (0.8, 0.95), 1e-2), lambda ps: torch.optim.Adam(ps, lr=0.02, betas=(0.8, 0.95), eps=1e-2)
     ),
+    "adam-no-average": Case(optim.Adam(betas=(0.0, 0.0)), lambda ps: torch.optim.Adam(ps, betas=(0.0, 0.0))),
     "adamw": Case(optim.AdamW(), lambda ps: torch.optim.AdamW(ps)),
     "adamw-decay": Case(
         optim.AdamW(0.05, weight_decay=0.3), lambda ps: torch.optim.AdamW(ps, lr=0.05, weight_decay=0.3)

@@ -61,7 +61,15 @@ def test_batches_live_beside_the_parameters():
     many = torch.vmap(lambda p: optim.setup(optim.Adam(0.1), p))(ps)
     assert many.state.hyper.device.type == "meta"
     torch.vmap(optim.update)(many, ps, ps)
-    assert optim.setup(optim.Adam(0.1), ps).state.hyper.device.type == "cpu"
+
+
+def test_one_on_the_cpu_meets_parameters_anywhere(rule):
+    ps = torch.ones(3, 2, device="meta")
+    opt_state = optim.setup(rule, ps)
+    assert opt_state.state.hyper.device.type == "cpu"
+    new_state, new = optim.update(opt_state, ps, ps)
+    assert new.device.type == "meta"
+    assert all(value.device.type == "meta" for value in pytree.tree_leaves(new_state.state.leaves))
 
 
 @pytest.mark.parametrize("by", ["func", "tape"])
