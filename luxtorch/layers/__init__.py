@@ -1,5 +1,6 @@
 """Layers, a family a file."""
 
+from ._activations import ACTIVATIONS as ACTIVATIONS
 from ._basic import FlattenLayer as FlattenLayer
 from ._basic import NoOpLayer as NoOpLayer
 from ._basic import WrappedFunction as WrappedFunction

@@ -14,7 +14,7 @@ from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Stati
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
-from ._linear import Activation, activated
+from ._activations import Activation, activated, as_activation
 
 
 class BatchNorm(Layer):
@@ -24,7 +24,7 @@ class BatchNorm(Layer):
 
     Args:
         num_features: The size of the input's second dimension.
-        activation: A function of a tensor; None for none.
+        activation: A function of a tensor, or the name of one, such as "relu"; None for none.
         eps: Added to the variance.
         momentum: The weight of the new batch in the running statistics; None for their plain average so far.
         affine: Whether there are a scale and a bias.
@@ -63,7 +63,7 @@ class BatchNorm(Layer):
     """
 
     num_features: int
-    activation: Activation | None = None
+    activation: Activation | str | None = None
     _: KW_ONLY
     eps: float = 1e-5
     momentum: float | None = 0.1
@@ -71,6 +71,9 @@ class BatchNorm(Layer):
     track_running_stats: bool = True
     init_scale: Initializer = ones
     init_bias: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        self._set(activation=as_activation(self.activation))
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `scale` and `bias`, if there are any."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,12 +12,9 @@ from luxtorch.core import Layer, Parameters, States, show_value
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
 from luxtorch.random import fold_in
 
-Activation: TypeAlias = Callable[[Tensor], Tensor]
-
-
-def activated(y: Tensor, activation: Activation | None) -> Tensor:
-    """Return an output after its activation, if there is one."""
-    return y if activation is None else activation(y)
+from ._activations import Activation as Activation
+from ._activations import activated as activated
+from ._activations import as_activation
 
 
 class Dense(Layer):
@@ -27,7 +23,7 @@ class Dense(Layer):
     Args:
         in_features: The size of the input's last dimension.
         out_features: The size of the output's last dimension.
-        activation: A function of a tensor; None for none.
+        activation: A function of a tensor, or the name of one, such as "tanh"; None for none.
         bias: Whether there is a bias.
         init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
@@ -56,11 +52,14 @@ class Dense(Layer):
 
     in_features: int
     out_features: int
-    activation: Activation | None = None
+    activation: Activation | str | None = None
     _: KW_ONLY
     bias: bool = True
     init_weight: Initializer = glorot_uniform
     init_bias: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        self._set(activation=as_activation(self.activation))
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `weight` and, if there is one, `bias`."""
@@ -88,7 +87,7 @@ class Scale(Layer):
 
     Args:
         *shape: The shape of the weight, that of the input's last dimensions.
-        activation: A function of a tensor; None for none.
+        activation: A function of a tensor, or the name of one, such as "tanh"; None for none.
         bias: Whether there is a bias.
         init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
@@ -115,7 +114,7 @@ class Scale(Layer):
     """
 
     shape: tuple[int, ...]
-    activation: Activation | None
+    activation: Activation | str | None
     bias: bool
     init_weight: Initializer
     init_bias: Initializer
@@ -123,11 +122,12 @@ class Scale(Layer):
     def __init__(
         self,
         *shape: int,
-        activation: Activation | None = None,
+        activation: Activation | str | None = None,
         bias: bool = True,
         init_weight: Initializer = ones,
         init_bias: Initializer = zeros,
     ) -> None:
+        activation = as_activation(activation)
         self._set(shape=shape, activation=activation, bias=bias, init_weight=init_weight, init_bias=init_bias)
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
@@ -151,6 +151,6 @@ class Scale(Layer):
         return _arguments(", ".join(map(str, self.shape)), self.activation, self.bias)
 
 
-def _arguments(sizes: str, activation: Activation | None, bias: bool) -> str:
+def _arguments(sizes: str, activation: Activation | str | None, bias: bool) -> str:
     parts = [sizes, *([show_value(activation)] if activation else []), *([] if bias else ["bias=False"])]
     return ", ".join(parts)
