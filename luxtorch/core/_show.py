@@ -44,7 +44,8 @@ def _lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: int) ->
     if not children:
         yield f"{head}{layer.extra_repr()}),", _note(ps, st, times)
         return
-    yield f"{head}{layer.extra_repr()}", ""
+    arguments = layer.extra_repr()
+    yield f"{head}{arguments}," if arguments else head, ""
     for first, shown, child, repeats in _folded(children):
         yield from _lines(shown, child, subtree(ps, first), subtree(st, first), depth + 1, repeats)
     yield f"{_INDENT * depth}),", ""

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static, show_value
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
+from ._normalise import HALVES, check_channels, normalised, shown
 
 
 class BatchNorm(Layer):
@@ -99,9 +100,9 @@ class BatchNorm(Layer):
         self._check(x, st)
         scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
         if self.track_running_stats and not st[TRAINING]:
-            y = _normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
+            y = normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
         elif not self.track_running_stats:
-            y = _normalised(x, *_moments(x), scale, bias, self.eps)
+            y = normalised(x, *_moments(x), scale, bias, self.eps)
         else:
             y, st = self._train(x, scale, bias, st)
         return activated(y, self.activation), st
@@ -116,10 +117,12 @@ class BatchNorm(Layer):
         if isinstance(weight, float) and not transformed():
             # torch's kernel writes the statistics that it is given: it gets copies.
             mean, var = mean.clone(), var.clone()
+            # It also wants all four in one dtype, where the input may be of a lower precision.
+            scale, bias = (None if p is None else p.to(mean.dtype) for p in (scale, bias))
             y = F.batch_norm(x, mean, var, scale, bias, True, weight, self.eps)
         else:
             batch_mean, batch_var = _moments(x)
-            y = _normalised(x, batch_mean, batch_var, scale, bias, self.eps)
+            y = normalised(x, batch_mean, batch_var, scale, bias, self.eps)
             count = x.numel() // self.num_features
             mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
             var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
@@ -127,13 +130,7 @@ class BatchNorm(Layer):
         return y, new
 
     def _check(self, x: Tensor, st: States) -> None:
-        if x.ndim < 2 or x.shape[1] != self.num_features:
-            raise InputError(
-                "The input does not have the layer's features.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}",
-                fix="Features come second: (batch, features), or (batch, channels, height, width).",
-            )
+        check_channels(self, x, self.num_features, min_ndim=2)
         if st[TRAINING] and x.numel() <= self.num_features:
             raise InputError(
                 "Fewer than two values a feature have no variance to normalise by.",
@@ -148,23 +145,11 @@ class BatchNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32, relu`."""
-        options = [f"{n}=False" for n in ("affine", "track_running_stats") if not getattr(self, n)]
-        return ", ".join(
-            [str(self.num_features), *([show_value(self.activation)] if self.activation else []), *options]
-        )
+        return shown(self, self.num_features, activation=self.activation, affine=True, track_running_stats=True)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each feature, in at least single precision."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.float() if x.dtype in HALVES else x
     var, mean = torch.var_mean(wide, [dim for dim in range(x.ndim) if dim != 1], correction=0)
     return mean, var
-
-
-def _normalised(x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise by given moments, in operations that every transform knows."""
-    shape = (-1, *(1,) * (x.ndim - 2))
-    factor = torch.rsqrt(var + eps)
-    factor = factor if scale is None else factor * scale
-    y = (x - mean.view(shape)) * factor.view(shape)
-    return (y if bias is None else y + bias.view(shape)).to(x.dtype)

@@ -12,9 +12,7 @@ from luxtorch.core import Layer, Parameters, States, show_value
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
 from luxtorch.random import fold_in
 
-from ._activations import Activation as Activation
-from ._activations import activated as activated
-from ._activations import as_activation
+from ._activations import Activation, activated, as_activation
 
 
 class Dense(Layer):

@@ -70,6 +70,17 @@ def test_batch_norm_keeps_the_dtype_on_both_paths(make_key, dtype):
     torch.testing.assert_close(new["running_var"], new_decomposed["running_var"])
 
 
+def test_batch_norm_takes_parameters_of_a_lower_precision_than_its_statistics(make_key):
+    layer = BatchNorm(3)
+    ps, st = lt.setup(make_key(), layer)
+    x = lt.random.normal(make_key(), (16, 3), dtype=torch.bfloat16)
+    y, new = layer(x, lt.bf16(ps), st)
+    expected, expected_new = layer(x, ps, st)
+    assert y.dtype == torch.bfloat16 and new["running_var"].dtype == torch.float32
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(new["running_var"], expected_new["running_var"])
+
+
 def test_batch_norm_without_statistics_uses_the_batch_in_both_modes(make_key):
     layer, reference = BatchNorm(3, track_running_stats=False), torch.nn.BatchNorm1d(3, track_running_stats=False)
     ps, st = lt.setup(make_key(), layer)

@@ -1,0 +1,135 @@
+"""Instance normalisation, with running statistics that are returned instead of written."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
+from luxtorch.init import Initializer, ones, zeros
+from luxtorch.random import fold_in
+
+from ._activations import Activation, activated, as_activation
+from ._normalise import HALVES, check_channels, group_normalised, normalised, shown
+
+
+class InstanceNorm(Layer):
+    """Normalise each channel of each sample over its spatial dimensions.
+
+    It takes inputs of any number of spatial dimensions: it is torch's InstanceNorm1d, 2d and 3d.
+
+    Args:
+        num_features: The size of the input's second dimension.
+        activation: A function of a tensor, or the name of one; None for none.
+        eps: Added to the variance.
+        momentum: The weight of the new batch in the running statistics.
+        affine: Whether there are a scale and a bias.
+        track_running_stats: Whether there are running statistics, which test mode then normalises by.
+        init_scale: The initializer of the scale.
+        init_bias: The initializer of the bias.
+
+    Parameters:
+        scale: (num_features,), with `affine=True`
+        bias: (num_features,), with `affine=True`
+
+    States:
+        running_mean: (num_features,), with `track_running_stats=True`
+        running_var: (num_features,), unbiased, with `track_running_stats=True`
+        training: Whether running statistics are updated, and not used.
+
+    Shape:
+        (batch, num_features, length, ...) to the same
+
+    Raises:
+        InputError: If the input has another number of features, no spatial dimensions, or a single value to take the
+            variance of.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.InstanceNorm(1)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model(torch.tensor([[[0.0, 2.0]], [[30.0, 10.0]]]), ps, st)
+        >>> y
+        tensor([[[-1.0000,  1.0000]],
+        <BLANKLINE>
+                [[ 1.0000, -1.0000]]])
+
+    Source: Lux's `InstanceNorm`, `torch.nn.InstanceNorm1d`; Ulyanov et al., "Instance Normalization", 2016.
+    """
+
+    num_features: int
+    activation: Activation | str | None = None
+    _: KW_ONLY
+    eps: float = 1e-5
+    momentum: float = 0.1
+    affine: bool = False
+    track_running_stats: bool = False
+    init_scale: Initializer = ones
+    init_bias: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        self._set(activation=as_activation(self.activation))
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return `scale` and `bias`, if there are any."""
+        if not self.affine:
+            return {}
+        return {
+            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
+            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
+        }
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the running statistics, if they are tracked, and the mode."""
+        if not self.track_running_stats:
+            return {TRAINING: Static(True)}
+        return {
+            "running_mean": torch.zeros(self.num_features, device=key.device),
+            "running_var": torch.ones(self.num_features, device=key.device),
+            TRAINING: Static(True),
+        }
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the normalised input, and the state with the new running statistics."""
+        check_channels(self, x, self.num_features, 3)
+        scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
+        if self.track_running_stats and not st[TRAINING]:
+            y = normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
+        else:
+            self._check_values(x)
+            # Groups of one channel: the same numbers, without the copies of torch's kernel, and for empty batches too.
+            y = group_normalised(x, self.num_features, scale, bias, self.eps)
+            st = self._updated(x, st) if self.track_running_stats else st
+        return activated(y, self.activation), st
+
+    def _updated(self, x: Tensor, st: States) -> States:
+        if x.shape[0] == 0:
+            return st
+        x, mean, var = x.detach(), st["running_mean"].detach(), st["running_var"].detach()
+        wide = x.float() if x.dtype in HALVES else x
+        new_var, new_mean = torch.var_mean(wide, list(range(2, x.ndim)), correction=1)
+        return {
+            "running_mean": torch.lerp(mean, new_mean.mean(0).to(mean.dtype), self.momentum),
+            "running_var": torch.lerp(var, new_var.mean(0).to(var.dtype), self.momentum),
+            TRAINING: st[TRAINING],
+        }
+
+    def _check_values(self, x: Tensor) -> None:
+        if x.shape[2:].numel() < 2:
+            raise InputError(
+                "Fewer than two values a channel of a sample have no variance to normalise by.",
+                expected="more than one value along the spatial dimensions",
+                got=f"a tensor of shape {tuple(x.shape)}",
+                fix="Use larger inputs, or with track_running_stats=True lt.test_mode(st).",
+            )
+
+    def expected_input(self) -> str:
+        """Name the features."""
+        return f"a tensor of shape (batch, {self.num_features}, length, ...)"
+
+    def extra_repr(self) -> str:
+        """Return for instance `32, relu, affine=True`."""
+        return shown(self, self.num_features, activation=self.activation, affine=False, track_running_stats=False)

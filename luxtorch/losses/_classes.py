@@ -1,0 +1,163 @@
+"""What losses over several classes share: where the classes are, and what a target may be."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError
+
+from ._loss import Loss, as_numbers, machine_epsilon
+
+
+class ClassLoss(Loss):
+    """Be a loss over classes, of which each sample has one, or a distribution over all.
+
+    A subclass defines `scores`: minus the loss that a sample would have if it were of a class, for each class.
+    """
+
+    dim: int | None = None
+    weight: tuple[float, ...] | None = None
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight is not None:
+            self._set(weight=as_floats(self.weight))
+
+    @abstractmethod
+    def scores(self, y_hat: Tensor) -> Tensor:
+        """Return minus the loss for each class.
+
+        Args:
+            y_hat: The predictions, with the classes in the second dimension, or in the only one.
+        """
+
+    def checked(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions with the classes in the second dimension, or in the only one, and fitting targets."""
+        self.require_floating(y_hat)
+        dim = class_dim(self, y_hat, self.dim)
+        self._require_weights(y_hat.shape[dim])
+        if y.ndim == y_hat.ndim:
+            self.require_shape(y, y_hat.shape, y_hat)
+            return moved(y_hat, dim), moved(as_numbers(y, y_hat), dim)
+        if y.shape != y_hat.shape[:dim] + y_hat.shape[dim + 1 :]:
+            raise self.error(
+                "The targets do not fit the predictions: a loss never broadcasts.",
+                expected=f"class indices of shape {tuple(y_hat.shape[:dim] + y_hat.shape[dim + 1 :])} or "
+                f"probabilities of shape {tuple(y_hat.shape)}, for predictions of shape {tuple(y_hat.shape)}",
+                got=f"targets of shape {tuple(y.shape)}",
+                fix=f"The classes are in dimension {dim}: choose another by dim=...",
+            )
+        if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+            raise DTypeError(
+                "Class indices are integers.",
+                expected="targets of dtype torch.int64",
+                got=f"targets of dtype {y.dtype}",
+                fix="Pass y.long(), or one probability for each class.",
+                where=repr(self),
+            )
+        return moved(y_hat, dim), y.long()
+
+    def value(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return the aggregated loss; the mean over class indices is weighted and leaves out what is ignored."""
+        y_hat, y = self.checked(y_hat, y)
+        if self.agg == "mean" and y.ndim < y_hat.ndim:
+            return self.picked(self.scores(y_hat), y, "mean")
+        return self.aggregate(self.each(y_hat, y))
+
+    def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return one loss a sample: 0 for what is ignored."""
+        scores = self.scores(y_hat)
+        if y.ndim < y_hat.ndim:
+            return self.picked(scores, y, "none")
+        weight = self.weights(scores)
+        if weight is not None:
+            scores = scores * along_classes(weight, scores)
+        return -expectation(y, scores)
+
+    def picked(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
+        """Return minus the scores of the target classes."""
+        try:
+            return F.nll_loss(scores, y, self.weights(scores), ignore_index=self.ignore_index, reduction=reduction)
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise self._out_of_range(scores, error) from error
+
+    def weights(self, scores: Tensor) -> Tensor | None:
+        """Return the weights of the classes as a tensor beside the scores."""
+        return None if self.weight is None else torch.tensor(self.weight, dtype=scores.dtype, device=scores.device)
+
+    def _require_weights(self, classes: int) -> None:
+        if self.weight is not None and len(self.weight) != classes:
+            raise self.error(
+                "The weights do not fit the classes.", expected=f"{classes} weights", got=f"{len(self.weight)}"
+            )
+
+    def _out_of_range(self, scores: Tensor, error: Exception) -> InputError:
+        classes = scores.shape[min(1, scores.ndim - 1)]
+        return self.error(
+            "A class index is out of range.",
+            expected=f"indices from 0 to {classes - 1}, or ignore_index={self.ignore_index}",
+            got=str(error),
+            fix="Count classes from 0, or have the model predict more of them.",
+        )
+
+
+def class_dim(loss: Loss, y_hat: Tensor, dim: int | None) -> int:
+    """Return the dimension of the classes: by default the second, or the only one."""
+    if y_hat.ndim == 0 or not -y_hat.ndim <= (dim or 0) < y_hat.ndim:
+        raise loss.error(
+            "The predictions have no dimension of classes.",
+            expected="predictions of shape (batch, classes, ...) or (classes,)"
+            if dim is None
+            else f"a dimension {dim}",
+            got=f"predictions of shape {tuple(y_hat.shape)}",
+        )
+    return min(1, y_hat.ndim - 1) if dim is None else dim % y_hat.ndim
+
+
+def moved(y_hat: Tensor, dim: int) -> Tensor:
+    """Return a tensor with the dimension of the classes made the second, unless it is that or the only one."""
+    return y_hat if dim == min(1, y_hat.ndim - 1) else y_hat.movedim(dim, 1)
+
+
+def log_probabilities(y_hat: Tensor, logits: bool, epsilon: float | None) -> Tensor:
+    """Return the logarithms of probabilities that are given by logits or as themselves."""
+    if logits:
+        return F.log_softmax(y_hat, min(1, y_hat.ndim - 1))
+    return (y_hat + machine_epsilon(y_hat, epsilon)).log()
+
+
+def smoothed(y: Tensor, label_smoothing: float) -> Tensor:
+    """Return distributions over classes, drawn towards the uniform one."""
+    if not label_smoothing:
+        return y
+    return y * (1 - label_smoothing) + label_smoothing / y.shape[min(1, y.ndim - 1)]
+
+
+def expectation(y: Tensor, scores: Tensor) -> Tensor:
+    """Return the sum of the scores over the classes, weighted by probabilities; 0 times minus infinity is 0."""
+    impossible = (y == 0) & scores.isneginf()
+    return (y * scores.masked_fill(impossible, 0)).sum(min(1, y.ndim - 1))
+
+
+def along_classes(weight: Tensor, scores: Tensor) -> Tensor:
+    """Return the weights of the classes, shaped to multiply scores."""
+    return weight.reshape(-1, *(1 for _ in scores.shape[2:]))
+
+
+def as_floats(weight: object) -> tuple[float, ...]:
+    """Return weights as a hashable tuple of numbers; a tensor's values are read once, here."""
+    values = weight.tolist() if isinstance(weight, Tensor) else weight
+    if not isinstance(values, tuple | list) or not all(isinstance(value, int | float) for value in values):
+        raise InputError(
+            "The weights of the classes are not a sequence of numbers.",
+            expected="one number a class, in a tuple, a list or a tensor",
+            got=repr(weight),
+        )
+    return tuple(float(value) for value in values)

@@ -1,0 +1,188 @@
+"""The loss: an immutable description of how far predictions are from targets."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from luxtorch.core import DTypeError, InputError, Parameters, States, show_value, suggest
+
+Aggregation: TypeAlias = str | Callable[[Tensor], Tensor]
+"""How many losses become one: `"mean"`, `"sum"`, `"none"`, or a function of the tensor of losses."""
+
+Model: TypeAlias = Callable[[Any, Any, Any], tuple[Any, States]]
+
+_AGGREGATIONS = ("mean", "sum", "none")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Loss(ABC):
+    """Describe a loss by its options; subclasses become frozen, hashable dataclasses.
+
+    A loss has two call forms. `loss(y_hat, y)` is the loss of predictions against targets.
+    `loss(model, ps, st, (x, y))` calls the model first and returns `(value, st, {})`: the value, the model's new
+    state, and no further statistics. This is the form of a training objective.
+
+    The mean over an empty batch is NaN and its sum is 0, as in torch. What a subclass documents as targets may also
+    be booleans or integers: they become numbers of the predictions' dtype.
+
+    A subclass declares its options as annotated fields and defines `each`.
+
+    Args:
+        agg: How the losses become one: `"mean"`, `"sum"`, `"none"` to leave them, or a function of their tensor.
+
+    Raises:
+        InputError: If the shapes of predictions and targets differ: a loss never broadcasts.
+        DTypeError: If the predictions are not floating-point numbers.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> class FourthPower(lt.Loss):
+        ...     def each(self, y_hat, y):
+        ...         return (y_hat - y) ** 4
+        >>> y_hat, y = torch.tensor([1.0, 2.0]), torch.zeros(2)
+        >>> FourthPower()(y_hat, y), FourthPower(agg=torch.amax)(y_hat, y)
+        (tensor(8.5000), tensor(16.))
+        >>> model = lt.NoOpLayer()
+        >>> FourthPower()(model, {}, {}, (y_hat, y))
+        (tensor(8.5000), {}, {})
+
+    Source: the loss objects of Lux.
+    """
+
+    agg: Aggregation = "mean"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, repr=False, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        if not (callable(self.agg) or self.agg in _AGGREGATIONS):
+            raise InputError(
+                f"{type(self).__name__} does not know this aggregation.",
+                expected="'mean', 'sum', 'none' or a function of a tensor",
+                got=repr(self.agg),
+                fix=suggest(str(self.agg), _AGGREGATIONS),
+            )
+
+    @abstractmethod
+    def each(self, y_hat: Any, y: Any) -> Tensor:
+        """Return the losses before they are aggregated.
+
+        Args:
+            y_hat: The predictions.
+            y: The targets, checked.
+        """
+
+    def checked(self, y_hat: Any, y: Any) -> tuple[Any, Any]:
+        """Return predictions and targets that `each` may rely on; by default, two tensors of one shape."""
+        self.require_floating(y_hat)
+        self.require_shape(y, y_hat.shape, y_hat)
+        return y_hat, as_numbers(y, y_hat)
+
+    def value(self, y_hat: Any, y: Any) -> Tensor:
+        """Return the aggregated loss of predictions against targets."""
+        return self.aggregate(self.each(*self.checked(y_hat, y)))
+
+    def aggregate(self, losses: Tensor) -> Tensor:
+        """Return what `agg` makes of a tensor of losses."""
+        if self.agg == "mean":
+            return losses.mean()
+        if self.agg == "sum":
+            return losses.sum()
+        return self.agg(losses) if callable(self.agg) else losses
+
+    @overload
+    def __call__(self, y_hat: Any, y: Any, /) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, model: Model, ps: Parameters, st: States, data: tuple[Any, Any], /
+    ) -> tuple[Tensor, States, dict[str, Any]]: ...
+
+    def __call__(self, *args: Any) -> Any:
+        """Return `value(y_hat, y)`, or `(value, st, {})` of a model's output for `x` against `y`."""
+        if len(args) == 2:
+            return self.value(*args)
+        if len(args) != 4 or not isinstance(args[3], tuple | list) or len(args[3]) != 2:
+            raise self.error(
+                "The arguments are of neither of the two call forms.",
+                expected="loss(y_hat, y) or loss(model, ps, st, (x, y))",
+                got=f"{len(args)} arguments"
+                if len(args) != 4
+                else f"data that is {type(args[3]).__name__}, not (x, y)",
+            )
+        model, ps, st, (x, y) = args
+        y_hat, st = model(x, ps, st)
+        return self.value(y_hat, y), st, {}
+
+    def require_floating(self, y_hat: Tensor) -> None:
+        """Raise a DTypeError unless the predictions are real floating-point numbers."""
+        if not y_hat.dtype.is_floating_point:
+            raise DTypeError(
+                "The predictions are not real floating-point numbers.",
+                expected="for instance torch.float32",
+                got=str(y_hat.dtype),
+                fix="Predictions come first, targets second: loss(y_hat, y).",
+                where=repr(self),
+            )
+
+    def require_shape(self, y: Tensor, shape: tuple[int, ...], y_hat: Tensor) -> None:
+        """Raise an InputError unless the targets have the given shape."""
+        if y.shape != shape:
+            raise self.error(
+                "The targets do not fit the predictions: a loss never broadcasts.",
+                expected=f"targets of shape {tuple(shape)} for predictions of shape {tuple(y_hat.shape)}",
+                got=f"targets of shape {tuple(y.shape)}",
+                fix="Reshape one of them, for instance by unsqueeze, squeeze or expand.",
+            )
+
+    def require_number(self, name: str, low: float, high: float = math.inf, *, strict: bool = False) -> None:
+        """Raise an InputError unless an option is a number from `low`, itself excluded if `strict`, to `high`."""
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or not low <= value <= high or (strict and value == low):
+            bounds = (f"above {low}" if strict else f"of at least {low}") + (
+                f" and at most {high}" if high < math.inf else ""
+            )
+            raise InputError(
+                f"The option {name} of {type(self).__name__} is out of bounds.",
+                expected=f"a number {bounds}",
+                got=repr(value),
+            )
+
+    def error(self, problem: str, *, expected: str, got: str, fix: str = "") -> InputError:
+        """Return an InputError that names this loss."""
+        return InputError(problem, expected=expected, got=got, fix=fix, where=repr(self))
+
+    def _set(self, **values: Any) -> None:
+        """Set fields from `__post_init__`: the only time that they change."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        shown: list[str] = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not item.kw_only:
+                shown.insert(0, show_value(value))
+            elif value != item.default:
+                shown.append(f"{item.name}={show_value(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def as_numbers(y: Tensor, y_hat: Tensor) -> Tensor:
+    """Return targets as numbers: booleans and integers take the predictions' dtype."""
+    return y if y.dtype.is_floating_point else y.to(y_hat.dtype)
+
+
+def machine_epsilon(y_hat: Tensor, epsilon: float | None) -> float:
+    """Return the number to add inside a logarithm: the given one, or the machine epsilon of the dtype."""
+    return torch.finfo(y_hat.dtype).eps if epsilon is None else epsilon
