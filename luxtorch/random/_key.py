@@ -123,10 +123,20 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
             )
         return _ops.call(_ops.fold_in_tensor, "fold_in_tensor", key, data.reshape(()))
     if isinstance(data, str):
-        data = int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "little")
+        data = _number_of(data)
     if not -(2**63) <= data < _WORD:
         raise InputError("The number to fold in has too many bits.", expected="64 bits at most", got=str(data))
     return _ops.call(_ops.fold_in, "fold_in", key, data - _WORD if data >= 2**63 else data)
+
+
+def _number_of(name: str) -> int:
+    """Return 64 bits that stand for a name, the same on every machine."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+# torch.compile cannot trace a hash: it takes the number as a constant. The decorator that sets this mark,
+# torch.compiler.assume_constant_result, would load the whole compiler.
+_number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def replicate(rng: Rng) -> Rng:

@@ -127,6 +127,14 @@ def test_an_ensemble_is_set_up_by_vmap(make_key):
             assert torch.equal(a[i], b)
 
 
+def test_an_ensemble_is_set_up_in_a_compiled_function(make_key):
+    model, keys = Chain(Dense(3, 2), lt.BatchNorm(2), Dropout(0.5)), lt.random.split(make_key(), 3)
+    many = torch.vmap(lambda key: lt.setup(key, model))
+    got = torch.compile(many, fullgraph=True, backend="aot_eager")(keys)
+    for a, b in zip(tree_leaves(got), tree_leaves(many(keys)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_setup_works_on_every_device(device):
     ps, state = lt.setup(lt.random.key(0, device=device), Chain(Dense(3, 2), lt.BatchNorm(2), Dropout(0.5)))
     assert {leaf.device for leaf in tree_leaves((ps, state))} == {lt.random.key(0, device=device).device}

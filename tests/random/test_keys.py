@@ -52,6 +52,13 @@ def test_different_names_fold_into_different_keys(first, second):
     assert torch.equal(lr.fold_in(key, first), lr.fold_in(key, second)) == (first == second)
 
 
+@pytest.mark.parametrize("name", ["", "layer_1", "weight", "\u03c3"])
+def test_names_fold_in_inside_a_compiled_function(make_key, name):
+    key = make_key()
+    compiled = torch.compile(lambda key: lr.fold_in(key, name), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(key), lr.fold_in(key, name))
+
+
 def test_a_tensor_folds_in_as_the_integer_does_also_under_vmap(make_key):
     key, steps = make_key(), torch.arange(4)
     expected = torch.stack([lr.fold_in(key, i) for i in range(4)])
