@@ -7,8 +7,7 @@ from typing import Any
 
 from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
-from ._chain import LayerLike, named_layers
-from ._parallel import Connection
+from ._chain import Connection, LayerLike, check_combines, some_layers
 
 
 class BranchLayer(ContainerLayer):
@@ -51,9 +50,9 @@ class BranchLayer(ContainerLayer):
     def __init__(
         self, *layers: LayerLike | list[Any] | tuple[Any, ...], fusion: Connection | None = None, **named: LayerLike
     ) -> None:
-        found = _some_layers(type(self).__name__, layers, named)
+        found = some_layers(type(self).__name__, layers, named)
         if fusion is not None:
-            _check_combines("fusion", fusion)
+            check_combines("fusion", fusion)
         if isinstance(fusion, Layer):
             found = {"layers": BranchLayer(**found), "fusion": fusion}
         self._set(fusion=fusion, names=tuple(found), layers=tuple(found.values()))
@@ -117,8 +116,8 @@ class PairwiseFusion(ContainerLayer):
     def __init__(
         self, connection: Connection, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike
     ) -> None:
-        found = _some_layers(type(self).__name__, layers, named)
-        _check_combines("connection", connection)
+        found = some_layers(type(self).__name__, layers, named)
+        check_combines("connection", connection)
         if isinstance(connection, Layer):
             found = {"layers": _Steps(tuple(found), tuple(found.values())), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
@@ -173,15 +172,3 @@ def _for_each(x: Any, number: int) -> tuple[Any, ...]:
             got=f"a tuple of {len(xs)}",
         )
     return xs
-
-
-def _some_layers(container: str, layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Layer]:
-    found = named_layers(layers, named)
-    if not found:
-        raise InputError(f"{container} needs layers.", expected=f"{container}(..., layer, ...)", got="none")
-    return found
-
-
-def _check_combines(name: str, combine: Any) -> None:
-    if not callable(combine) or isinstance(combine, type):
-        raise InputError(f"The {name} combines values.", expected="a function or a layer", got=f"{combine!r:.80}")

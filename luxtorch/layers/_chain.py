@@ -12,6 +12,9 @@ from ._basic import NoOpLayer, WrappedFunction
 LayerLike: TypeAlias = Layer | Callable[[Any], Any]
 """A layer, or a function of the input that becomes one."""
 
+Connection: TypeAlias = Layer | Callable[..., Any]
+"""What combines values: a function of all of them, or a layer of their tuple."""
+
 
 def as_layer(layer: Any) -> Layer:
     """Return a layer as it is, and a plain function as a `WrappedFunction`."""
@@ -43,6 +46,20 @@ def named_layers(layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str,
             raise InputError("A layer's name has no dots, which separate the names in a path.", got=repr(name))
     pairs = named.items() if named else ((f"layer_{i}", layer) for i, layer in enumerate(_spliced(layers), 1))
     return {name: as_layer(layer) for name, layer in pairs}
+
+
+def some_layers(container: str, layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Layer]:
+    """Give layers their names, for a container that needs at least one."""
+    found = named_layers(layers, named)
+    if not found:
+        raise InputError(f"{container} needs layers.", expected=f"{container}(..., layer, ...)", got="none")
+    return found
+
+
+def check_combines(name: str, combine: Any) -> None:
+    """Raise unless something can combine values: a function, or a layer."""
+    if not callable(combine) or isinstance(combine, type):
+        raise InputError(f"The {name} combines values.", expected="a function or a layer", got=f"{combine!r:.80}")
 
 
 def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
-from ._chain import LayerLike, as_layer, named_layers
-
-Connection: TypeAlias = Layer | Callable[..., Any]
+from ._chain import Connection, LayerLike, as_layer, check_combines, some_layers
 
 
 class Parallel(ContainerLayer):
@@ -52,13 +50,9 @@ class Parallel(ContainerLayer):
     def __init__(
         self, connection: Connection | None, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike
     ) -> None:
-        found = named_layers(layers, named)
-        if not found:
-            raise InputError("Parallel needs layers.", expected="Parallel(connection, layer, ...)", got="none")
-        if not (connection is None or callable(connection)) or isinstance(connection, type):
-            raise InputError(
-                "The connection comes first.", expected="a function, a layer or None", got=f"{connection!r}"
-            )
+        found = some_layers(type(self).__name__, layers, named)
+        if connection is not None:
+            check_combines("connection", connection)
         if isinstance(connection, Layer):
             found = {"layers": Parallel(None, **found), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
@@ -120,10 +114,7 @@ class SkipConnection(ContainerLayer):
     connection: Connection
 
     def __init__(self, layer: LayerLike, connection: Connection) -> None:
-        if not callable(connection) or isinstance(connection, type):
-            raise InputError(
-                "The connection combines two values.", expected="a function or layer", got=f"{connection!r}"
-            )
+        check_combines("connection", connection)
         self._set(layer=as_layer(layer), connection=connection)
 
     def children(self) -> Mapping[str, Layer]:

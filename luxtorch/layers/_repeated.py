@@ -22,7 +22,7 @@ from luxtorch.core import (
     tree_map,
 )
 
-from ._chain import LayerLike, as_layer, named_layers
+from ._chain import LayerLike, as_layer, some_layers
 
 
 class Maxout(ContainerLayer):
@@ -67,9 +67,7 @@ class Maxout(ContainerLayer):
     def __init__(self, *layers: LayerLike | list[Any] | tuple[Any, ...] | int, **named: LayerLike) -> None:
         if len(layers) == 2 and isinstance(layers[1], int):
             layers = _copies(layers[0], layers[1])
-        found = named_layers(layers, named)
-        if not found:
-            raise InputError("Maxout needs layers.", expected="Maxout(layer, ...) or Maxout(make, n)", got="none")
+        found = some_layers(type(self).__name__, layers, named)
         self._set(names=tuple(found), layers=tuple(found.values()))
 
     def children(self) -> Mapping[str, Layer]:
