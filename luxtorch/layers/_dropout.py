@@ -11,7 +11,21 @@ from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Stati
 from luxtorch.random import bernoulli, split
 
 
-class Dropout(Layer):
+class RandomMask(Layer):
+    """Share the probability and the key of the layers below."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise InputError(f"{type(self).__name__} takes a probability.", expected="0 <= p <= 1", got=f"p={self.p}")
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the key of the first mask, and the mode."""
+        return {"rng": key.clone(), TRAINING: Static(True)} if self.p > 0 else {}
+
+
+class Dropout(RandomMask):
     """Set each element to zero with probability `p` while training, and scale the others by 1 / (1 - p).
 
     The same state gives the same mask; the state that is returned gives the next one.
@@ -40,31 +54,28 @@ class Dropout(Layer):
     Source: Lux's `Dropout`, `torch.nn.Dropout`; Srivastava et al., "Dropout", 2014.
     """
 
-    p: float = 0.5
     dims: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise InputError("Dropout takes a probability.", expected="0 <= p <= 1", got=f"p={self.p}")
+        super().__post_init__()
         if self.dims is not None:
             self._set(dims=(self.dims,) if isinstance(self.dims, int) else tuple(self.dims))
-
-    def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the key of the first mask, and the mode."""
-        return {"rng": key.clone(), TRAINING: Static(True)} if self.p > 0 else {}
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the masked input and the state with the next key; in test mode, both as they are."""
         if self.p == 0 or not st[TRAINING]:
             return x, st
         key, rng = split(st["rng"])
-        scale = 1 / (1 - self.p) if self.p < 1 else 1.0
-        # Choosing, unlike multiplying by a mask, turns infinities and NaNs into zeros too.
-        kept = bernoulli(key, 1 - self.p, self._mask_shape(x))
-        return torch.where(kept, x * scale, 0.0), {"rng": rng, TRAINING: st[TRAINING]}
+        return dropped(x, key, self.p, self._mask_shape(x)), {"rng": rng, TRAINING: st[TRAINING]}
 
     def _mask_shape(self, x: Tensor) -> tuple[int, ...]:
         if self.dims is None:
             return tuple(x.shape)
         varying = {dim % x.ndim for dim in self.dims}
         return tuple(size if dim in varying else 1 for dim, size in enumerate(x.shape))
+
+
+def dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
+    """Zero elements by a mask of the given shape, and scale the others; infinities and NaNs become zeros too."""
+    scale = 1 / (1 - p) if p < 1 else 1.0
+    return torch.where(bernoulli(key, 1 - p, shape), x * scale, 0.0)

@@ -7,30 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
+from luxtorch.core import TRAINING, InputError, Parameters, States, Static
 from luxtorch.random import bernoulli, split
 
-from ._dropout import Dropout
+from ._dropout import Dropout, RandomMask, dropped
 
 # What a unit of a self-normalising network tends to for a very negative input: -scale * alpha of SELU.
 _SATURATION = -1.7580993408473766
 
 
-class _RandomMask(Layer):
-    """Share the probability and the key of the layers below."""
-
-    p: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise InputError(f"{type(self).__name__} takes a probability.", expected="0 <= p <= 1", got=f"p={self.p}")
-
-    def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the key of the first mask, and the mode."""
-        return {"rng": key.clone(), TRAINING: Static(True)} if self.p > 0 else {}
-
-
-class AlphaDropout(_RandomMask):
+class AlphaDropout(RandomMask):
     """Drop elements to the value at which SELU saturates, and keep the mean and the variance of the input.
 
     For networks with SELU activations, whose mean 0 and variance 1 plain dropout would not keep.
@@ -73,7 +59,7 @@ class AlphaDropout(_RandomMask):
         return torch.where(kept, x * scale + shift, _SATURATION * scale + shift), st
 
 
-class FeatureDropout(_RandomMask):
+class FeatureDropout(RandomMask):
     """Set whole channels to zero with probability `p` while training, and scale the others by 1 / (1 - p).
 
     Each sample of a batch loses channels of its own. It is torch's Dropout1d, Dropout2d and Dropout3d.
@@ -111,7 +97,7 @@ class FeatureDropout(_RandomMask):
             return x, st
         key, rng = split(st["rng"])
         shape = (*x.shape[:2], *(1,) * (x.ndim - 2))
-        return _dropped(x, key, self.p, shape), {"rng": rng, TRAINING: st[TRAINING]}
+        return dropped(x, key, self.p, shape), {"rng": rng, TRAINING: st[TRAINING]}
 
     def expected_input(self) -> str:
         """Name the channels."""
@@ -173,11 +159,5 @@ class VariationalHiddenDropout(Dropout):
         if isinstance(update, Static):
             update = torch.full((), bool(update), device=rng.device)
         rng = torch.where(update, split(rng)[1], rng)
-        y = _dropped(x, split(rng)[0], self.p, self._mask_shape(x))
+        y = dropped(x, split(rng)[0], self.p, self._mask_shape(x))
         return y, {"rng": rng, "update_mask": torch.zeros_like(update), TRAINING: st[TRAINING]}
-
-
-def _dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
-    """Zero elements by a mask of the given shape, and scale the others; infinities and NaNs become zeros too."""
-    scale = 1 / (1 - p) if p < 1 else 1.0
-    return torch.where(bernoulli(key, 1 - p, shape), x * scale, 0.0)
