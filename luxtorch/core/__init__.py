@@ -32,3 +32,4 @@ from ._tree import register_node as register_node
 from ._tree import subtree as subtree
 from ._tree import tree_leaves as tree_leaves
 from ._tree import tree_map as tree_map
+from ._value import Value as Value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, field, fields
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from typing_extensions import dataclass_transform
 
 from ._locate import located
 from ._nowhere import NOWHERE
+from ._value import Value
 
 Parameters: TypeAlias = Mapping[str, Any]
 """A nested mapping from names to tensors: a dict, or a ComponentVector."""
@@ -23,7 +24,7 @@ States: TypeAlias = Mapping[str, Any]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-class Layer(ABC):
+class Layer(Value, ABC):
     """Describe a computation by its hyperparameters; subclasses become frozen, hashable dataclasses.
 
     A layer holds no tensor. `initial_parameters` and `initial_states` make its tensors from a key, and calling it
@@ -52,7 +53,6 @@ class Layer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclass(frozen=True, repr=False)(cls)
         call = cls.__dict__.get("__call__")
         if call is not None and not getattr(call, "__isabstractmethod__", False):
             cls.__call__ = located(call)  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ class Layer(ABC):
     def extra_repr(self) -> str:
         """Return the arguments as they are shown in prints and errors: by default, the fields that matter."""
         shown = []
-        for item in fields(self):  # type: ignore[arg-type]
+        for item in fields(self):
             value = getattr(self, item.name)
             if item.repr and (item.default is MISSING or value != item.default):
                 shown.append(f"{item.name}={show_value(value)}" if item.kw_only else show_value(value))
@@ -116,11 +116,6 @@ class Layer(ABC):
         from ._show import show
 
         return show(self)
-
-    def _set(self, **values: Any) -> None:
-        """Set fields from a constructor of one's own, or from `__post_init__`: the only time that they change."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from luxtorch.core import DTypeError, InputError, Parameters, States, show_value, suggest
+from luxtorch.core import DTypeError, InputError, Parameters, States, Value, show_value, suggest
 
 Aggregation: TypeAlias = str | Callable[[Tensor], Tensor]
 """How many losses become one: `"mean"`, `"sum"`, `"none"`, or a function of the tensor of losses."""
@@ -23,8 +23,7 @@ _AGGREGATIONS = ("mean", "sum", "none")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-@dataclass(frozen=True, repr=False, kw_only=True)
-class Loss(ABC):
+class Loss(Value, ABC, kw_only=True):
     """Describe a loss by its options; subclasses become frozen, hashable dataclasses.
 
     A loss has two call forms. `loss(y_hat, y)` is the loss of predictions against targets.
@@ -61,8 +60,7 @@ class Loss(ABC):
     agg: Aggregation = "mean"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        dataclass(frozen=True, repr=False, kw_only=True)(cls)
+        super().__init_subclass__(kw_only=True, **kwargs)
 
     def __post_init__(self) -> None:
         if not (callable(self.agg) or self.agg in _AGGREGATIONS):
@@ -161,11 +159,6 @@ class Loss(ABC):
     def error(self, problem: str, *, expected: str, got: str, fix: str = "") -> InputError:
         """Return an InputError that names this loss."""
         return InputError(problem, expected=expected, got=got, fix=fix, where=repr(self))
-
-    def _set(self, **values: Any) -> None:
-        """Set fields from `__post_init__`: the only time that they change."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         shown: list[str] = []

@@ -64,6 +64,7 @@ def names(tree):
 def test_a_layer_is_a_frozen_value():
     layer = Affine(3)
     assert layer == Affine(3, gain=2.0) and hash(layer) == hash(Affine(3)) and layer != Affine(4)
+    assert layer != lt.Scale(3) and layer != 3  # of another class
     assert pickle.loads(pickle.dumps(layer)) == layer
     assert dataclasses.replace(layer, gain=1.0) == Affine(3, 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
