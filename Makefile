@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest doctest lint types format wheel ci clean
+.PHONY: help venv demo test test-slow test-oldest fuzz doctest lint types format wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -27,6 +27,9 @@ test-slow: .venv/.stamp ## run the slow tests
 
 test-oldest: .venv-oldest/.stamp ## run the fast tests on the oldest torch
 	.venv-oldest/bin/pytest tests $(WITHOUT_SLOW)
+
+fuzz: .venv/.stamp ## check the laws on FUZZ_MODELS random models, 10000 if not set
+	FUZZ_MODELS=$${FUZZ_MODELS:-10000} .venv/bin/pytest tests/fuzz -n $(WORKERS)
 
 doctest: .venv/.stamp ## run the examples in the docstrings
 	.venv/bin/pytest --doctest-modules luxtorch

@@ -25,6 +25,9 @@ class LuxtorchError(Exception):
           fix:      Pass 10 features.
     """
 
+    inside: tuple[str, ...] = ()
+    """Names that lead from the layer that raises the error to the place in its own trees, set where they are nested."""
+
     def __init__(self, problem: str, *, expected: str = "", got: str = "", fix: str = "", where: str = "") -> None:
         super().__init__(problem)
         self.problem = problem

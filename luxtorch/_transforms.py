@@ -17,8 +17,20 @@ def transformed() -> bool:
         >>> transformed(), bool(torch.func.vmap(lambda x: x + transformed())(torch.zeros(1)))
         (False, True)
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or functional()
+
+
+def functional() -> bool:
+    """Tell whether a transform of torch.func or forward-mode differentiation is at work, compiled or not."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def transform_level() -> int:
+    """Return how many transforms of torch.func surround the caller."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return 0 if top is None else top.level()
+
+
+# torch.compile enters the levels while it traces, and so takes the number of the place as a constant. The decorator
+# that sets this mark, torch.compiler.assume_constant_result, would load the whole compiler.
+transform_level._dynamo_marked_constant = True  # type: ignore[attr-defined]

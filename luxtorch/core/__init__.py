@@ -25,6 +25,7 @@ from ._setup import parameter_length as parameter_length
 from ._setup import setup as setup
 from ._setup import state_length as state_length
 from ._setup import stateless_apply as stateless_apply
+from ._stateful import StatefulLayer as StatefulLayer
 from ._static import Static as Static
 from ._tree import count as count
 from ._tree import named_leaves as named_leaves

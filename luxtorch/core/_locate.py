@@ -53,7 +53,7 @@ def located(call: Call) -> Call:
 
 def _extend(error: LuxtorchError, layer: Layer, ps: Any, st: Any) -> LuxtorchError:
     """Put the name by which `layer` knows the layer that failed in front of the error's path."""
-    path, failed, origin = error.__dict__.get("_trail", ((), None, layer))
+    path, failed, origin = error.__dict__.get("_trail", (error.inside, None, layer))
     if failed is not None and failed[0] is not layer:
         path = (*_name_of(failed, layer, ps, st), *path)
     error.__dict__["_trail"] = (path, (layer, ps, st), origin)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
-from luxtorch.init import Initializer, ones, zeros
-from luxtorch.random import fold_in
+from luxtorch.core import TRAINING, InputError, Parameters, States
 
-from ._activations import Activation, activated, as_activation
-from ._normalise import HALVES, check_channels, normalised, shown
+from ._activations import activated
+from ._normalise import HALVES, FeatureNorm, check_channels, normalised, shown
 
 
-class BatchNorm(Layer):
+class BatchNorm(FeatureNorm):
     """Normalise each feature over the batch, and keep running statistics for test mode.
 
     It takes inputs of any number of dimensions, features second: it is torch's BatchNorm1d, 2d and 3d.
@@ -47,7 +42,8 @@ class BatchNorm(Layer):
         (batch, num_features, ...) to the same
 
     Raises:
-        InputError: If the input has another number of features, or fewer than two values a feature in train mode.
+        InputError: If the input has another number of features, or fewer than two values a feature to take the
+            variance of.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -62,38 +58,6 @@ class BatchNorm(Layer):
 
     Source: Lux's `BatchNorm`, `torch.nn.BatchNorm1d`; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-
-    num_features: int
-    activation: Activation | str | None = None
-    _: KW_ONLY
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-    affine: bool = True
-    track_running_stats: bool = True
-    init_scale: Initializer = ones
-    init_bias: Initializer = zeros
-
-    def __post_init__(self) -> None:
-        self._set(activation=as_activation(self.activation))
-
-    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale` and `bias`, if there are any."""
-        if not self.affine:
-            return {}
-        return {
-            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
-            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
-        }
-
-    def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the running statistics, if they are tracked, and the mode."""
-        st: dict[str, Any] = {}
-        if self.track_running_stats:
-            st["running_mean"] = torch.zeros(self.num_features, device=key.device)
-            st["running_var"] = torch.ones(self.num_features, device=key.device)
-            if self.momentum is None:
-                st["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=key.device)
-        return {**st, TRAINING: Static(True)}
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input, and the state with the new running statistics."""
@@ -131,12 +95,12 @@ class BatchNorm(Layer):
 
     def _check(self, x: Tensor, st: States) -> None:
         check_channels(self, x, self.num_features, min_ndim=2)
-        if st[TRAINING] and x.numel() <= self.num_features:
+        if (st[TRAINING] or not self.track_running_stats) and x.numel() <= self.num_features:
             raise InputError(
                 "Fewer than two values a feature have no variance to normalise by.",
-                expected="more than one value a feature in train mode",
+                expected="more than one value a feature",
                 got=f"a tensor of shape {tuple(x.shape)}",
-                fix="Use a larger batch, or lt.test_mode(st).",
+                fix="Use a larger batch, or with track_running_stats=True lt.test_mode(st).",
             )
 
     def expected_input(self) -> str:
@@ -145,7 +109,7 @@ class BatchNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32, relu`."""
-        return shown(self, self.num_features, activation=self.activation, affine=True, track_running_stats=True)
+        return shown(self, self.num_features, activation=self.activation)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

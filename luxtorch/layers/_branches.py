@@ -7,7 +7,7 @@ from typing import Any
 
 from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
-from ._chain import Connection, LayerLike, check_combines, some_layers
+from ._chain import Connection, LayerLike, check_combines, show_combines, some_layers
 
 
 class BranchLayer(ContainerLayer):
@@ -73,6 +73,10 @@ class BranchLayer(ContainerLayer):
             ys.append(y)
         return (tuple(ys) if self.fusion is None else self.fusion(*ys)), new
 
+    def extra_repr(self) -> str:
+        """Return for instance `fusion=add`."""
+        return show_combines("fusion=", self.fusion)
+
 
 class PairwiseFusion(ContainerLayer):
     """Call layers one after another, and combine each output with the next input.
@@ -119,7 +123,7 @@ class PairwiseFusion(ContainerLayer):
         found = some_layers(type(self).__name__, layers, named)
         check_combines("connection", connection)
         if isinstance(connection, Layer):
-            found = {"layers": _Steps(tuple(found), tuple(found.values())), "connection": connection}
+            found = {"layers": Layers(tuple(found), tuple(found.values())), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
 
     def children(self) -> Mapping[str, Layer]:
@@ -146,17 +150,23 @@ class PairwiseFusion(ContainerLayer):
             y, new_connection = connection((y, element), ps["connection"], new_connection)
         return y, {"layers": new_layers, "connection": new_connection}
 
+    def extra_repr(self) -> str:
+        """Return for instance `add`."""
+        return show_combines("", self.connection)
 
-class _Steps(ContainerLayer):
+
+class Layers(ContainerLayer):
     """Hold layers under their names, and call that one of them whose name comes with the input."""
 
     names: tuple[str, ...]
     layers: tuple[Layer, ...]
 
     def children(self) -> Mapping[str, Layer]:
+        """Return the layers by name."""
         return dict(zip(self.names, self.layers, strict=True))
 
     def __call__(self, x: tuple[str, Any], ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the named layer's output, and the states under their names."""
         name, y = x
         y, new = self.children()[name](y, ps[name], st[name])
         return y, {**st, name: new}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, suggest
+from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, show_value, suggest
 
 from ._basic import NoOpLayer, WrappedFunction
 
@@ -60,6 +60,11 @@ def check_combines(name: str, combine: Any) -> None:
     """Raise unless something can combine values: a function, or a layer."""
     if not callable(combine) or isinstance(combine, type):
         raise InputError(f"The {name} combines values.", expected="a function or a layer", got=f"{combine!r:.80}")
+
+
+def show_combines(name: str, combine: Any) -> str:
+    """Return how a function that combines values is shown; a layer is shown as a child, and nothing not at all."""
+    return "" if combine is None or isinstance(combine, Layer) else f"{name}{show_value(combine)}"
 
 
 def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:

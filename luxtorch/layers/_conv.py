@@ -9,12 +9,25 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States, show_value, suggest
+from luxtorch.core import InputError, Layer, Parameters, States, show_value
 from luxtorch.init import Initializer, glorot_uniform, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._spatial import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, shown, sizes, symmetric
+from ._spatial import (
+    PADDING_MODES,
+    SPATIAL,
+    Padding,
+    Pairs,
+    PerDim,
+    check_padding_mode,
+    padded,
+    pairs,
+    per_dim,
+    shown,
+    sizes,
+    symmetric,
+)
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
@@ -22,7 +35,6 @@ _CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
     2: F.conv_transpose2d,
     3: F.conv_transpose3d,
 }
-_PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
 class _Convolution(Layer):
@@ -83,9 +95,9 @@ class _Convolution(Layer):
             [
                 f"{self.kernel_size}, {self.in_channels} -> {self.out_channels}",
                 *([show_value(self.activation)] if self.activation else []),
-                *shown("stride", self.stride, 1),  # type: ignore[arg-type]
-                *shown("padding", self.padding, 0),  # type: ignore[arg-type]
-                *shown("dilation", self.dilation, 1),  # type: ignore[arg-type]
+                *shown("stride", self.stride, 1),
+                *shown("padding", self.padding, 0),
+                *shown("dilation", self.dilation, 1),
                 *self._more_repr(),
                 *([f"groups={self.groups}"] if self.groups != 1 else []),
                 *([] if self.bias else ["bias=False"]),
@@ -146,18 +158,13 @@ class Conv(_Convolution):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(padding=pairs(self.padding, self._extent))
-        if self.padding_mode not in _PADDING_MODES:
-            raise InputError(
-                f"There is no padding mode '{self.padding_mode}'.",
-                expected=", ".join(_PADDING_MODES),
-                fix=suggest(str(self.padding_mode), _PADDING_MODES),
-            )
+        check_padding_mode(self.padding_mode, PADDING_MODES)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the convolved input after bias and activation, and `st`."""
         both_sides = symmetric(self._pairs)
         if both_sides is None or (self.padding_mode != "zeros" and any(both_sides)):
-            x, both_sides = padded(x, self._pairs, _PADDING_MODES[self.padding_mode]), (0,) * self._dims
+            x, both_sides = padded(x, self._pairs, PADDING_MODES[self.padding_mode]), (0,) * self._dims
         bias = ps["bias"] if self.bias else None
         y = _CONV[self._dims](x, ps["weight"], bias, self.stride, both_sides, self.dilation, self.groups)
         return activated(y, self.activation), st
@@ -254,4 +261,4 @@ class ConvTranspose(_Convolution):
         return self.padding  # type: ignore[return-value]
 
     def _more_repr(self) -> list[str]:
-        return shown("output_padding", self.output_padding, 0)  # type: ignore[arg-type]
+        return shown("output_padding", self.output_padding, 0)

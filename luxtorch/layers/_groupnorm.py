@@ -88,4 +88,4 @@ class GroupNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32, 4, relu`."""
-        return shown(self, self.num_channels, self.num_groups, activation=self.activation, affine=True)
+        return shown(self, self.num_channels, self.num_groups, activation=self.activation)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
-from luxtorch.init import Initializer, ones, zeros
-from luxtorch.random import fold_in
+from luxtorch.core import TRAINING, InputError, Parameters, States
 
-from ._activations import Activation, activated, as_activation
-from ._normalise import HALVES, check_channels, group_normalised, normalised, shown
+from ._activations import activated
+from ._normalise import HALVES, FeatureNorm, check_channels, group_normalised, normalised, shown
 
 
-class InstanceNorm(Layer):
+class InstanceNorm(FeatureNorm):
     """Normalise each channel of each sample over its spatial dimensions.
 
     It takes inputs of any number of spatial dimensions: it is torch's InstanceNorm1d, 2d and 3d.
@@ -60,37 +57,10 @@ class InstanceNorm(Layer):
     Source: Lux's `InstanceNorm`, `torch.nn.InstanceNorm1d`; Ulyanov et al., "Instance Normalization", 2016.
     """
 
-    num_features: int
-    activation: Activation | str | None = None
     _: KW_ONLY
-    eps: float = 1e-5
     momentum: float = 0.1
     affine: bool = False
     track_running_stats: bool = False
-    init_scale: Initializer = ones
-    init_bias: Initializer = zeros
-
-    def __post_init__(self) -> None:
-        self._set(activation=as_activation(self.activation))
-
-    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale` and `bias`, if there are any."""
-        if not self.affine:
-            return {}
-        return {
-            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
-            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
-        }
-
-    def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the running statistics, if they are tracked, and the mode."""
-        if not self.track_running_stats:
-            return {TRAINING: Static(True)}
-        return {
-            "running_mean": torch.zeros(self.num_features, device=key.device),
-            "running_var": torch.ones(self.num_features, device=key.device),
-            TRAINING: Static(True),
-        }
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input, and the state with the new running statistics."""
@@ -132,4 +102,4 @@ class InstanceNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32, relu, affine=True`."""
-        return shown(self, self.num_features, activation=self.activation, affine=False, track_running_stats=False)
+        return shown(self, self.num_features, activation=self.activation)

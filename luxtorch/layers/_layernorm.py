@@ -98,7 +98,7 @@ class LayerNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32, relu`."""
-        return shown(self, *self.shape, activation=self.activation, affine=True, bias=True)
+        return shown(self, *self.shape, activation=self.activation)
 
 
 class RMSNorm(Layer):
@@ -159,7 +159,7 @@ class RMSNorm(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `32`."""
-        return shown(self, *self.shape, activation=None, affine=True)
+        return shown(self, *self.shape, activation=None)
 
 
 def _last_dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:

@@ -1,17 +1,59 @@
-"""What the normalising layers share: the check of the channels, the arithmetic, and how they print."""
+"""What the normalising layers share: parameters and statistics, the check of the channels, the arithmetic, prints."""
 
 from __future__ import annotations
+
+import inspect
+from dataclasses import KW_ONLY
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, Layer, show_value
+from luxtorch.core import TRAINING, InputError, Layer, Static, show_value
+from luxtorch.init import Initializer, ones, zeros
+from luxtorch.random import fold_in
 
-from ._activations import Activation
+from ._activations import Activation, as_activation
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+class FeatureNorm(Layer):
+    """Hold what normalisations with a scale, a bias and running statistics for each feature have in common."""
+
+    num_features: int
+    activation: Activation | str | None = None
+    _: KW_ONLY
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    affine: bool = True
+    track_running_stats: bool = True
+    init_scale: Initializer = ones
+    init_bias: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        self._set(activation=as_activation(self.activation))
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return `scale` and `bias`, if there are any."""
+        if not self.affine:
+            return {}
+        return {
+            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
+            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
+        }
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the running statistics, if they are tracked, and the mode."""
+        st: dict[str, Any] = {}
+        if self.track_running_stats:
+            st["running_mean"] = torch.zeros(self.num_features, device=key.device)
+            st["running_var"] = torch.ones(self.num_features, device=key.device)
+            if self.momentum is None:
+                st["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=key.device)
+        return {**st, TRAINING: Static(True)}
 
 
 def check_channels(layer: Layer, x: Tensor, channels: int, min_ndim: int) -> None:
@@ -43,9 +85,10 @@ def normalised(x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias:
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 
-def shown(layer: Layer, *sizes: int, activation: Activation | str | None, **defaults: object) -> str:
+def shown(layer: Layer, *sizes: int, activation: Activation | str | None) -> str:
     """Return for instance `32, relu, affine=False`: sizes, activation, and options that are not the default."""
-    changed = [
-        f"{name}={getattr(layer, name)}" for name, default in defaults.items() if getattr(layer, name) != default
-    ]
+    arguments = inspect.signature(type(layer)).parameters.values()
+    options = [each for each in arguments if each.kind is each.KEYWORD_ONLY and not each.name.startswith("init_")]
+    values = [(option.name, getattr(layer, option.name), option.default) for option in options]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
     return ", ".join([*map(str, sizes), *([show_value(activation)] if activation else []), *changed])

@@ -7,7 +7,7 @@ from typing import Any
 
 from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
-from ._chain import Connection, LayerLike, as_layer, check_combines, some_layers
+from ._chain import Connection, LayerLike, as_layer, check_combines, show_combines, some_layers
 
 
 class Parallel(ContainerLayer):
@@ -80,6 +80,10 @@ class Parallel(ContainerLayer):
             ys.append(y)
         return (tuple(ys) if self.connection is None else self.connection(*ys)), new
 
+    def extra_repr(self) -> str:
+        """Return for instance `add`."""
+        return show_combines("", self.connection)
+
 
 class SkipConnection(ContainerLayer):
     """Combine a layer's output with its input.
@@ -131,3 +135,7 @@ class SkipConnection(ContainerLayer):
         y, new = self.layer(x, ps["layers"], st["layers"])
         y, new_connection = self.connection((y, x), ps["connection"], st["connection"])
         return y, {"layers": new, "connection": new_connection}
+
+    def extra_repr(self) -> str:
+        """Return for instance `add`."""
+        return show_combines("", self.connection)

@@ -1,10 +1,9 @@
-"""Pooling over windows, over everything, and to a given size, in one to three dimensions."""
+"""Pooling over windows, in one to three dimensions: `MaxPool`, `MeanPool` and `LPPool`."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, fields
 from typing import Any
 
 import torch
@@ -13,30 +12,28 @@ from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States
 
-from ._spatial import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, shown, sizes, symmetric
+from ._spatial import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, shown, sizes, symmetric, widened
 
-_ByDims = dict[int, Callable[..., Tensor]]
-_MAX: _ByDims = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_MEAN: _ByDims = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_LP: _ByDims = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
-_ADAPTIVE_MAX: _ByDims = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
-_ADAPTIVE_MEAN: _ByDims = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+PoolByDims = dict[int, Callable[..., Tensor]]
+_MAX: PoolByDims = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MEAN: PoolByDims = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_LP: PoolByDims = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
 
 
-class _Pool(Layer):
+class _WindowPool(Layer):
     """Hold what all poolings over windows have in common."""
 
     kernel_size: tuple[int, ...]
     _: KW_ONLY
     stride: PerDim | None = None
     padding: Padding = 0
+    ceil_mode: bool = False
 
     def __post_init__(self) -> None:
         kernel = sizes("kernel_size", self.kernel_size)
         stride = kernel if self.stride is None else per_dim("stride", self.stride, len(kernel), least=1)
         self._set(kernel_size=kernel, stride=stride)
-        dilation = self._set_dilation()
-        extent = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        extent = tuple(d * (k - 1) for d, k in zip(self._dilations(), kernel, strict=True))
         padding = pairs(self.padding, extent)
         if any(max(pair) > (reach + 1) // 2 for pair, reach in zip(padding, extent, strict=True)):
             raise InputError(
@@ -46,7 +43,7 @@ class _Pool(Layer):
             )
         self._set(padding=padding)
 
-    def _set_dilation(self) -> tuple[int, ...]:
+    def _dilations(self) -> tuple[int, ...]:
         return (1,) * self._dims
 
     @property
@@ -57,20 +54,30 @@ class _Pool(Layer):
     def _pairs(self) -> Pairs:
         return self.padding  # type: ignore[return-value]
 
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        return self.stride  # type: ignore[return-value]
+
+    def _without_late_windows(self, y: Tensor, x: Tensor) -> Tensor:
+        """Leave out the windows of an explicitly padded input that `ceil_mode` lets start after the input's end."""
+        if self.ceil_mode:
+            for dim, (low, _), stride in zip(range(-self._dims, 0), self._pairs, self._strides, strict=True):
+                y = y.narrow(dim, 0, min(y.shape[dim], -(-(x.shape[dim] + low) // stride)))
+        return y
+
     def expected_input(self) -> str:
         """Name the dimensions."""
         return f"a tensor of shape (batch, channels, {SPATIAL[self._dims]}), no smaller than the window"
 
     def extra_repr(self) -> str:
         """Return for instance `(2, 2), padding=1`."""
-        stride = [] if self.stride == self.kernel_size else shown("stride", self.stride, None)  # type: ignore[arg-type]
-        return ", ".join([f"{self.kernel_size}", *stride, *shown("padding", self._pairs, 0), *self._more_repr()])
+        _, *options = fields(self)
+        defaults = {item.name: item.default for item in options} | {"stride": self.kernel_size}
+        texts = [text for name, default in defaults.items() for text in shown(name, getattr(self, name), default)]
+        return ", ".join([str(self.kernel_size), *texts])
 
-    def _more_repr(self) -> list[str]:
-        return []
 
-
-class MaxPool(_Pool):
+class MaxPool(_WindowPool):
     """Take the maximum over each window.
 
     The length of `kernel_size` says in how many dimensions, one to three. What is given per dimension may be a single
@@ -81,6 +88,7 @@ class MaxPool(_Pool):
         stride: The step from one window to the next, per dimension; the window's size if None.
         padding: A number, or per dimension a number or a pair (before, after), "valid" for none or "same" for
             `dilation * (kernel_size - 1)` in all, an odd amount larger at the end. The padding is never the maximum.
+        ceil_mode: Whether a last window that reaches over the end is kept, if it does not start there.
         dilation: The distance between a window's elements, per dimension.
 
     Shape:
@@ -101,33 +109,31 @@ class MaxPool(_Pool):
     _: KW_ONLY
     dilation: PerDim = 1
 
-    def _set_dilation(self) -> tuple[int, ...]:
+    def _dilations(self) -> tuple[int, ...]:
         dilation = per_dim("dilation", self.dilation, self._dims, least=1)
         self._set(dilation=dilation)
         return dilation
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the maxima and `st`."""
-        both_sides = symmetric(self._pairs)
-        if both_sides is None:
-            x, both_sides = padded(x, self._pairs, value=-torch.inf), (0,) * self._dims
-        return _MAX[self._dims](x, self.kernel_size, self.stride, both_sides, self.dilation), st
+        pool, both_sides = _MAX[self._dims], symmetric(self._pairs)
+        if both_sides is not None:
+            return pool(x, self.kernel_size, self.stride, both_sides, self.dilation, self.ceil_mode), st
+        y = padded(x, self._pairs, value=-torch.inf)
+        y = pool(y, self.kernel_size, self.stride, 0, self.dilation, self.ceil_mode)
+        return self._without_late_windows(y, x), st
 
-    def _more_repr(self) -> list[str]:
-        return shown("dilation", self.dilation, 1)  # type: ignore[arg-type]
 
-
-class MeanPool(_Pool):
-    """Take the mean over each window, in which padding counts as zeros.
-
-    The length of `kernel_size` says in how many dimensions, one to three. What is given per dimension may be a single
-    number for all.
+class MeanPool(_WindowPool):
+    """Take the mean over each window.
 
     Args:
-        kernel_size: The window's size in each dimension, a tuple.
-        stride: The step from one window to the next, per dimension; the window's size if None.
-        padding: A number, or per dimension a number or a pair (before, after), "valid" for none or "same" for
-            `kernel_size - 1` in all, an odd amount larger at the end.
+        kernel_size: As in `MaxPool`, like the three below.
+        stride: The step.
+        padding: The padding, which is zeros.
+        ceil_mode: Whether a last window may reach over the end; what lies beyond the padding never counts.
+        count_include_pad: Whether the padding counts as elements; otherwise the mean is over the input's alone.
+        divisor_override: What the sum over each window is divided by, instead of the number of elements.
 
     Shape:
         (batch, channels, *dims) to (batch, channels, *new dims); the batch may be missing.
@@ -144,26 +150,49 @@ class MeanPool(_Pool):
     Source: Lux's `MeanPool`, `torch.nn.AvgPool2d`.
     """
 
+    _: KW_ONLY
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divisor_override == 0:
+            raise InputError(
+                "Nothing can be divided by zero.", expected="a divisor_override that is not zero, or None", got="0"
+            )
+
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the means and `st`."""
-        both_sides = symmetric(self._pairs)
-        if both_sides is None:
-            x, both_sides = padded(x, self._pairs), (0,) * self._dims
-        y = _MEAN[self._dims](_pooled_in(x, self._dims), self.kernel_size, self.stride, both_sides)
-        return y.to(x.dtype), st
+        wide, both_sides = widened(x) if self._dims == 3 else x, symmetric(self._pairs)
+        if both_sides is not None:
+            return self._mean(wide, both_sides).to(x.dtype), st
+        y = self._mean(padded(wide, self._pairs))
+        if not self.count_include_pad and self.divisor_override is None:
+            # The mean of zeros and ones is the share of each window that lies in the input.
+            y = y / self._mean(padded(torch.ones_like(wide), self._pairs))
+        return self._without_late_windows(y, x).to(x.dtype), st
+
+    def _mean(self, x: Tensor, padding: tuple[int, ...] = ()) -> Tensor:
+        kernel, stride, padding = self.kernel_size, self._strides, padding or (0,) * self._dims
+        options, divisor = (self.ceil_mode, self.count_include_pad), self.divisor_override
+        if divisor is None:
+            return _MEAN[self._dims](x, kernel, stride, padding, *options)
+        if self._dims > 1:
+            return _MEAN[self._dims](x, kernel, stride, padding, *options, divisor)
+        # torch's function of one dimension has no divisor.
+        return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *padding), *options, divisor).squeeze(-2)
 
 
-class LPPool(_Pool):
-    """Take the power mean without its factor over each window: `sum(x ** p) ** (1 / p)`, where padding is zeros.
+class LPPool(_WindowPool):
+    """Take the power mean without its factor over each window: `sum(x ** p) ** (1 / p)`.
 
-    The length of `kernel_size` says in how many dimensions, one to three. What is given per dimension may be a single
-    number for all. As in torch, `x` is not made positive, and where a window's sum is zero there is no gradient.
+    As in torch, `x` is not made positive, and where a window's sum is zero there is no gradient.
 
     Args:
-        kernel_size: The window's size in each dimension, a tuple.
-        stride: The step from one window to the next, per dimension; the window's size if None.
-        padding: A number, or per dimension a number or a pair (before, after), "valid" for none or "same" for
-            `kernel_size - 1` in all, an odd amount larger at the end.
+        kernel_size: As in `MaxPool`, like the three below.
+        stride: The step.
+        padding: The padding, which is zeros.
+        ceil_mode: Whether a last window may reach over the end; its sum is scaled up to a whole window.
         p: The power.
 
     Shape:
@@ -186,192 +215,18 @@ class LPPool(_Pool):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_power(self.p)
+        check_power(self.p)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the norms and `st`."""
-        y = padded(_pooled_in(x, self._dims), self._pairs)
-        kernel = self.kernel_size if self._dims > 1 else self.kernel_size[0]
-        stride = self.stride if self._dims > 1 else self.stride[0]  # type: ignore[index]
-        return _LP[self._dims](y, float(self.p), kernel, stride).to(x.dtype), st
-
-    def _more_repr(self) -> list[str]:
-        return [f"p={self.p}"] if self.p != 2 else []
+        y = padded(widened(x) if self._dims == 3 else x, self._pairs)
+        # torch's functions take these as tuples, but in one dimension as numbers.
+        kernel, stride = (v if self._dims > 1 else v[0] for v in (self.kernel_size, self._strides))
+        y = _LP[self._dims](y, float(self.p), kernel, stride, self.ceil_mode)
+        return self._without_late_windows(y, x).to(x.dtype), st
 
 
-class _GlobalPool(Layer):
-    """Hold what all poolings over everything have in common."""
-
-    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return what is pooled over all dimensions but batch and channels, and `st`."""
-        if x.ndim < 3:
-            raise InputError(
-                "There is nothing to pool over.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}",
-                fix="The first two dimensions, batch and channels, are kept.",
-            )
-        return self._pool(x, tuple(range(2, x.ndim))), st
-
-    @abstractmethod
-    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor: ...
-
-    def expected_input(self) -> str:
-        """Name the dimensions."""
-        return "a tensor of shape (batch, channels, ...)"
-
-
-class GlobalMaxPool(_GlobalPool):
-    """Take the maximum over all dimensions but batch and channels, which stay with size one.
-
-    Shape:
-        (batch, channels, *dims) to (batch, channels, 1, ...)
-
-    Raises:
-        InputError: If the input has no such dimension.
-
-    Example:
-        >>> import torch, luxtorch as lt
-        >>> y, st = lt.GlobalMaxPool()(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
-        >>> y
-        tensor([[[4.]]])
-
-    Source: Lux's `GlobalMaxPool`; `torch.amax`, which shares the gradient between equal maxima.
-    """
-
-    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return x.amax(dims, keepdim=True)
-
-
-class GlobalMeanPool(_GlobalPool):
-    """Take the mean over all dimensions but batch and channels, which stay with size one.
-
-    Shape:
-        (batch, channels, *dims) to (batch, channels, 1, ...)
-
-    Raises:
-        InputError: If the input has no such dimension.
-
-    Example:
-        >>> import torch, luxtorch as lt
-        >>> y, st = lt.GlobalMeanPool()(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
-        >>> y
-        tensor([[[2.5000]]])
-
-    Source: Lux's `GlobalMeanPool`.
-    """
-
-    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return x.mean(dims, keepdim=True)
-
-
-class GlobalLPPool(_GlobalPool):
-    """Take `sum(x ** p) ** (1 / p)` over all dimensions but batch and channels, which stay with size one.
-
-    Args:
-        p: The power.
-
-    Shape:
-        (batch, channels, *dims) to (batch, channels, 1, ...)
-
-    Raises:
-        InputError: If the input has no such dimension.
-
-    Example:
-        >>> import torch, luxtorch as lt
-        >>> y, st = lt.GlobalLPPool()(torch.tensor([[[3.0, 4.0]]]), {}, {})
-        >>> y
-        tensor([[[5.]]])
-
-    Source: Lux's `GlobalLPPool`.
-    """
-
-    _: KW_ONLY
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        _check_power(self.p)
-
-    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return x.pow(self.p).sum(dims, keepdim=True).pow(1 / self.p)
-
-
-class _AdaptivePool(Layer):
-    """Hold what all poolings to a given size have in common."""
-
-    output_size: tuple[int | None, ...]
-
-    def __post_init__(self) -> None:
-        self._set(output_size=sizes("output_size", self.output_size, optional=True))
-
-    def _pool(self, x: Tensor, by_dims: _ByDims) -> Tensor:
-        # torch takes None in two and three dimensions only.
-        present = x.shape[x.ndim - len(self.output_size) :]
-        return by_dims[len(present)](x, tuple(s or n for s, n in zip(self.output_size, present, strict=True)))
-
-    def expected_input(self) -> str:
-        """Name the dimensions."""
-        return f"a tensor of shape (batch, channels, {SPATIAL[len(self.output_size)]})"
-
-
-class AdaptiveMaxPool(_AdaptivePool):
-    """Take the maximum over windows of such sizes that the output has a given size.
-
-    Args:
-        output_size: The output's size in each dimension, one to three of them, a tuple; None keeps the input's.
-
-    Shape:
-        (batch, channels, *dims) to (batch, channels, *output_size); the batch may be missing.
-
-    Raises:
-        InputError: If the input has not as many dimensions.
-
-    Example:
-        >>> import torch, luxtorch as lt
-        >>> y, st = lt.AdaptiveMaxPool((2,))(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
-        >>> y
-        tensor([[[2., 4.]]])
-
-    Source: `torch.nn.AdaptiveMaxPool2d`; Lux's `AdaptiveMaxPool` chooses other windows where sizes do not divide.
-    """
-
-    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the maxima and `st`."""
-        return self._pool(x, _ADAPTIVE_MAX), st
-
-
-class AdaptiveMeanPool(_AdaptivePool):
-    """Take the mean over windows of such sizes that the output has a given size.
-
-    Args:
-        output_size: The output's size in each dimension, one to three of them, a tuple; None keeps the input's.
-
-    Shape:
-        (batch, channels, *dims) to (batch, channels, *output_size); the batch may be missing.
-
-    Raises:
-        InputError: If the input has not as many dimensions.
-
-    Example:
-        >>> import torch, luxtorch as lt
-        >>> y, st = lt.AdaptiveMeanPool((2,))(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
-        >>> y
-        tensor([[[1.5000, 3.5000]]])
-
-    Source: `torch.nn.AdaptiveAvgPool2d`; Lux's `AdaptiveMeanPool` chooses other windows where sizes do not divide.
-    """
-
-    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the means and `st`."""
-        return self._pool(x, _ADAPTIVE_MEAN), st
-
-
-def _pooled_in(x: Tensor, dims: int) -> Tensor:
-    """Return the input in a dtype that torch can average: in three dimensions on CPU, at least single precision."""
-    narrow = dims == 3 and x.dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu"
-    return x.float() if narrow else x
-
-
-def _check_power(p: Any) -> None:
+def check_power(p: Any) -> None:
+    """Raise unless the power of a pooling is positive and finite."""
     if not 0 < p < torch.inf:
         raise InputError("The power is a positive number.", expected="0 < p < inf", got=f"p={p}")

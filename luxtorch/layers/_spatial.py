@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, suggest
+
+from ._normalise import HALVES
 
 PerDim: TypeAlias = int | Sequence[int]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Literal["same", "valid"]
+
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+"""What is put beside an input, and what torch calls it."""
 
 SPATIAL = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
@@ -57,22 +62,34 @@ def pairs(value: Any, extent: tuple[int, ...]) -> Pairs:
     Raises:
         InputError: If it is none of these.
     """
-    dims = len(extent)
     if value == "valid":
-        return ((0, 0),) * dims
+        return ((0, 0),) * len(extent)
     if value == "same":
         return tuple((reach // 2, reach - reach // 2) for reach in extent)
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == dims:
-        found = tuple(tuple(v) if isinstance(v, Sequence) else (v, v) for v in value)
-    else:
-        found = ((value, value),) * dims
-    if not all(len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) for pair in found):
+    found = sides(value, len(extent))
+    if found is None or min(map(min, found)) < 0:
         raise InputError(
             "The padding does not fit the kernel.",
-            expected=f"a number, a tuple of {dims} numbers or pairs (before, after), 'same' or 'valid'",
+            expected=f"a number, a tuple of {len(extent)} numbers or pairs (before, after), 'same' or 'valid'",
             got=f"padding={value!r}",
         )
     return found
+
+
+def sides(value: Any, dims: int) -> Pairs | None:
+    """Return the numbers before and after each spatial dimension, or None if the value does not give them."""
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * dims
+    found = tuple(tuple(entry) if isinstance(entry, Sequence) else (entry, entry) for entry in values)
+    fitting = len(found) == dims and all(len(p) == 2 and all(isinstance(n, int) for n in p) for p in found)
+    return found if fitting else None
+
+
+def check_padding_mode(mode: Any, modes: Mapping[str, Any]) -> None:
+    """Raise unless a mode of padding is known."""
+    if mode not in modes:
+        raise InputError(
+            f"There is no padding mode '{mode}'.", expected=", ".join(modes), fix=suggest(str(mode), modes)
+        )
 
 
 def symmetric(padding: Pairs) -> tuple[int, ...] | None:
@@ -85,8 +102,15 @@ def padded(x: Tensor, padding: Pairs, mode: str = "constant", value: float | Non
     return F.pad(x, [number for pair in reversed(padding) for number in pair], mode, value)
 
 
-def shown(name: str, value: tuple[Any, ...], default: Any) -> list[str]:
+def widened(x: Tensor) -> Tensor:
+    """Return an input of half precision in single precision on the CPU, for kernels that know no half there."""
+    return x.float() if x.dtype in HALVES and x.device.type == "cpu" else x
+
+
+def shown(name: str, value: Any, default: Any) -> list[str]:
     """Return the text of an option for prints: empty for the default, a single number where one counts for all."""
-    inner = [entry[0] if isinstance(entry, tuple) and len(set(entry)) == 1 else entry for entry in value]
-    short = inner[0] if len(set(inner)) == 1 and isinstance(inner[0], int) else tuple(inner)
-    return [] if short == default else [f"{name}={short}"]
+    short = value
+    if isinstance(value, tuple):
+        inner = [entry[0] if isinstance(entry, tuple) and len(set(entry)) == 1 else entry for entry in value]
+        short = inner[0] if len(set(inner)) == 1 and isinstance(inner[0], int) else tuple(inner)
+    return [] if default in (value, short) else [f"{name}={short}"]

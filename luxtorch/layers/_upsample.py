@@ -1,17 +1,22 @@
-"""Layers that enlarge: `Upsample` and `PixelShuffle`."""
+"""Layers that change how fine the grid is: `Upsample`, `PixelShuffle` and `PixelUnshuffle`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import transformed
 from luxtorch.core import InputError, Layer, Parameters, States, suggest
+
+from ._spatial import widened
 
 _MODES = {
     "nearest": (1, 2, 3),
+    "nearest-exact": (1, 2, 3),
     "area": (1, 2, 3),
     "linear": (1,),
     "bilinear": (2,),
@@ -19,17 +24,20 @@ _MODES = {
     "trilinear": (3,),
 }
 _ALIGNED = ("linear", "bilinear", "bicubic", "trilinear")
+_ANTIALIASED = ("bilinear", "bicubic")
 
 
 class Upsample(Layer):
     """Enlarge, or shrink, all dimensions but batch and channels by interpolation.
 
     Args:
-        mode: "nearest" or "area", for one to three dimensions; "linear" for one; "bilinear" or "bicubic" for two;
-            "trilinear" for three.
+        mode: "nearest", "nearest-exact" or "area", for one to three dimensions; "linear" for one; "bilinear" or
+            "bicubic" for two; "trilinear" for three. Of the nearest modes, the exact one measures from the elements'
+            centres, as image libraries do, and the other from their starts.
         scale_factor: The factor, one for all dimensions or one for each. Either this or `size` is given.
         size: The output's size, one for all dimensions or one for each.
         align_corners: Whether the corner elements keep their values, in the modes that are linear or cubic.
+        antialias: Whether shrinking averages over all that an output covers, in the modes "bilinear" and "bicubic".
 
     Shape:
         (batch, channels, *dims) to (batch, channels, *new dims)
@@ -43,7 +51,7 @@ class Upsample(Layer):
         >>> y
         tensor([[[1., 1., 2., 2.]]])
 
-    Source: Lux's `Upsample`, `torch.nn.Upsample`.
+    Source: Lux's `Upsample`, `torch.nn.Upsample`, `torch.nn.functional.interpolate`.
     """
 
     mode: str = "nearest"
@@ -51,6 +59,7 @@ class Upsample(Layer):
     scale_factor: float | Sequence[float] | None = None
     size: int | Sequence[int] | None = None
     align_corners: bool = False
+    antialias: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -63,12 +72,13 @@ class Upsample(Layer):
                 expected="scale_factor or size",
                 got="neither" if self.size is None else "both",
             )
-        if self.align_corners and self.mode not in _ALIGNED:
-            raise InputError(
-                f"The mode '{self.mode}' has no corners to align.",
-                expected="align_corners=False, or one of the modes " + ", ".join(_ALIGNED),
-                got="align_corners=True",
-            )
+        for name, modes in (("align_corners", _ALIGNED), ("antialias", _ANTIALIASED)):
+            if getattr(self, name) and self.mode not in modes:
+                raise InputError(
+                    f"The mode '{self.mode}' has no {name}.",
+                    expected=f"{name}=False, or one of the modes " + ", ".join(modes),
+                    got=f"{name}=True",
+                )
         for name, value in (("scale_factor", self.scale_factor), ("size", self.size)):
             if value is None:
                 continue
@@ -87,9 +97,22 @@ class Upsample(Layer):
                 got=f"a tensor of shape {tuple(x.shape)}",
                 fix="The first two dimensions are batch and channels.",
             )
+        if self.mode == "nearest-exact" and transformed():
+            return self._picked(x), st
         corners = self.align_corners if self.mode in _ALIGNED else None
-        y = F.interpolate(x, self.size, self.scale_factor, self.mode, corners)
-        return y, st
+        wide = widened(x) if self.antialias else x
+        y = F.interpolate(wide, self.size, self.scale_factor, self.mode, corners, antialias=self.antialias)
+        return y.to(x.dtype), st
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """Interpolate the positions instead of the input: for "nearest-exact" torch's kernel has no batching rule."""
+        dtype = torch.promote_types(x.dtype, torch.float32)  # positions are rounded as for this input
+        for dim in range(2, x.ndim):
+            size = self.size[dim - 2] if isinstance(self.size, tuple) else self.size
+            factor = self.scale_factor[dim - 2] if isinstance(self.scale_factor, tuple) else self.scale_factor
+            positions = torch.arange(x.shape[dim], dtype=dtype, device=x.device)[None, None]
+            x = x.index_select(dim, F.interpolate(positions, size, factor, self.mode)[0, 0].long())
+        return x
 
     def expected_input(self) -> str:
         """Name the number of dimensions."""
@@ -123,10 +146,7 @@ class PixelShuffle(Layer):
     upscale_factor: int
 
     def __post_init__(self) -> None:
-        if self.upscale_factor < 1:
-            raise InputError(
-                "The factor is positive.", expected="a positive integer", got=f"upscale_factor={self.upscale_factor}"
-            )
+        _check_factor("upscale_factor", self.upscale_factor)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the rearranged input and `st`."""
@@ -139,9 +159,62 @@ class PixelShuffle(Layer):
             )
         channels = x.shape[1] // factor**dims
         blocks = x.reshape(x.shape[0], channels, *(factor,) * dims, *x.shape[2:])
+        # Each place within a block goes behind the dimension that it refines.
         order = [axis for dim in range(dims) for axis in (2 + dims + dim, 2 + dim)]
-        return blocks.permute(0, 1, *order).reshape(x.shape[0], channels, *(factor * n for n in x.shape[2:])), st
+        sizes = [factor * size for size in x.shape[2:]]
+        return blocks.permute(0, 1, *order).reshape(x.shape[0], channels, *sizes), st
 
     def expected_input(self) -> str:
         """Name the channels."""
         return f"a tensor of shape (batch, a multiple of {self.upscale_factor} ** n, ...), for n dimensions after them"
+
+
+class PixelUnshuffle(Layer):
+    """Turn blocks of the grid into channels, one for each place in a block: the inverse of `PixelShuffle`.
+
+    Args:
+        downscale_factor: The factor by which each dimension but batch and channels shrinks.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels * downscale_factor ** n, *dims / downscale_factor), for n dims
+
+    Raises:
+        InputError: If the factor is not positive or a dimension is not a multiple of it.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.PixelUnshuffle(2)(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), {}, {})
+        >>> y.shape, y.flatten()
+        (torch.Size([1, 4, 1, 1]), tensor([1., 2., 3., 4.]))
+
+    Source: `torch.nn.PixelUnshuffle`.
+    """
+
+    downscale_factor: int
+
+    def __post_init__(self) -> None:
+        _check_factor("downscale_factor", self.downscale_factor)
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the rearranged input and `st`."""
+        dims, factor = x.ndim - 2, self.downscale_factor
+        if dims < 1 or any(size % factor for size in x.shape[2:]):
+            raise InputError(
+                "The blocks do not fill the grid.",
+                expected=self.expected_input(),
+                got=f"a tensor of shape {tuple(x.shape)}",
+            )
+        sizes = [size // factor for size in x.shape[2:]]
+        blocks = x.reshape(*x.shape[:2], *(number for size in sizes for number in (size, factor)))
+        places, grid = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
+        channels = x.shape[1] * factor**dims
+        return blocks.permute(0, 1, *places, *grid).reshape(x.shape[0], channels, *sizes), st
+
+    def expected_input(self) -> str:
+        """Name the dimensions."""
+        return f"a tensor of shape (batch, channels, ...) with dimensions that are multiples of {self.downscale_factor}"
+
+
+def _check_factor(name: str, factor: int) -> None:
+    if factor < 1:
+        raise InputError("The factor is positive.", expected="a positive integer", got=f"{name}={factor}")

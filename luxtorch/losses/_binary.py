@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._classes import as_floats
 from ._loss import Loss, machine_epsilon
 
 
@@ -13,6 +15,8 @@ class BinaryCrossEntropyLoss(Loss):
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+        weight: What the losses are multiplied by: a number, or one for each place in the last dimension; or None.
+        pos_weight: The same for the part of the losses that `y` multiplies: above 1, it counts what was missed more.
         logits: Whether the predictions are logits, `p = sigmoid(y_hat)`; with False they are probabilities.
         label_smoothing: How far the labels are drawn towards 1/2, from 0 to 1.
         epsilon: What is added to probabilities inside the logarithms; None for the machine epsilon of their dtype.
@@ -31,6 +35,8 @@ class BinaryCrossEntropyLoss(Loss):
     Source: Lux's `BinaryCrossEntropyLoss`, `torch.nn.BCEWithLogitsLoss`.
     """
 
+    weight: float | tuple[float, ...] | None = None
+    pos_weight: float | tuple[float, ...] | None = None
     logits: bool = True
     label_smoothing: float = 0.0
     epsilon: float | None = None
@@ -38,15 +44,39 @@ class BinaryCrossEntropyLoss(Loss):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("label_smoothing", 0, 1)
+        for name in ("weight", "pos_weight"):
+            value = getattr(self, name)
+            value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+            if value is not None:
+                self._set(**{name: float(value) if isinstance(value, int | float) else as_floats(value)})
+
+    def checked(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions and labels of one shape, which the weights fit."""
+        y_hat, y = super().checked(y_hat, y)
+        for name in ("weight", "pos_weight"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and y_hat.shape[-1:] != (len(value),):
+                raise self.error(
+                    f"The {name} does not fit the predictions.",
+                    expected="a number, or one for each place in the last dimension",
+                    got=f"{len(value)} numbers for predictions of shape {tuple(y_hat.shape)}",
+                )
+        return y_hat, y
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the negative log-likelihoods."""
         if self.label_smoothing:
             y = y * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weight, pos_weight = (
+            None if value is None else torch.tensor(value, dtype=y_hat.dtype, device=y_hat.device)
+            for value in (self.weight, self.pos_weight)
+        )
         if self.logits:
-            return F.binary_cross_entropy_with_logits(y_hat, y, reduction="none")
+            return F.binary_cross_entropy_with_logits(y_hat, y, weight, reduction="none", pos_weight=pos_weight)
         epsilon = machine_epsilon(y_hat, self.epsilon)
-        return -y.xlogy(y_hat + epsilon) - (1 - y).xlogy(1 - y_hat + epsilon)
+        yes, no = y.xlogy(y_hat + epsilon), (1 - y).xlogy(1 - y_hat + epsilon)
+        losses = -(yes if pos_weight is None else pos_weight * yes) - no
+        return losses if weight is None else weight * losses
 
 
 class BinaryFocalLoss(Loss):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
-from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mode
+from torch.utils._pytree import tree_structure
+
+from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mode, tree_leaves
 from luxtorch.random import Rng, as_key
 
 from ._compare import LawError
@@ -19,11 +22,12 @@ def check_layer(
     rng: Rng = 0,
     laws: Iterable[str] = tuple(LAWS),
     skip: Iterable[str] = (),
+    modes: Iterable[Callable[[Any], Any]] = (train_mode, test_mode),
     backend: str | Callable[..., Any] = "aot_eager",
 ) -> None:
     """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
 
-    In train mode and in test mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
+    In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
     its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `second_order`,
     `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `compile`.
 
@@ -33,6 +37,7 @@ def check_layer(
         rng: A seed, a key or a generator for the layer's initial values.
         laws: The names of the laws to check.
         skip: The names of laws that the layer is documented not to keep.
+        modes: The modes to check in: `lt.train_mode`, `lt.test_mode`, or other functions of a state.
         backend: The backend for `torch.compile`.
 
     Raises:
@@ -43,6 +48,7 @@ def check_layer(
         >>> import torch, luxtorch as lt
         >>> lt.testing.check_layer(lt.Dense(3, 2), torch.ones(4, 3))
     """
+    modes = tuple(modes)
     chosen = [law for law in laws if law not in (skip := tuple(skip))]
     for law in (*chosen, *skip):
         if law not in LAWS:
@@ -52,7 +58,7 @@ def check_layer(
     key = as_key(rng)
     ps, st = setup(key, layer)
     for x in inputs:
-        for set_mode in (train_mode, test_mode):
+        for set_mode in _distinct(modes, st):
             subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend)
             where = f"{type(layer).__name__}({layer.extra_repr()}) after {set_mode.__name__}"
             for law in chosen:
@@ -63,3 +69,17 @@ def check_layer(
                     raise
                 except Exception as error:
                     raise LawError(f"{law}: {type(error).__name__}: {error}", where=where) from error
+
+
+def _distinct(modes: Iterable[Callable[[Any], Any]], st: Any) -> list[Callable[[Any], Any]]:
+    """Leave out modes that make of a state what one before them makes: a layer without a mode is checked once."""
+    made: list[tuple[Callable[[Any], Any], Any]] = []
+    for set_mode in modes:
+        state = set_mode(st)
+        if not any(_identical(state, other) for _, other in made):
+            made.append((set_mode, state))
+    return [set_mode for set_mode, _ in made]
+
+
+def _identical(a: Any, b: Any) -> bool:
+    return tree_structure(a) == tree_structure(b) and all(map(is_, tree_leaves(a), tree_leaves(b)))

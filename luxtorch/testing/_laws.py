@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luxtorch.components import ComponentVector
 from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
+from luxtorch.random import split
 
 from ._compare import LawError, close, same_structure, same_values
 from ._subject import Subject, is_real
@@ -21,8 +22,11 @@ _LOOSE, _TIGHT = 1e-5, 1e-9
 
 
 def setup_law(s: Subject) -> None:
-    """The initial trees hold tensors only, in nested dicts, and depend on the key alone."""
+    """The initial trees hold tensors only and depend on the key alone; setting up under vmap gives many models."""
     same_values("setup", setup(s.key, s.layer), setup(s.key, s.layer))
+    keys = split(s.key, 3)
+    many = torch.vmap(lambda key: setup(key, s.layer))(keys)
+    same_values("setup, vmap", many, _stacked([setup(key, s.layer) for key in keys]), tolerance=_LOOSE)
 
 
 def purity_law(s: Subject) -> None:
@@ -45,13 +49,18 @@ def state_law(s: Subject) -> None:
 
 
 def gradient_law(s: Subject) -> None:
-    """Gradients, with the new states as auxiliary output, agree with finite differences in double precision."""
+    """Gradients, with the new states as auxiliary output, agree with finite differences in double precision.
+
+    At a kink, as of a maximum, the differences ahead and behind differ; any slope between them is a gradient.
+    """
     s = s.in_double()
     if variables := s.variables():
         gradient, _ = torch.func.grad(s.of_variables, has_aux=True)(variables)
         direction, step = s.direction(variables), 1e-6
-        ahead, behind = (s.of_variables(_moved(variables, direction, h))[0] for h in (step, -step))
-        close("gradient", float(_dot(gradient, direction)), float(ahead - behind) / (2 * step), 1e-5)
+        behind, here, ahead = (float(s.of_variables(_moved(variables, direction, h))[0]) for h in (-step, 0, step))
+        low, high = sorted([(here - behind) / step, (ahead - here) / step])
+        slope = float(_dot(gradient, direction))
+        close("gradient", slope, min(max(slope, low), high), 1e-5)
 
 
 def forward_law(s: Subject) -> None:

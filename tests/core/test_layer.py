@@ -121,11 +121,13 @@ def test_setup_takes_a_seed_a_key_or_a_generator(rng):
 
 
 def test_an_ensemble_is_set_up_by_vmap(make_key):
-    model, keys = Chain(Dense(3, 2), lt.BatchNorm(2), Dropout(0.5)), lt.random.split(make_key(), 5)
+    model, keys = Chain(Dense(3, 2), lt.BatchNorm(2), Dropout(0.5)), lt.random.split(make_key(), 16)
     got = torch.vmap(lambda key: lt.setup(key, model))(keys)
     for i, key in enumerate(keys):
         for a, b in zip(tree_leaves(got), tree_leaves(lt.setup(key, model)), strict=True):
             assert torch.equal(a[i], b)
+    for drawn in (got[0]["layer_1"]["weight"], got[1]["layer_3"]["rng"]):
+        assert len({tuple(model.flatten().tolist()) for model in drawn}) == 16
 
 
 def test_an_ensemble_is_set_up_in_a_compiled_function(make_key):

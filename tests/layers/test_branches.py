@@ -62,34 +62,33 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_law_holds(make_key, name):
-    layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, *(drawn(make_key(), shape) for shape in shapes), rng=make_key())
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_laws_of_a_lower_precision(make_key, dtype):
+def test_the_laws_of_a_lower_precision(make_key, draw, dtype):
     layer = AlternatePrecision(dtype, Chain(Dense(3, 3, torch.tanh), Dropout(0.5)))
     laws = ["setup", "purity", "state", "component_vector", "value", "names"]
-    lt.testing.check_layer(layer, drawn(make_key(), (4, 3)), rng=make_key(), laws=laws)
+    lt.testing.check_layer(layer, draw((4, 3)), rng=make_key(), laws=laws)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", FORMS)
-def test_every_precision_is_kept(make_key, name, dtype):
+def test_every_precision_is_kept(make_key, draw, name, dtype):
     layer, shapes = FORMS[name]
     cast = lt.f64 if dtype == torch.float64 else lt.bf16
     ps, st = cast(lt.setup(make_key(), layer))
-    y, new = layer(cast(drawn(make_key(), shapes[0])), ps, st)
+    y, new = layer(cast(draw(shapes[0])), ps, st)
     assert {leaf.dtype for leaf in lt.core.tree_leaves(y)} == {dtype}
     assert [leaf.dtype for leaf in lt.core.tree_leaves(new)] == [leaf.dtype for leaf in lt.core.tree_leaves(st)]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_batch_may_be_empty_in_test_mode(make_key, name):
+def test_the_batch_may_be_empty_in_test_mode(make_key, draw, name):
     layer, shapes = FORMS[name]
     ps, st = lt.setup(make_key(), layer)
-    x = lt.core.tree_map(lambda leaf: leaf[:0], drawn(make_key(), shapes[0]))
+    x = lt.core.tree_map(lambda leaf: leaf[:0], draw(shapes[0]))
     y, _ = layer(x, ps, lt.test_mode(st))
     assert all(len(leaf) == 0 for leaf in lt.core.tree_leaves(y))
 
@@ -176,8 +175,8 @@ def test_a_function_gets_the_outputs_one_by_one_and_a_layer_gets_a_tuple():
         assert_arguments(build(WrappedFunction(all_arguments)), x, 1)
 
 
-def test_a_connection_gets_the_output_first_and_the_input_second(make_key):
-    x = drawn(make_key(), (4, 2))
+def test_a_connection_gets_the_output_first_and_the_input_second(draw):
+    x = draw((4, 2))
     for model in (SkipConnection(torch.exp, torch.sub), PairwiseFusion(torch.sub, torch.exp)):
         assert torch.equal(model(x, *lt.setup(0, model))[0], x.exp() - x)
     for model in (
@@ -191,21 +190,21 @@ def test_a_connection_gets_the_output_first_and_the_input_second(make_key):
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_pairwise_fusion_connects_each_output_with_the_next_input(make_key, by_layer):
+def test_pairwise_fusion_connects_each_output_with_the_next_input(make_key, draw, by_layer):
     connection = WrappedFunction(difference) if by_layer else torch.sub
     model = PairwiseFusion(connection, torch.exp, torch.tanh)
     ps, st = lt.setup(make_key(), model)
-    x, y, z = (drawn(make_key(), (4, 2)) for _ in range(3))
+    x, y, z = (draw((4, 2)) for _ in range(3))
     assert torch.equal(model((x, y, z), ps, st)[0], (x.exp() - y).tanh() - z)
     assert torch.equal(model(x, ps, st)[0], (x.exp() - x).tanh() - x)
     with pytest.raises(InputError, match="tuple of 3[\\s\\S]*tuple of 2"):
         model((x, y), ps, st)
 
 
-def test_a_connecting_layer_keeps_its_parameters_and_passes_its_states_on(make_key):
+def test_a_connecting_layer_keeps_its_parameters_and_passes_its_states_on(make_key, draw):
     model = PairwiseFusion(JOIN, Dense(3, 2), Dense(3, 2))
     ps, st = lt.setup(make_key(), model)
-    x, y, z = drawn(make_key(), ((4, 3), (4, 2), (4, 2)))
+    x, y, z = draw(((4, 3), (4, 2), (4, 2)))
     one, st_one = JOIN((Dense(3, 2)(x, ps["layers"]["layer_1"], {})[0], y), ps["connection"], st["connection"])
     two, st_two = JOIN((Dense(3, 2)(one, ps["layers"]["layer_2"], {})[0], z), ps["connection"], st_one)
     got, new = model((x, y, z), ps, st)
@@ -227,9 +226,53 @@ def test_an_error_names_the_layer_or_the_connection():
     assert error.value.where.startswith("model.layers.a ")
 
 
-def test_maxout_is_the_elementwise_maximum(make_key):
+def tree(model):
+    """Return what is printed, without the notes."""
+    return [line.partition("#")[0].rstrip() for line in str(model).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("model", "head", "child"),
+    [
+        (Parallel(torch.add, Dense(2, 2)), "Parallel(add,", "layer_1 = "),
+        (Parallel(None, Dense(2, 2)), "Parallel(", "layer_1 = "),
+        (BranchLayer(Dense(2, 2), fusion=torch.mul), "BranchLayer(fusion=mul,", "layer_1 = "),
+        (BranchLayer(Dense(2, 2)), "BranchLayer(", "layer_1 = "),
+        (PairwiseFusion(torch.sub, Dense(2, 2)), "PairwiseFusion(sub,", "layer_1 = "),
+        (SkipConnection(Dense(2, 2), torch.add), "SkipConnection(add,", ""),
+    ],
+)
+def test_a_connecting_function_is_printed_as_an_argument(model, head, child):
+    assert tree(model) == [head, f"    {child}Dense(2 -> 2),", ")"]
+
+
+@pytest.mark.parametrize(
+    ("model", "holder", "connection"),
+    [
+        (Parallel(NoOpLayer(), a=Dense(2, 2)), "Parallel", "connection"),
+        (BranchLayer(a=Dense(2, 2), fusion=NoOpLayer()), "BranchLayer", "fusion"),
+        (PairwiseFusion(NoOpLayer(), a=Dense(2, 2)), "Layers", "connection"),
+    ],
+)
+def test_a_connecting_layer_is_printed_beside_the_layers(model, holder, connection):
+    assert tree(model) == [
+        f"{type(model).__name__}(",
+        f"    layers = {holder}(",
+        "        a = Dense(2 -> 2),",
+        "    ),",
+        f"    {connection} = NoOpLayer(),",
+        ")",
+    ]
+
+
+def test_a_layer_that_connects_a_skip_is_printed_beside_the_layer_it_skips():
+    model = SkipConnection(Dense(2, 2), NoOpLayer())
+    assert tree(model) == ["SkipConnection(", "    layers = Dense(2 -> 2),", "    connection = NoOpLayer(),", ")"]
+
+
+def test_maxout_is_the_elementwise_maximum(draw):
     model = Maxout(torch.sin, torch.cos, torch.tanh)
-    x = drawn(make_key(), (4, 3))
+    x = draw((4, 3))
     expected = torch.stack([x.sin(), x.cos(), x.tanh()]).amax(0)
     assert torch.equal(model(x, *lt.setup(0, model))[0], expected)
 
@@ -247,36 +290,36 @@ def test_maxout_makes_one_layer_and_initialises_each_copy_for_itself(make_key):
     assert len({float(ps[name]["weight"][0, 0]) for name in ps}) == 3
 
 
-def test_a_repeated_layer_feeds_its_output_back(make_key):
+def test_a_repeated_layer_feeds_its_output_back(make_key, draw):
     model = RepeatedLayer(Dense(3, 3, torch.tanh), 4)
     ps, st = lt.setup(make_key(), model)
-    x = y = drawn(make_key(), (5, 3))
+    x = y = draw((5, 3))
     for _ in range(4):
         y, _ = Dense(3, 3, torch.tanh)(y, ps, {})
     assert torch.equal(model(x, ps, st)[0], y)
     assert RepeatedLayer(Dense(3, 3)).repeats == 10
 
 
-def test_a_repeated_layer_gets_the_input_again_if_asked(make_key):
+def test_a_repeated_layer_gets_the_input_again_if_asked(draw):
     model = RepeatedLayer(difference_of_halves, 3, input_injection=True)
-    x = drawn(make_key(), (5, 3))
+    x = draw((5, 3))
     y = x
     for _ in range(3):
         y = y / 2 - x
     assert torch.equal(model(x, *lt.setup(0, model))[0], y)
 
 
-def test_a_repeated_layer_passes_its_states_on(make_key):
+def test_a_repeated_layer_passes_its_states_on(make_key, draw):
     model = RepeatedLayer(BatchNorm(3, momentum=None), 4)
     ps, st = lt.setup(make_key(), model)
-    _, new = model(drawn(make_key(), (5, 3)), ps, st)
+    _, new = model(draw((5, 3)), ps, st)
     assert int(new["num_batches_tracked"]) == 4 and int(st["num_batches_tracked"]) == 0
 
 
-def test_another_precision_rounds_as_a_cast_model_does(make_key):
+def test_another_precision_rounds_as_a_cast_model_does(make_key, draw):
     model = AlternatePrecision(torch.bfloat16, Dense(3, 2))
     ps, st = lt.setup(make_key(), model)
-    x = drawn(make_key(), (4, 3))
+    x = draw((4, 3))
     y, _ = model(x, ps, st)
     assert torch.equal(y, Dense(3, 2)(x.bfloat16(), lt.bf16(ps), {})[0].float())
     assert not torch.equal(y, Dense(3, 2)(x, ps, {})[0])
@@ -286,9 +329,9 @@ def test_another_precision_rounds_as_a_cast_model_does(make_key):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_precision_returns_states_in_their_own(make_key, dtype):
+def test_another_precision_returns_states_in_their_own(make_key, draw, dtype):
     ps, st = lt.setup(make_key(), BatchNorm(3))
-    x = drawn(make_key(), (4, 3))
+    x = draw((4, 3))
     _, new = AlternatePrecision(dtype, BatchNorm(3))(x, ps, st)
     assert new["running_mean"].dtype == torch.float32
     expected = BatchNorm(3)(x, ps, st)[1]["running_mean"]
@@ -324,12 +367,6 @@ def test_another_precision_leaves_integers_alone():
 def test_wrong_arguments_are_refused(build, pattern):
     with pytest.raises(InputError, match=pattern):
         build()
-
-
-def drawn(key, shape):
-    if isinstance(shape[0], tuple):
-        return tuple(drawn(lt.random.fold_in(key, i), part) for i, part in enumerate(shape))
-    return lt.random.normal(key, shape)
 
 
 def identity(x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 from pathlib import Path
 
@@ -55,31 +56,27 @@ FORMS = {
 }
 
 
-def drawn(key, shape):
-    if isinstance(shape[0], tuple):
-        return tuple(drawn(lt.random.fold_in(key, i), part) for i, part in enumerate(shape))
-    return lt.random.normal(key, shape)
-
-
 @pytest.mark.parametrize("name", FORMS)
-def test_every_law_holds(make_key, name):
-    layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, *(drawn(make_key(), shape) for shape in shapes), rng=make_key())
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Chain", "BatchNorm, cumulative", "Dropout"])
-def test_inductor_keeps_the_laws(make_key, name):
+def test_inductor_keeps_the_laws(make_key, draw, name):
     layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, drawn(make_key(), shapes[0]), rng=make_key(), laws=["compile"], backend="inductor")
+    lt.testing.check_layer(layer, draw(shapes[0]), rng=make_key(), laws=["compile"], backend="inductor")
 
 
 def test_every_public_layer_has_a_form_in_one_of_these_files():
     public = {
         name
         for name, value in vars(lt).items()
-        if isinstance(value, type) and issubclass(value, lt.Layer) and value.__module__.startswith("luxtorch.layers")
+        if isinstance(value, type)
+        and issubclass(value, lt.Layer)
+        and value.__module__.startswith("luxtorch.layers")
+        and not inspect.isabstract(value)
     }
     files = [file for file in Path(__file__).parent.glob("test_*.py") if "\nFORMS = {" in file.read_text()]
-    forms = [layer for file in files for layer, _ in runpy.run_path(str(file))["FORMS"].values()]
-    assert public == {type(layer).__name__ for layer in forms}
+    forms = [layer for file in files for layer, *_ in runpy.run_path(str(file))["FORMS"].values()]
+    assert public <= {type(layer).__name__ for layer in forms}

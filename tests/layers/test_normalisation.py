@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import luxtorch as lt
-from luxtorch import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from luxtorch import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 FORMS = {
     "GroupNorm": (GroupNorm(4, 2, torch.tanh), [(2, 4), (1, 4, 2, 2)]),
@@ -25,9 +25,8 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_law_holds(make_key, name):
-    layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, *(lt.random.normal(make_key(), shape) for shape in shapes), rng=make_key())
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
 
 
 def parameters_of(key, reference):
@@ -199,6 +198,7 @@ def test_a_list_of_sizes_is_the_tuple_of_them(kind):
         (RMSNorm(3, affine=False), (2, 4), "\\(..., 3\\)"),
         (InstanceNorm(4), (2, 3, 4), "\\(batch, 4, length, ...\\)"),
         (InstanceNorm(4), (2, 4), "\\(batch, 4, length, ...\\)"),
+        (BatchNorm(4), (1, 4), "variance[\\s\\S]*test_mode"),
         (InstanceNorm(4), (2, 4, 1), "variance[\\s\\S]*test_mode"),
         (InstanceNorm(4, track_running_stats=True), (2, 4, 1, 1), "variance[\\s\\S]*test_mode"),
     ],
@@ -207,6 +207,37 @@ def test_a_wrong_input_is_explained(make_key, layer, shape, expected):
     ps, st = lt.setup(make_key(), layer)
     with pytest.raises(lt.InputError, match=expected):
         layer(torch.ones(shape), ps, st)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (0, 4, 3)])
+def test_batch_norm_without_statistics_needs_values_in_test_mode_too(shape):
+    layer = BatchNorm(4, track_running_stats=False)
+    ps, st = lt.setup(0, layer)
+    with pytest.raises(lt.InputError, match="variance"):
+        layer(torch.ones(shape), ps, lt.test_mode(st))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        torch.nn.BatchNorm1d(4, track_running_stats=False).eval()(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5), (2, 4, 2, 3)])
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_the_gradients_of_batch_norm_are_those_of_torch(make_key, shape, dtype, mode):
+    reference = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}[len(shape)](4).to(dtype)
+    reference.train(mode == "train")
+    layer = BatchNorm(4)
+    ps, st = parameters_of(make_key(), reference), lt.setup(0, layer)[1]
+    st = lt.f64(st) if dtype == torch.float64 else st
+    x = inputs(make_key(), shape, dtype, contiguous=False)
+    st = st if mode == "train" else lt.test_mode(st)
+    y, pullback, _ = torch.func.vjp(lambda x, ps: layer(x, ps, st), x, ps, has_aux=True)
+    cotangent = torch.cos(torch.arange(y.numel(), dtype=dtype)).reshape(y.shape)
+    given = x.clone().requires_grad_()
+    reference(given).backward(cotangent)
+    to_x, to_ps = pullback(cotangent)
+    torch.testing.assert_close(to_x, given.grad, rtol=1e-4, atol=1e-5)
+    expected = {"scale": reference.weight.grad, "bias": reference.bias.grad}
+    torch.testing.assert_close(to_ps, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_instance_norm_takes_single_values_where_it_has_statistics():

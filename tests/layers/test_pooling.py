@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import luxtorch as lt
 from luxtorch import (
+    AdaptiveLPPool,
     AdaptiveMaxPool,
     AdaptiveMeanPool,
     GlobalLPPool,
@@ -22,9 +23,16 @@ FORMS = {
     "MaxPool": (MaxPool((2, 2)), [(2, 1, 4, 5)]),
     "MaxPool in one dimension, padded": (MaxPool((3,), stride=2, padding=((0, 1),), dilation=2), [(2, 1, 7), (2, 7)]),
     "MaxPool in three dimensions": (MaxPool((2, 2, 2), stride=1, padding=1), [(1, 1, 2, 3, 2)]),
+    "MaxPool, ceil": (MaxPool((2, 2), ceil_mode=True), [(1, 1, 3, 4)]),
+    "MaxPool, ceil, padded": (MaxPool((3,), stride=2, padding=((1, 0),), ceil_mode=True), [(2, 1, 5)]),
     "MeanPool": (MeanPool((2, 2)), [(2, 1, 4, 5)]),
     "MeanPool in one dimension, same": (MeanPool((2,), stride=1, padding="same"), [(2, 1, 5), (2, 5)]),
     "MeanPool in three dimensions": (MeanPool((2, 2, 2), stride=1, padding=1), [(1, 1, 2, 3, 2)]),
+    "MeanPool, ceil": (MeanPool((2, 2), ceil_mode=True), [(1, 1, 3, 4)]),
+    "MeanPool without padding": (MeanPool((3,), padding=1, count_include_pad=False), [(2, 1, 5)]),
+    "MeanPool without sides": (MeanPool((2, 2), stride=1, padding="same", count_include_pad=False), [(1, 1, 2, 3)]),
+    "MeanPool with a divisor": (MeanPool((2,), padding=((1, 0),), divisor_override=3), [(2, 1, 5)]),
+    "LPPool, ceil": (LPPool((2, 2), ceil_mode=True), [(1, 1, 3, 4)]),
     "LPPool": (LPPool((2, 2)), [(2, 1, 4, 4)]),
     "LPPool in one dimension, padded": (LPPool((3,), stride=2, padding=1, p=4), [(2, 1, 5), (2, 5)]),
     "LPPool in three dimensions": (LPPool((2, 2, 2)), [(1, 1, 2, 4, 2)]),
@@ -37,14 +45,16 @@ FORMS = {
     "AdaptiveMeanPool": (AdaptiveMeanPool((2,)), [(2, 2, 5), (2, 5)]),
     "AdaptiveMeanPool in two dimensions": (AdaptiveMeanPool((2, None)), [(2, 2, 3, 2)]),
     "AdaptiveMeanPool in three dimensions": (AdaptiveMeanPool((2, 1, 1)), [(1, 2, 3, 2, 2)]),
+    "AdaptiveLPPool": (AdaptiveLPPool((2,)), [(2, 2, 5), (2, 5)]),
+    "AdaptiveLPPool in two dimensions": (AdaptiveLPPool((2, None), p=4), [(2, 2, 3, 2)]),
+    "AdaptiveLPPool in three dimensions": (AdaptiveLPPool((2, 1, 1)), [(1, 2, 3, 2, 2)]),
 }
 SIZES = {1: (9,), 2: (6, 7), 3: (5, 4, 6)}
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_law_holds(make_key, name):
-    layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, *(lt.random.normal(make_key(), shape) for shape in shapes), rng=make_key())
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
 
 
 def as_in_torch(make_key, layer, reference, shape, dtype):
@@ -65,8 +75,14 @@ def as_in_torch(make_key, layer, reference, shape, dtype):
     ("ours", "theirs", "options"),
     [
         *((MaxPool, "MaxPool", o) for o in ({}, {"stride": 1}, {"padding": 1}, {"dilation": 2, "stride": 1})),
+        *((MaxPool, "MaxPool", {**o, "ceil_mode": True}) for o in ({}, {"stride": 3, "padding": 1}, {"dilation": 2})),
         *((MeanPool, "AvgPool", o) for o in ({}, {"stride": 1}, {"padding": 1}, {"stride": 2, "padding": 1})),
-        *((LPPool, "LPPool", o) for o in ({}, {"stride": 1}, {"p": 4.0})),
+        *(
+            (MeanPool, "AvgPool", {"ceil_mode": ceil, "count_include_pad": count, "stride": 3, "padding": 1})
+            for ceil in (True, False)
+            for count in (True, False)
+        ),
+        *((LPPool, "LPPool", o) for o in ({}, {"stride": 1}, {"p": 4.0}, {"ceil_mode": True})),
     ],
     ids=str,
 )
@@ -82,6 +98,15 @@ def test_pools_are_those_of_torch(make_key, dtype, dims, ours, theirs, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_the_divisor_is_that_of_torch(make_key, dtype, dims, ceil_mode):
+    options = {"ceil_mode": ceil_mode, "divisor_override": 5, "padding": 1, "stride": 2}
+    reference = getattr(torch.nn, f"AvgPool{dims}d")((3, 2, 2)[:dims], **options)
+    as_in_torch(make_key, MeanPool((3, 2, 2)[:dims], **options), reference, (2, 2, *SIZES[dims]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(AdaptiveMaxPool, "AdaptiveMaxPool"), (AdaptiveMeanPool, "AdaptiveAvgPool")]
@@ -91,6 +116,44 @@ def test_adaptive_pools_are_those_of_torch(make_key, dtype, dims, ours, theirs, 
     reference = getattr(torch.nn, f"{theirs}{dims}d")(size[:dims])
     for batch in ((2,), (1,), ()):
         as_in_torch(make_key, ours(size[:dims]), reference, (*batch, 2, *SIZES[dims]), dtype)
+
+
+@pytest.mark.parametrize("size", [5, 6, 7])
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("low", [0, 1])
+@pytest.mark.parametrize("high", [0, 1])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_windows_are_those_of_a_loop(make_key, size, kernel, stride, low, high, ceil_mode):
+    x = lt.random.normal(make_key(), (size,), dtype=torch.float64) - 3
+    count = (size + low + high - kernel + (stride - 1) * ceil_mode) // stride + 1
+    starts = [i * stride - low for i in range(count) if not ceil_mode or i * stride < size + low]
+    windows = [x[max(start, 0) : start + kernel] for start in starts]
+    lengths = [min(start + kernel, size + high) - start for start in starts]
+    pairs = list(zip(windows, lengths, strict=True))
+    shape = {"stride": stride, "padding": ((low, high),), "ceil_mode": ceil_mode}
+    for layer, expected in (
+        (MaxPool((kernel,), **shape), [window.amax() for window in windows]),
+        (MeanPool((kernel,), **shape), [window.sum() / length for window, length in pairs]),
+        (MeanPool((kernel,), count_include_pad=False, **shape), [window.mean() for window in windows]),
+        (MeanPool((kernel,), divisor_override=-5, **shape), [window.sum() / -5 for window in windows]),
+        (LPPool((kernel,), **shape), [(window.square().sum() * kernel / length).sqrt() for window, length in pairs]),
+    ):
+        torch.testing.assert_close(layer(x[None, None], {}, {})[0], torch.stack(expected)[None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("p", [1, 2.0, 3.0])
+def test_adaptive_lp_windows_are_those_of_a_loop(make_key, dtype, size, p):
+    def loop(x):
+        parts = [x[..., i * 6 // size : -((i + 1) * 6 // -size)] for i in range(size)]
+        powers = torch.stack([part.pow(p).sum(-1) for part in parts], -1)
+        parts = [powers[:, :, j * 5 // 2 : -((j + 1) * 5 // -2)] for j in range(2)]
+        return torch.stack([part.sum(2) for part in parts], 2).pow(1 / p)
+
+    layer = AdaptiveLPPool((2, size), p=p)
+    as_in_torch(make_key, lambda x, *_: layer(x.exp(), {}, {}), lambda x: loop(x.exp()), (2, 3, 5, 6), dtype)
 
 
 def test_none_keeps_the_size_in_one_dimension_too(make_key):
@@ -136,8 +199,12 @@ def test_same_divides_the_size_and_rounds_up(layer, stride, kernel, size):
 
 
 ONE_OF_EACH = [
+    MaxPool((3, 2), padding=((0, 1), 1), ceil_mode=True),
+    MeanPool((3,), padding=((1, 0),), count_include_pad=False, ceil_mode=True),
+    MeanPool((2, 2, 2), padding=1, divisor_override=3),
+    LPPool((3, 2), padding="same", ceil_mode=True),
     *(kind((2,) * dims) for kind in (MaxPool, MeanPool, LPPool) for dims in (1, 2, 3)),
-    *(kind((2,) * dims) for kind in (AdaptiveMaxPool, AdaptiveMeanPool) for dims in (1, 2, 3)),
+    *(kind((2,) * dims) for kind in (AdaptiveMaxPool, AdaptiveMeanPool, AdaptiveLPPool) for dims in (1, 2, 3)),
     GlobalMaxPool(),
     GlobalMeanPool(),
     GlobalLPPool(),
@@ -171,6 +238,13 @@ def test_strided_memory_makes_no_difference(make_key, layer):
     torch.testing.assert_close(layer(x, {}, {})[0], layer(x.contiguous(), {}, {})[0])
 
 
+@pytest.mark.parametrize("layer", [layer for layer in ONE_OF_EACH if len(shape_for(layer)) > 3], ids=str)
+def test_channels_may_be_last_in_memory(make_key, layer):
+    x = lt.random.normal(make_key(), shape_for(layer))
+    last = x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    torch.testing.assert_close(layer(last, {}, {})[0], layer(x, {}, {})[0])
+
+
 def test_equal_arguments_make_equal_layers():
     assert MaxPool([2, 2], stride=[2, 2], padding=1) == MaxPool((2, 2), padding=((1, 1), (1, 1)))
     assert hash(AdaptiveMaxPool([2, None])) == hash(AdaptiveMaxPool((2, None)))
@@ -183,6 +257,11 @@ def test_prints_show_what_is_not_the_default():
         "(3, 2), stride=1, padding=(2, 1), dilation=2"
     )
     assert LPPool((2,), p=3).extra_repr() == "(2,), p=3"
+    assert MaxPool((2,), stride=1, ceil_mode=True).extra_repr() == "(2,), stride=1, ceil_mode=True"
+    assert MeanPool((2,), count_include_pad=False, divisor_override=3).extra_repr() == (
+        "(2,), count_include_pad=False, divisor_override=3"
+    )
+    assert AdaptiveLPPool((2, None), p=3).extra_repr() == "(2, None), p=3"
     assert GlobalLPPool(p=3.0).extra_repr() == "p=3.0"
     assert AdaptiveMeanPool((2, None)).extra_repr() == "(2, None)"
 
@@ -197,6 +276,8 @@ def test_prints_show_what_is_not_the_default():
         (lambda: MaxPool((2, 2), stride=0), "stride"),
         (lambda: MaxPool((2, 2), dilation=(1, 1, 1)), "dilation[\\s\\S]*tuple of 2"),
         (lambda: LPPool((2,), p=0), "0 < p"),
+        (lambda: MeanPool((2,), divisor_override=0), "divided by zero"),
+        (lambda: AdaptiveLPPool((2,), p=-1), "0 < p"),
         (lambda: GlobalLPPool(p=float("inf")), "0 < p"),
         (lambda: AdaptiveMaxPool(2), "output_size=\\(2, 2\\)"),
         (lambda: AdaptiveMeanPool((None, -1)), "positive"),
@@ -217,6 +298,7 @@ def test_wrong_arguments_are_explained(make, message):
         (GlobalMaxPool(), (2, 3), "nothing to pool over[\\s\\S]*batch and channels"),
         (GlobalMeanPool(), (3,), "nothing to pool over"),
         (AdaptiveMeanPool((2, 2)), (4,), "height, width"),
+        (AdaptiveLPPool((2,)), (1, 2, 3, 4), "length"),
     ],
     ids=str,
 )

@@ -24,34 +24,27 @@ FORMS = {
 }
 
 
-def drawn(key, shape, dtype=torch.float32):
-    if isinstance(shape[0], tuple):
-        return tuple(drawn(lt.random.fold_in(key, i), part, dtype) for i, part in enumerate(shape))
-    return lt.random.normal(key, shape, dtype=dtype)
-
-
 @pytest.mark.parametrize("name", FORMS)
-def test_every_law_holds(make_key, name):
-    layer, shapes = FORMS[name]
-    lt.testing.check_layer(layer, *(drawn(make_key(), shape) for shape in shapes), rng=make_key())
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", FORMS)
-def test_every_precision_is_kept(make_key, name, dtype):
+def test_every_precision_is_kept(make_key, draw, name, dtype):
     layer, shapes = FORMS[name]
     ps, st = lt.setup(make_key(), layer)
     cast = {torch.float16: lt.f16, torch.bfloat16: lt.bf16, torch.float64: lt.f64}[dtype]
-    y, _ = layer(drawn(make_key(), shapes[0], dtype), cast(ps), st)
+    y, _ = layer(draw(shapes[0], dtype), cast(ps), st)
     assert y.dtype == dtype and y.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 @pytest.mark.parametrize("name", [name for name, (_, shapes) in FORMS.items() if len(shapes[0]) > 1])
-def test_the_batch_may_be_empty_or_strided(make_key, name, size):
+def test_the_batch_may_be_empty_or_strided(make_key, draw, name, size):
     layer, shapes = FORMS[name]
     ps, st = lt.setup(make_key(), layer)
-    x = drawn(make_key(), shapes[0])
+    x = draw(shapes[0])
     whole = layer(x, ps, st)[0]
     # Every other sample of a batch twice as long: the memory has gaps.
     part = lt.core.tree_map(lambda leaf: leaf.repeat_interleave(2, 0)[::2][:size], x)
@@ -61,19 +54,19 @@ def test_the_batch_may_be_empty_or_strided(make_key, name, size):
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (0,)])
-def test_bilinear_is_that_of_torch(make_key, shape, bias, transform):
+def test_bilinear_is_that_of_torch(draw, shape, bias, transform):
     reference = torch.nn.Bilinear(3, 4, 2, bias=bias)
     ps = {name: value.detach() for name, value in reference.named_parameters()}
-    x = drawn(make_key(), ((*shape, 3), (*shape, 4)))
+    x = draw(((*shape, 3), (*shape, 4)))
     layer = Bilinear(3, 4, 2, torch.relu, bias=bias)
     y = torch.func.vjp(lambda x: layer(x, ps, {})[0], x)[0] if transform else layer(x, ps, {})[0]
     torch.testing.assert_close(y, reference(*x).relu())
     assert {name: leaf.shape for name, leaf in lt.setup(0, layer)[0].items()} == {n: p.shape for n, p in ps.items()}
 
 
-def test_bilinear_takes_one_tensor_for_both(make_key):
+def test_bilinear_takes_one_tensor_for_both(make_key, draw):
     ps, st = lt.setup(make_key(), Bilinear(3, 3, 2))
-    x = drawn(make_key(), (5, 3))
+    x = draw((5, 3))
     assert torch.equal(Bilinear(3, 3, 2)(x, ps, st)[0], Bilinear(3, 3, 2)((x, x), ps, st)[0])
 
 
@@ -87,9 +80,9 @@ def test_bilinear_takes_one_tensor_for_both(make_key):
         ((5, 3), "\\(5, 3\\) and \\(5, 3\\)"),
     ],
 )
-def test_bilinear_names_what_it_takes(make_key, shape, pattern):
+def test_bilinear_names_what_it_takes(make_key, draw, shape, pattern):
     ps, st = lt.setup(make_key(), Bilinear(3, 4, 2))
-    x = drawn(make_key(), shape)
+    x = draw(shape)
     for call in (Bilinear(3, 4, 2), lambda x, ps, st: torch.func.vjp(lambda x: Bilinear(3, 4, 2)(x, ps, st)[0], x)):
         with pytest.raises(InputError, match=f"\\(..., 3\\) and \\(..., 4\\)[\\s\\S]*{pattern}"):
             call(x, ps, st)
@@ -104,18 +97,18 @@ def test_prelu_has_a_parameter_for_each_channel(make_key, shape):
 
 
 @pytest.mark.parametrize(("dim", "shape"), [(-1, (3, 4)), (1, (3, 4, 2)), (0, (2, 3))])
-def test_glu_is_that_of_torch(make_key, dim, shape):
-    x = drawn(make_key(), shape)
+def test_glu_is_that_of_torch(draw, dim, shape):
+    x = draw(shape)
     assert torch.equal(GLU(dim)(x, {}, {})[0], torch.nn.GLU(dim)(x))
 
 
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize(("size", "shape"), [(1, (4, 3)), (1, ()), (3, (4, 3)), (3, (2, 3, 2)), (3, (0, 3))])
-def test_prelu_is_that_of_torch_at_zero_too(make_key, size, shape, transform):
+def test_prelu_is_that_of_torch_at_zero_too(make_key, draw, size, shape, transform):
     reference, layer = torch.nn.PReLU(size, 0.1), PReLU(size, 0.1)
     ps, _ = lt.setup(make_key(), layer)
     assert torch.equal(ps["weight"], reference.weight)
-    x = drawn(make_key(), shape) if shape else torch.tensor(-1.0)
+    x = draw(shape) if shape else torch.tensor(-1.0)
     x = torch.where(x.abs() < 0.3, 0.0, x).requires_grad_()
     expected = torch.autograd.grad(reference(x).sum(), (reference.weight, x))
     if transform:
@@ -154,8 +147,8 @@ def test_selecting_several_keeps_the_dimension(dim, index):
 
 
 @pytest.mark.parametrize(("dim", "shape", "flipped"), [(None, (2, 3, 4), 1), (None, (3,), 0), (-1, (2, 3, 4), 2)])
-def test_reversing_is_along_time(make_key, dim, shape, flipped):
-    x = drawn(make_key(), shape)
+def test_reversing_is_along_time(draw, dim, shape, flipped):
+    x = draw(shape)
     assert torch.equal(ReverseSequence(dim)(x, {}, {})[0], x.flip(flipped))
 
 

@@ -77,6 +77,34 @@ def test_rates_and_probabilities(make_key, agg):
 
 
 @pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (0, 3)])
+@pytest.mark.parametrize("weight", [None, 0.5, (0.5, 2.0, 0.0)])
+@pytest.mark.parametrize("pos_weight", [None, 3, (3.0, 0.1, 1.0)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_weights_of_binary_cross_entropy(make_key, agg, dtype, shape, weight, pos_weight, label_smoothing):
+    y, y_hat = drawn(make_key(), *shape).sigmoid().to(dtype), drawn(make_key(), *shape).to(dtype)
+    w, pos = (None if value is None else torch.tensor(value, dtype=dtype) for value in (weight, pos_weight))
+    options = {"agg": agg, "weight": weight, "label_smoothing": label_smoothing}
+    loss = L.BinaryCrossEntropyLoss(pos_weight=pos_weight, **options)
+    smooth = (1 - label_smoothing) * y + label_smoothing / 2
+
+    def reference(y_hat):
+        return F.binary_cross_entropy_with_logits(y_hat, smooth, w, reduction=agg, pos_weight=pos)
+
+    same(lambda y_hat: loss(y_hat, y), reference, y_hat)
+    of_probabilities = L.BinaryCrossEntropyLoss(logits=False, epsilon=0.0, pos_weight=pos_weight, **options)
+    same(lambda y_hat: of_probabilities(y_hat.sigmoid(), y), reference, y_hat)
+    if pos_weight is None:
+        p = y_hat.sigmoid()
+        same(
+            lambda p: of_probabilities(p, y),
+            lambda p: F.binary_cross_entropy(p, smooth, w, reduction=agg),
+            p,
+        )
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
 @pytest.mark.parametrize("shape", [(6, 3), (3,), (2, 3, 2, 2)])
 @pytest.mark.parametrize("weight", [None, (0.5, 2.0, 1.0)])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])

@@ -32,6 +32,18 @@ def itself(x):
 FORMS = {
     "BinaryCrossEntropyLoss": (L.BinaryCrossEntropyLoss(label_smoothing=0.1), itself, (4, 3), LABELS),
     "BinaryCrossEntropyLoss of probabilities": (L.BinaryCrossEntropyLoss(logits=False), torch.sigmoid, (4, 3), LABELS),
+    "BinaryCrossEntropyLoss, weighted": (
+        L.BinaryCrossEntropyLoss(weight=0.5, pos_weight=[3, 0.5, 1]),
+        itself,
+        (4, 3),
+        LABELS,
+    ),
+    "BinaryCrossEntropyLoss of probabilities, weighted": (
+        L.BinaryCrossEntropyLoss(logits=False, weight=torch.tensor([1.0, 2.0, 3.0]), pos_weight=torch.tensor(2.0)),
+        torch.sigmoid,
+        (4, 3),
+        DISTRIBUTION,
+    ),
     "BinaryFocalLoss": (L.BinaryFocalLoss(), itself, (4, 3), LABELS),
     "BinaryFocalLoss of probabilities": (L.BinaryFocalLoss(logits=False, gamma=0.5), torch.sigmoid, (4, 3), LABELS),
     "CosineEmbeddingLoss": (L.CosineEmbeddingLoss(), lambda x: (x[0], x[1]), (2, 4, 3), SIGNS[:, 1]),

@@ -154,6 +154,17 @@ LOGITS = torch.zeros(4, 3)
         ),
         (lambda: L.CrossEntropyLoss(weight=(1, 2))(LOGITS, torch.ones(4).long()), lt.InputError, "3 weights"),
         (lambda: L.CrossEntropyLoss(weight="one"), lt.InputError, "one number a class"),
+        (lambda: L.BinaryCrossEntropyLoss(pos_weight="two"), lt.InputError, "one number a class[\\s\\S]*two"),
+        (
+            lambda: L.BinaryCrossEntropyLoss(pos_weight=(1, 2))(LOGITS, LOGITS),
+            lt.InputError,
+            "pos_weight does not fit[\\s\\S]*last dimension[\\s\\S]*2 numbers for predictions of shape \\(4, 3\\)",
+        ),
+        (
+            lambda: L.BinaryCrossEntropyLoss(weight=(1.0,))(LOGITS[0, 0], LOGITS[0, 0]),
+            lt.InputError,
+            "The weight does not fit[\\s\\S]*1 numbers for predictions of shape \\(\\)",
+        ),
         (
             lambda: L.CrossEntropyLoss(label_smoothing=1.5),
             lt.InputError,
@@ -202,6 +213,9 @@ def test_losses_show_what_is_not_the_default():
     assert repr(L.MSELoss()) == "MSELoss()"
     assert repr(L.HuberLoss(delta=0.5, agg="sum")) == "HuberLoss(agg='sum', delta=0.5)"
     assert repr(L.GenericLossFunction(torch.mul, agg=torch.amax)) == "GenericLossFunction(mul, agg=amax)"
+    assert repr(L.BinaryCrossEntropyLoss(weight=2, pos_weight=torch.tensor([1, 2]))) == (
+        "BinaryCrossEntropyLoss(weight=2.0, pos_weight=(1.0, 2.0))"
+    )
     assert repr(L.CrossEntropyLoss(weight=[1, 2])) == "CrossEntropyLoss(weight=(1.0, 2.0))"
     assert L.L1Loss is L.MAELoss and L.L2Loss is L.MSELoss
     assert L.MSELoss() != L.MAELoss()

@@ -1,0 +1,106 @@
+"""A box around a layer that keeps its states, for notebooks and solvers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luxtorch._errors import InputError, suggest
+from luxtorch._transforms import transform_level
+
+from ._layer import Layer, Parameters, States
+from ._mode import test_mode, train_mode, update_state
+
+_PUBLIC = ("layer", "parameters", "states", "train_mode", "test_mode", "update_state")
+
+
+class StatefulLayer:
+    """Hold a layer with its parameters and states, and call it as a function of the input alone.
+
+    Each call keeps the new states in the box. This is the one mutable object of luxtorch: it is for notebooks, and for
+    solvers that take a plain function. It is no `Layer`, and nothing to differentiate or vmap by itself: pass it `ps`.
+
+    A box keeps states only from calls at the level of transforms where it was made. Inside a further
+    `torch.func.grad`, `vmap`, `jvp` or the like, a call gives the same output and leaves the box as it was, so that
+    the box never holds a value from inside a transform. To have the new states of a differentiated call, call the layer
+    itself, with `has_aux=True`. `torch.compile` alone changes nothing: a compiled call keeps its states.
+
+    Args:
+        layer: The layer.
+        ps: Its parameters, used by calls that come without their own; None if all of them do.
+        st: Its states.
+
+    Attributes:
+        layer: The layer.
+        parameters: The parameters; assign others to use them from then on.
+        states: The states that the next call uses.
+
+    Raises:
+        InputError: If `layer` is no layer.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.BatchNorm(2)
+        >>> box = lt.StatefulLayer(model, *lt.setup(0, model))
+        >>> y = box(torch.ones(4, 2))
+        >>> box.states["running_mean"]
+        tensor([0.1000, 0.1000])
+        >>> grads = torch.func.grad(lambda ps: box(torch.ones(4, 2), ps).sum())(box.parameters)
+        >>> box.states["running_mean"]  # as before
+        tensor([0.1000, 0.1000])
+
+    Source: Lux's `StatefulLuxLayer`, which keeps the states in every case.
+    """
+
+    __slots__ = ("_level", "layer", "parameters", "states")
+
+    def __init__(self, layer: Layer, ps: Parameters | None, st: States) -> None:
+        if not isinstance(layer, Layer):
+            raise InputError(
+                "A StatefulLayer holds a layer.",
+                expected="StatefulLayer(layer, ps, st)",
+                got=f"{layer!r:.80} of type {type(layer).__name__}",
+            )
+        self.layer = layer
+        self.parameters = ps
+        self.states = st
+        self._level = transform_level()
+
+    def __call__(self, x: Any, ps: Parameters | None = None) -> Any:
+        """Return the output, and keep the new states.
+
+        Args:
+            x: The input.
+            ps: The parameters; those in the box if None.
+        """
+        used: Any = self.parameters if ps is None else ps
+        y, st = self.layer(x, used, self.states)
+        if st is not self.states and transform_level() == self._level:
+            self.states = st
+        return y
+
+    def train_mode(self) -> StatefulLayer:
+        """Set every layer to training, and return the box."""
+        self.states = train_mode(self.states)
+        return self
+
+    def test_mode(self) -> StatefulLayer:
+        """Set every layer to testing, and return the box."""
+        self.states = test_mode(self.states)
+        return self
+
+    def update_state(self, name: str, value: Any) -> StatefulLayer:
+        """Set every state called `name` to a value, and return the box.
+
+        Raises:
+            KeyNameError: If no state has that name.
+        """
+        self.states = update_state(self.states, name, value)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here only for what it has not found.
+        hint = suggest(name, _PUBLIC) or "Parameters are read as box.parameters['weight']."
+        raise AttributeError(f"A StatefulLayer has no attribute '{name}'. {hint}")
+
+    def __repr__(self) -> str:
+        return f"StatefulLayer of {self.layer!r}"

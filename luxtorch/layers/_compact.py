@@ -1,0 +1,223 @@
+"""Models written as one function, with their parts beside it: `compact`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, overload
+
+from torch import Tensor
+
+from luxtorch import init as initializers
+from luxtorch.core import InputError, Layer, show_value
+
+from ._compact_kinds import as_part, as_state, check_name
+from ._compact_layer import Body, Compact
+from ._compact_parts import Drawn, Leaf
+
+
+@overload
+def compact(function: Body, /, **parts: Any) -> Compact: ...
+
+
+@overload
+def compact(**parts: Any) -> Callable[[Body], Compact]: ...
+
+
+def compact(function: Body | None = None, /, **parts: Any) -> Compact | Callable[[Body], Compact]:
+    """Make a layer of a function, whose layers, parameters and states are declared beside it.
+
+    The function is called as `function(m, x)`, where `m` has the parts as attributes, see `Parts`; it returns the
+    output alone. Layers are called as `m.dense(x)`: their parameters and states are passed on behind the scenes, also
+    where one is called twice. With a third argument, `function(m, x, ps)`, it gets all parameters as they came.
+
+    As a decorator, `compact` makes the one model that the function's name then stands for. As a call on a function, it
+    makes models of several sizes that share a body: see the second example. Two models are equal if their functions are
+    the same one and their parts are equal; so define the function at the top of a module, where pickle finds it too,
+    rather than anew in a function that makes models. To pass `ps` and `st` by hand, write a class of `ContainerLayer`.
+
+    Args:
+        function: The body. Without it, a decorator is returned.
+        **parts: By name, each of the kind that its value tells:
+
+            - a layer: a layer inside;
+            - a tensor: a parameter, which starts with these numbers;
+            - `init_fn(init, shape)`: a parameter that is drawn by `setup`;
+            - `non_trainable(...)` of either: a state;
+            - a list, tuple or dict of layers, or one of tensors: all of them, the tensors in `ps` and `st` named by
+              their keys, list items of layers `layer_1`, `layer_2`, ..., list items of tensors `0`, `1`, ...;
+            - anything else, such as a number, a string or a function: a constant, which is part of the model.
+
+    Parameters:
+        Those of each layer, under its name; and the tensors that are not wrapped in `non_trainable`.
+
+    States:
+        Those of each layer, under its name; and the tensors that are.
+
+    Raises:
+        InputError: If the function has another signature, a part is none of the above, or a list mixes kinds. In a
+            call: if anything but a state is assigned, if it changes its shape or dtype, or if nothing is returned.
+        KeyNameError: In a call, if the function asks for a part that is not there.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> @lt.compact(hidden=[lt.Dense(2, 8, torch.tanh), lt.Dense(8, 8, torch.tanh)], head=lt.Dense(8, 1),
+        ...             scale=torch.ones(()), calls=lt.non_trainable(torch.tensor(0)), power=2)
+        ... def model(m, x):
+        ...     for layer in m.hidden:
+        ...         x = layer(x)
+        ...     m.calls = m.calls + 1
+        ...     return m.head(x) * m.scale ** m.power
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model(torch.ones(4, 2), ps, st)
+        >>> y.shape, st["calls"]
+        (torch.Size([4, 1]), tensor(1))
+        >>> model
+        Compact(model, scale=parameter (), calls=state (), power=2,
+            hidden = Group(
+                layer_1 = Dense(2 -> 8, tanh),                         # 24 parameters: weight (8, 2), bias (8,)
+                layer_2 = Dense(8 -> 8, tanh),                         # 72 parameters: weight (8, 8), bias (8,)
+            ),
+            head = Dense(8 -> 1),                                      # 9 parameters: weight (1, 8), bias (1,)
+        )                                                              # total: 106 parameters, 1 states
+
+        One body, models of any size:
+
+        >>> def residual(m, x):
+        ...     return x + m.inner(x)
+        >>> def block(width):
+        ...     return lt.compact(residual, inner=lt.Dense(width, width))
+        >>> block(3) == block(3), block(3) == block(4)
+        (True, False)
+        >>> lt.parameter_length(lt.Chain(block(3), block(3)))
+        24
+
+    Source: Lux's `@compact`, whose `@return` is Python's `return`.
+    """
+    if function is None:
+        return lambda function: _compact(function, parts)
+    return _compact(function, parts)
+
+
+def non_trainable(value: Any) -> Any:
+    """Make a state, not a parameter, of what is passed to `compact`.
+
+    Args:
+        value: A tensor, `init_fn(...)`, or a list or dict of these; or an `lt.Static`, a switch that no call changes:
+            one called `training` is switched by `lt.train_mode` and `lt.test_mode`.
+
+    Raises:
+        InputError: If it is anything else.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> @lt.compact(steps=lt.non_trainable(torch.tensor(0)), training=lt.non_trainable(lt.Static(True)))
+        ... def count(m, x):
+        ...     if m.training:
+        ...         m.steps = m.steps + 1
+        ...     return x
+        >>> ps, st = lt.setup(0, count)
+        >>> y, st = count(torch.ones(2), ps, st)
+        >>> y, st = count(torch.ones(2), ps, lt.test_mode(st))
+        >>> st
+        {'steps': tensor(1), 'training': Static(False)}
+
+    Source: Lux's `@non_trainable`.
+    """
+    return as_state(value, "The argument of non_trainable")
+
+
+def init_fn(init: Callable[..., Tensor], shape: tuple[int, ...] | int | None = None) -> Any:
+    """Let `setup` draw a tensor that is passed to `compact`.
+
+    Args:
+        init: An initializer, called as `init(key, shape)`; without a shape, any function of a key.
+        shape: The shape.
+
+    Raises:
+        InputError: If `init` is no function, or an initializer of luxtorch comes without a shape.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> @lt.compact(
+        ...     weight=lt.init_fn(lt.init.glorot_uniform, (3, 2)),
+        ...     rng=lt.non_trainable(lt.init_fn(torch.clone)),  # a key
+        ... )
+        ... def noisy(m, x):
+        ...     key, m.rng = lt.random.split(m.rng)  # a key for now, and one for the next call
+        ...     return x @ m.weight.T + lt.random.normal(key, (3,))
+        >>> ps, st = lt.setup(0, noisy)
+        >>> y, st = noisy(torch.ones(4, 2), ps, st)
+        >>> y.shape
+        torch.Size([4, 3])
+
+    Source: Lux's `@init_fn`.
+    """
+    if not callable(init) or isinstance(init, Layer):
+        raise InputError(
+            "init_fn takes a function that makes a tensor.",
+            expected="lt.init_fn(lt.init.ones, (3,))",
+            got=f"{init!r:.80}",
+            fix="A tensor with given numbers is passed to compact as it is." * isinstance(init, Tensor),
+        )
+    if shape is None and _is_initializer(init):
+        raise InputError(
+            f"The initializer {show_value(init)} needs a shape.", fix=f"lt.init_fn({show_value(init)}, (3,))"
+        )
+    return Leaf(Drawn(init, (shape,) if isinstance(shape, int) else None if shape is None else tuple(shape)))
+
+
+def _compact(function: Any, parts: dict[str, Any]) -> Compact:
+    title = _checked(function, parts)
+    found = {}
+    for name, value in parts.items():
+        what = f"The part '{name}' of {title}"
+        check_name(name, what)
+        if _is_initializer(value):
+            raise InputError(
+                f"{what} is an initializer without a shape.",
+                got=show_value(value),
+                fix=f"{name}=lt.init_fn({show_value(value)}, (3,))",
+            )
+        found[name] = as_part(value, what)
+    return Compact(tuple(found), tuple(found.values()), function)
+
+
+def _checked(function: Any, parts: dict[str, Any]) -> str:
+    """Return a function's name, or raise if it cannot be the body of a model."""
+    if not callable(function) or isinstance(function, type | Layer):
+        raise InputError(
+            "compact makes a layer of a function.",
+            expected="@lt.compact(name=part, ...) above a function, or lt.compact(function, name=part, ...)",
+            got=f"{function!r:.80}",
+            fix="Parts are keyword arguments: lt.compact(dense=lt.Dense(3, 4)).",
+        )
+    title = show_value(function)
+    if not parts:
+        raise InputError(
+            f"{title} has no parts.",
+            expected="@lt.compact(name=part, ...)",
+            fix="A function without parts becomes a layer by lt.WrappedFunction(function).",
+        )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function written in C
+        signature = inspect.Signature()
+    arguments = signature.parameters.values()
+    plain = all(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in arguments)
+    required = all(each.default is each.empty for each in arguments)
+    if not (plain and required and (len(arguments) == 2 or list(signature.parameters)[2:] == ["ps"])):
+        raise InputError(
+            f"{title} has a signature that a compact model cannot call.",
+            expected="(m, x): the parts and the input; or (m, x, ps), to get the parameters too",
+            got=str(signature),
+            fix="States are threaded behind the scenes; parts are read from m; several inputs are one tuple.",
+        )
+    return title
+
+
+def _is_initializer(value: Any) -> bool:
+    """Tell whether something is one of luxtorch's initializers, with or without options."""
+    return isinstance(value, initializers.BoundInitializer) or any(
+        value is each for each in vars(initializers).values() if hasattr(each, "__wrapped__")
+    )

@@ -1,0 +1,133 @@
+"""A cell over a whole sequence: by torch's fused kernel where it may be used, step by step elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch._transforms import transformed
+
+Carry: TypeAlias = tuple[Tensor, ...]
+Kernel: TypeAlias = Callable[..., Any]
+
+
+class Steps(Protocol):
+    """What a cell knows of its steps; `WeightedCell` documents it."""
+
+    gates: ClassVar[int]
+
+    @property
+    def kernel(self) -> Kernel | None: ...
+    def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor: ...
+    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry: ...
+
+
+def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
+    """Return the hidden states of all steps, and the last carry.
+
+    Args:
+        cell: The cell.
+        xs: The inputs, (time, ..., features).
+        carry: The carry before the first step.
+        weights: weight_ih, weight_hh and, if there are any, bias_ih and bias_hh.
+    """
+    kernel, tensors = cell.kernel, (xs, *carry, *weights)
+    if kernel is None or transformed() or not _fits(cell.gates, xs, carry, weights):
+        return stepwise(cell, xs, carry, weights)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        ys, *last = _Fused.apply(cell, kernel, len(carry), *tensors)
+        return ys, tuple(last)
+    return _fused(kernel, xs, carry, weights)
+
+
+def _fits(gates: int, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> bool:
+    """Tell whether the kernel takes these tensors: it believes what it gets, and what is wrong must not reach it."""
+    hidden = carry[0].shape[-1]
+    rows = gates * hidden
+    shapes = [(rows, xs.shape[-1]), (rows, hidden), (rows,), (rows,)]
+    return (
+        xs.ndim in (2, 3)
+        and xs.shape[0] > 0
+        and all(weight.shape == shape for weight, shape in zip(weights, shapes, strict=False))
+        and all(tensor.device == xs.device for tensor in weights)
+        and (
+            all(tensor.dtype == xs.dtype for tensor in (*carry, *weights))
+            or torch.is_autocast_enabled(xs.device.type)  # which makes them one for the kernel
+        )
+    )
+
+
+def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
+    """Return the same, step by step, after one matrix product for the inputs of all steps."""
+    projected = cell.project(xs, weights)
+    if not len(xs):
+        return projected[..., : carry[0].shape[-1]], carry
+    ys = []
+    # To index step by step would cost time quadratic in the length when it is differentiated.
+    for step in projected.unbind():
+        carry = cell.advance(step, carry, weights)
+        ys.append(carry[0])
+    return torch.stack(ys), carry
+
+
+def _fused(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
+    batched = xs.ndim == 3
+    start = [(part if batched else part[None])[None].contiguous() for part in carry]
+    if xs.is_cuda:
+        # cuDNN wants its weights in one piece, and warns where they are not.
+        flat = torch.cat([weight.reshape(-1) for weight in weights])
+        pieces = torch.split(flat, [weight.numel() for weight in weights])
+        weights = [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
+    # cuDNN differentiates only what it ran for training.
+    training = torch.is_grad_enabled()
+    has_biases, layers, dropout, bidirectional, batch_first = len(weights) == 4, 1, 0.0, False, False
+    options = (has_biases, layers, dropout, training, bidirectional, batch_first)
+    ys, *last = kernel(xs if batched else xs[:, None], start if len(start) > 1 else start[0], list(weights), *options)
+    last = [part[0] if batched else part[0, 0] for part in last]
+    return (ys if batched else ys[:, 0]), tuple(last)
+
+
+class _Fused(torch.autograd.Function):
+    """The fused kernel with a derivative that can be differentiated again.
+
+    torch's derivatives of these kernels have none themselves. The backward pass takes them as they are unless a graph
+    of it is asked for; it then runs through the steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cell: Steps, kernel: Kernel, carried: int, *tensors: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.carried, ctx.cell = carried, cell
+        needed = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            own = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+            ys, last = _fused(kernel, own[0], tuple(own[1 : 1 + carried]), own[1 + carried :])
+        ctx.graph = own, (ys, *last)
+        return tuple(output.detach() for output in (ys, *last))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        again, graph, ctx.graph = torch.is_grad_enabled() or transformed(), ctx.graph, None
+        if again or graph is None:
+            # The kernel's own graph serves once, as torch frees what a backward pass has used.
+            with torch.enable_grad():
+                xs, *rest = tensors = ctx.saved_tensors
+                ys, last = stepwise(ctx.cell, xs, tuple(rest[: ctx.carried]), rest[ctx.carried :])
+            graph = tensors, (ys, *last)
+        inputs, outputs = graph
+        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+        needed = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad[3:], strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                needed,
+                [grad for _, grad in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+        return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])

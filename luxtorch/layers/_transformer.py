@@ -1,0 +1,248 @@
+"""The layers of a transformer: `TransformerEncoderLayer` and `TransformerDecoderLayer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from luxtorch.core import ContainerLayer, InputError, Parameters, States
+
+from ._activations import Activation
+from ._dropout import Dropout
+from ._layernorm import LayerNorm
+from ._linear import Dense
+from ._multihead import MultiHeadAttention
+
+_Call: TypeAlias = Callable[[str, Any], Tensor]
+"""Calls one of the layers inside by its name."""
+
+
+class _TransformerLayer(ContainerLayer):
+    """Share what both layers are made of: steps, to whose output their input is added."""
+
+    norm_first: bool
+
+    def _caller(self, ps: Parameters, st: States) -> tuple[_Call, dict[str, Any]]:
+        """Return a function that calls a layer by name, and the states that it fills in."""
+        new = dict(st)
+
+        def call(name: str, x: Any) -> Tensor:
+            y: Tensor
+            y, new[name] = getattr(self, name)(x, ps[name], st[name])
+            return y
+
+        return call, new
+
+    def _added(self, call: _Call, number: int, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        norm, dropout = f"norm{number}", f"dropout{number}"
+        if self.norm_first:
+            return x + call(dropout, step(call(norm, x)))
+        return call(norm, x + call(dropout, step(x)))
+
+    def _parts(self, x: Any, most: int, least: int) -> tuple[Any, ...]:
+        """Return the parts of an input, None for those left out."""
+        parts = x if isinstance(x, tuple) else (x,)
+        if not least <= len(parts) <= most:
+            raise InputError(
+                f"{type(self).__name__} takes another number of inputs.",
+                expected=self.expected_input(),
+                got=f"{len(parts)}",
+            )
+        return (*parts, *(None,) * (most - len(parts)))
+
+    def extra_repr(self) -> str:
+        """Return `norm_first=True`, if it is."""
+        return "norm_first=True" if self.norm_first else ""
+
+
+class TransformerEncoderLayer(_TransformerLayer):
+    """Let a sequence attend to itself, then pass each element through two dense layers.
+
+    Args:
+        embed_dim: The width of the sequence.
+        num_heads: The number of heads.
+        dim_feedforward: The width between the two dense layers.
+        dropout: The probability of a zero, in the attention's weights and after each step, while training.
+        activation: A function of a tensor, or the name of one, between the dense layers.
+        norm_first: Whether each step's input is normalised, instead of the sum of its input and output.
+        eps: Added to the variance where it is normalised.
+        bias: Whether the dense layers, projections and normalisations have biases.
+        is_causal: Whether an element attends to itself and those before it only; a mask applies as well.
+
+    Parameters:
+        self_attn: Those of `MultiHeadAttention`.
+        linear1, linear2: Those of `Dense`.
+        norm1, norm2: Those of `LayerNorm`.
+
+    States:
+        Those of `Dropout`, under self_attn.attention_dropout, dropout, dropout1 and dropout2.
+
+    Shape:
+        x (..., length, embed_dim), or `(x, mask)`, to the same as x. The mask is that of `MultiHeadAttention`, True
+        where an element may attend to another.
+
+    Raises:
+        InputError: If the heads do not divide the width, or an input has another shape.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+        >>> ps, st = lt.setup(0, model)
+        >>> padding = torch.tensor([[True, True, False]] * 5)
+        >>> y, st = model((torch.ones(5, 3, 8), padding[:, None, None, :]), ps, st)
+        >>> y.shape
+        torch.Size([5, 3, 8])
+
+    Source: `torch.nn.TransformerEncoderLayer`; Vaswani et al., "Attention is all you need", 2017.
+    """
+
+    self_attn: MultiHeadAttention
+    linear1: Dense
+    dropout: Dropout
+    linear2: Dense
+    norm1: LayerNorm
+    norm2: LayerNorm
+    dropout1: Dropout
+    dropout2: Dropout
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: Activation | str | None = "relu",
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        is_causal: bool = False,
+    ) -> None:
+        norm, drop = LayerNorm(embed_dim, eps=eps, bias=bias), Dropout(dropout)
+        self._set(
+            norm_first=norm_first,
+            self_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal),
+            linear1=Dense(embed_dim, dim_feedforward, activation, bias=bias),
+            linear2=Dense(dim_feedforward, embed_dim, bias=bias),
+            norm1=norm,
+            norm2=norm,
+            dropout=drop,
+            dropout1=drop,
+            dropout2=drop,
+        )
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the sequence after attention and dense layers, and the states of the dropouts."""
+        x, mask = self._parts(x, most=2, least=1)
+        call, new = self._caller(ps, st)
+        x = self._added(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
+        x = self._added(call, 2, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
+        return x, new
+
+    def expected_input(self) -> str:
+        """Name the width, and the tuple."""
+        return f"x (..., length, {self.linear1.in_features}), or a tuple (x, mask)"
+
+
+class TransformerDecoderLayer(_TransformerLayer):
+    """Let a sequence attend to itself, then to another, then pass each element through two dense layers.
+
+    Args:
+        embed_dim: The width of both sequences.
+        num_heads: The number of heads.
+        dim_feedforward: The width between the two dense layers.
+        dropout: The probability of a zero, in the attentions' weights and after each step, while training.
+        activation: A function of a tensor, or the name of one, between the dense layers.
+        norm_first: Whether each step's input is normalised, instead of the sum of its input and output.
+        eps: Added to the variance where it is normalised.
+        bias: Whether the dense layers, projections and normalisations have biases.
+        is_causal: Whether an element attends to itself and those before it only; the mask applies as well. All of
+            them attend to the whole memory.
+
+    Parameters:
+        self_attn, multihead_attn: Those of `MultiHeadAttention`.
+        linear1, linear2: Those of `Dense`.
+        norm1, norm2, norm3: Those of `LayerNorm`.
+
+    States:
+        Those of `Dropout`, under self_attn.attention_dropout, multihead_attn.attention_dropout, dropout, dropout1,
+        dropout2 and dropout3.
+
+    Shape:
+        A tuple of x (..., length, embed_dim), memory (..., memory_length, embed_dim), and perhaps a mask for each,
+        `(x, memory, mask, memory_mask)`, either of which may be None; to the same as x. Masks are those of
+        `MultiHeadAttention`, True where an element may attend to another.
+
+    Raises:
+        InputError: If the heads do not divide the width, or an input has another shape.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.TransformerDecoderLayer(8, 2, 16, is_causal=True)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model((torch.ones(5, 3, 8), torch.ones(5, 4, 8)), ps, st)
+        >>> y.shape
+        torch.Size([5, 3, 8])
+
+    Source: `torch.nn.TransformerDecoderLayer`; Vaswani et al., "Attention is all you need", 2017.
+    """
+
+    self_attn: MultiHeadAttention
+    multihead_attn: MultiHeadAttention
+    linear1: Dense
+    dropout: Dropout
+    linear2: Dense
+    norm1: LayerNorm
+    norm2: LayerNorm
+    norm3: LayerNorm
+    dropout1: Dropout
+    dropout2: Dropout
+    dropout3: Dropout
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: Activation | str | None = "relu",
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        is_causal: bool = False,
+    ) -> None:
+        norm, drop = LayerNorm(embed_dim, eps=eps, bias=bias), Dropout(dropout)
+        self._set(
+            norm_first=norm_first,
+            self_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal),
+            multihead_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout),
+            linear1=Dense(embed_dim, dim_feedforward, activation, bias=bias),
+            linear2=Dense(dim_feedforward, embed_dim, bias=bias),
+            norm1=norm,
+            norm2=norm,
+            norm3=norm,
+            dropout=drop,
+            dropout1=drop,
+            dropout2=drop,
+            dropout3=drop,
+        )
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the sequence after both attentions and the dense layers, and the states of the dropouts."""
+        x, memory, mask, memory_mask = self._parts(x, most=4, least=2)
+        call, new = self._caller(ps, st)
+        x = self._added(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
+        x = self._added(call, 2, lambda x: call("multihead_attn", (x, memory, memory, memory_mask)), x)
+        x = self._added(call, 3, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
+        return x, new
+
+    def expected_input(self) -> str:
+        """Name the width, and the tuples."""
+        width = self.linear1.in_features
+        return (
+            f"a tuple of x (..., length, {width}) and memory (..., memory_length, {width}), "
+            "and perhaps their masks: (x, memory, mask, memory_mask)"
+        )

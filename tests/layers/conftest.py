@@ -1,0 +1,36 @@
+"""What the tests of all layers share: inputs by their shapes, and the law checker on forms.
+
+A form, an entry of a file's `FORMS`, is `(layer, inputs)` or `(layer, inputs, exceptions)`. An input is written as its
+shape, as a tensor, or as a tuple of these. The exceptions say why the layer does not keep a law, by the law's name.
+"""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+import luxtorch as lt
+
+
+@pytest.fixture
+def draw(make_key):
+    """Return a function that draws an input of a given shape."""
+
+    def draw(spec, dtype=None):
+        if isinstance(spec, Tensor):
+            return spec
+        if all(isinstance(size, int) for size in spec):
+            return lt.random.normal(make_key(), spec, dtype=dtype)
+        return tuple(draw(part, dtype) for part in spec)
+
+    return draw
+
+
+@pytest.fixture
+def check_laws(make_key, draw):
+    """Return a function that checks a form."""
+
+    def check_laws(layer, inputs, exceptions=()):
+        lt.testing.check_layer(layer, *map(draw, inputs), rng=make_key(), skip=exceptions)
+
+    return check_laws

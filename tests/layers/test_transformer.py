@@ -1,0 +1,224 @@
+"""The layers of a transformer: the laws, and torch's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import luxtorch as lt
+from luxtorch import TransformerDecoderLayer, TransformerEncoderLayer
+
+KEEP = torch.tensor([[False, False, False], [True, True, False], [True, False, True]])
+PADDING = torch.tensor([[True, False, True, True], [False, False, False, False]])[:, None, None, :]
+
+X, KV = (2, 3, 4), (2, 4, 4)
+FORMS = {
+    "encoder": (TransformerEncoderLayer(4, 2, 5, dropout=0.3), [X]),
+    "encoder, norm first, gelu": (
+        TransformerEncoderLayer(4, 2, 5, dropout=0.0, norm_first=True, activation="gelu", is_causal=True),
+        [(3, 4)],
+    ),
+    "encoder, mask, no bias": (TransformerEncoderLayer(4, 1, 3, dropout=0.0, bias=False), [(X, KEEP)]),
+    "decoder": (TransformerDecoderLayer(4, 2, 3, dropout=0.3, is_causal=True), [(X, KV)]),
+    "decoder, norm first, masks": (
+        TransformerDecoderLayer(4, 2, 3, dropout=0.0, norm_first=True, activation=torch.tanh),
+        [(X, KV, KEEP, PADDING)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_law_holds(check_laws, name):
+    check_laws(*FORMS[name])
+
+
+def test_eight_models_are_one_call(make_key, draw):
+    layer = TransformerEncoderLayer(4, 2, 5, is_causal=True)
+    models = [lt.setup(key, layer) for key in lt.random.split(make_key(), 8)]
+    ps, st = lt.core.tree_map(lambda *leaves: torch.stack(leaves), *models)
+    x = draw((X, KEEP))
+    got, _ = torch.vmap(layer, in_dims=(None, 0, 0))(x, ps, st)
+    torch.testing.assert_close(got, torch.stack([layer(x, *model)[0] for model in models]))
+
+
+def flat_names(name):
+    """Return where torch keeps a parameter of ours, and which third of it that is, if it is one."""
+    path, last = name.rsplit(".", 1)
+    if path.endswith(("q_proj", "k_proj", "v_proj")):
+        path, projection = path.rsplit(".", 1)
+        return f"{path}.in_proj_{last}", "qkv".index(projection[0])
+    return f"{path}.{'weight' if last == 'scale' else last}", None
+
+
+def parameters_of(key, layer, module, dtype):
+    """Draw parameters, and give them to a module of torch."""
+    ps, _ = lt.setup(key, layer)
+    state = {name: torch.empty_like(value) for name, value in module.state_dict().items()}
+    drawn_ps = {}
+    for i, (name, leaf) in enumerate(lt.core.named_leaves(ps)):
+        value = lt.random.normal(lt.random.fold_in(key, i), leaf.shape, mean=0.2, dtype=dtype)
+        place, third = flat_names(name)
+        (state[place] if third is None else state[place].chunk(3)[third]).copy_(value)
+        drawn_ps[name] = value
+    module.load_state_dict(state)
+    return ps, drawn_ps
+
+
+def nested(ps, values, path=""):
+    return {
+        name: nested(entry, values, f"{path}{name}.") if isinstance(entry, dict) else values[f"{path}{name}"]
+        for name, entry in ps.items()
+    }
+
+
+OPTIONS = {
+    "plain": {},
+    "norm first": {"norm_first": True, "activation": "gelu"},
+    "eps": {"eps": 0.1},
+    "no bias": {"bias": False},
+    "causal": {"is_causal": True},
+    "mask": {},
+    "mask, norm first": {"norm_first": True},
+    "unbatched": {},
+}
+ATTENDING = torch.tensor([[True, False, False], [True, True, False], [True, False, True]])
+MEMORY = torch.tensor([[True, False, True, True], [True, True, False, False]])
+
+
+@pytest.mark.parametrize("mode", [lt.train_mode, lt.test_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_numbers_and_gradients_are_those_of_torch(make_key, draw, name, kind, dtype, mode):
+    options = {"dropout": 0.0 if mode is lt.train_mode else 0.1, **OPTIONS[name]}
+    ours, theirs = {
+        "encoder": (TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
+        "decoder": (TransformerDecoderLayer, torch.nn.TransformerDecoderLayer),
+    }[kind]
+    layer = ours(4, 2, 6, **options)
+    is_causal = options.pop("is_causal", False)
+    options = {("layer_norm_eps" if option == "eps" else option): value for option, value in options.items()}
+    module = theirs(4, 2, 6, batch_first=True, **options).to(dtype).train(mode is lt.train_mode)
+    ps, values = parameters_of(make_key(), layer, module, dtype)
+    ps, st = nested(ps, values), mode(lt.setup(0, layer)[1])
+
+    mask = ATTENDING if name.startswith("mask") else None
+    padding = MEMORY if mask is not None and kind == "decoder" else None
+    batch = () if name == "unbatched" else (2,)
+    shapes = ((*batch, 3, 4), (*batch, 4, 4))[: 1 if kind == "encoder" else 2]
+    xs = draw(shapes, dtype)
+    masks = () if mask is None else (mask,) if padding is None else (mask, padding[:, None, None, :])
+    x = xs[0] if len(xs) + len(masks) == 1 else (*xs, *masks)
+
+    attending = ATTENDING.new_ones(3, 3).tril() if is_causal else mask
+    dropped = None if attending is None else ~attending
+    keywords = {"src_mask": dropped} if kind == "encoder" else {"tgt_mask": dropped}
+    if padding is not None:
+        keywords["memory_key_padding_mask"] = ~padding
+    expected = module(*xs, **keywords)
+    (expected**2).sum().backward()
+
+    y, new = layer(x, ps, st)
+    assert new == st
+    torch.testing.assert_close(y, expected)
+    gradient = torch.func.grad(lambda ps: (layer(x, ps, st)[0] ** 2).sum())(ps)
+    theirs = dict(module.named_parameters())
+    # Some gradients are sums of large numbers that cancel: errors are to be compared with the largest of all gradients.
+    scale = max(float(parameter.grad.abs().max()) for parameter in theirs.values())
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    for path, leaf in lt.core.named_leaves(gradient):
+        place, third = flat_names(path)
+        found = theirs[place].grad if third is None else theirs[place].grad.chunk(3)[third]
+        torch.testing.assert_close(leaf, found, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_a_sequence_that_is_all_padding_stays_finite(make_key, draw):
+    layer = TransformerDecoderLayer(4, 2, 5, dropout=0.2)
+    ps, st = lt.setup(make_key(), layer)
+    x = draw((X, KV, KEEP, PADDING))
+    y, _ = layer(x, ps, st)
+    gradient = torch.func.grad(lambda ps: layer(x, ps, st)[0].sum())(ps)
+    assert all(leaf.isfinite().all() for leaf in [y, *lt.core.tree_leaves(gradient)])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (1, 1, 4)])
+def test_empty_and_single_sequences(make_key, shape):
+    encoder, decoder = TransformerEncoderLayer(4, 2, 5), TransformerDecoderLayer(4, 2, 5, is_causal=True)
+    x = lt.random.normal(make_key(), shape)
+    assert encoder(x, *lt.setup(make_key(), encoder))[0].shape == shape
+    assert decoder((x, x), *lt.setup(make_key(), decoder))[0].shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_half_precision_is_that_of_double_precision(make_key, dtype, norm_first):
+    layer = TransformerEncoderLayer(8, 2, 16, norm_first=norm_first, is_causal=True)
+    ps, st = lt.setup(make_key(), layer)
+    ps, st = lt.core.tree_map(lambda leaf: leaf.to(dtype), ps), lt.test_mode(st)
+    x = lt.random.normal(make_key(), (2, 5, 8)).to(dtype)
+    expected = layer(x.double(), lt.f64(ps), st)[0].to(dtype)
+    torch.testing.assert_close(layer(x, ps, st)[0], expected, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(torch.vmap(lambda x: layer(x, ps, st)[0])(x), expected, rtol=5e-2, atol=5e-2)
+
+
+def test_masks_may_be_left_out_or_none(make_key, draw):
+    layer = TransformerDecoderLayer(4, 2, 5, dropout=0.0)
+    ps, st = lt.setup(make_key(), layer)
+    x, memory = draw((X, KV))
+    expected = layer((x, memory), ps, st)[0]
+    for masks in [(None,), (None, None)]:
+        assert torch.equal(layer((x, memory, *masks), ps, st)[0], expected)
+    assert not torch.equal(layer((x, memory, KEEP), ps, st)[0], expected)
+    assert not torch.equal(layer((x, memory, None, PADDING), ps, st)[0], expected)
+
+
+def test_dropouts_draw_apart_and_anew(make_key):
+    layer = TransformerEncoderLayer(4, 2, 5, dropout=0.5)
+    ps, st = lt.setup(make_key(), layer)
+    keys = [leaf for name, leaf in lt.core.named_leaves(st) if name.endswith("rng")]
+    assert len(keys) == 4 == len({tuple(key.tolist()) for key in keys})
+    x = lt.random.normal(make_key(), (2, 3, 4))
+    y, new = layer(x, ps, st)
+    assert torch.equal(layer(x, ps, st)[0], y) and not torch.equal(layer(x, ps, new)[0], y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "text"),
+    [
+        (TransformerEncoderLayer(4, 2, 5), torch.ones(2, 3, 5), "self_attn.q_proj[\\s\\S]*\\(..., 4\\)"),
+        (
+            TransformerEncoderLayer(4, 2, 5),
+            (torch.ones(2, 3, 4),) * 3,
+            "another number of inputs[\\s\\S]*\\(x, mask\\)",
+        ),
+        (TransformerDecoderLayer(4, 2, 5), torch.ones(2, 3, 4), "another number of inputs[\\s\\S]*memory_mask\\)"),
+        (
+            TransformerDecoderLayer(4, 2, 5),
+            (torch.ones(2, 3, 4), torch.ones(2, 3, 5)),
+            "multihead_attn.k_proj[\\s\\S]*\\(..., 4\\)",
+        ),
+        (
+            TransformerEncoderLayer(4, 2, 5),
+            (torch.ones(2, 3, 4), torch.ones(2, 3).bool()),
+            "self_attn \\(Multi[\\s\\S]*\\[:, None, None, :\\]",
+        ),
+    ],
+)
+def test_a_wrong_input_is_explained(layer, x, text):
+    with pytest.raises(lt.InputError, match=text):
+        layer(x, *lt.setup(0, layer))
+
+
+@pytest.mark.parametrize("kind", [TransformerEncoderLayer, TransformerDecoderLayer])
+def test_heads_divide_the_width(kind):
+    with pytest.raises(lt.InputError, match="divide among the heads"):
+        kind(4, 3)
+
+
+def test_children_have_the_names_of_torch():
+    for layer, module in [
+        (TransformerEncoderLayer(4, 2, 5, norm_first=True), torch.nn.TransformerEncoderLayer(4, 2, 5)),
+        (TransformerDecoderLayer(4, 2, 5), torch.nn.TransformerDecoderLayer(4, 2, 5)),
+    ]:
+        assert list(layer.children()) == [name for name, _ in module.named_children()]
+        assert layer.extra_repr() == ("norm_first=True" if layer.norm_first else "")
