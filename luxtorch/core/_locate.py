@@ -89,7 +89,7 @@ def _has(tree: Any, name: str) -> bool:
 
 def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> LuxtorchError:
     """Turn an error of Python or torch into one that says what was probably done."""
-    wrong = _wrong_names(layer, ps, st) or _wrong_shapes(layer, ps) or _wrong_dtype(x, ps)
+    wrong = _wrong_names(layer, ps, st) or _wrong_shapes(layer, ps) or _wrong_dtype(x, ps, str(error))
     if wrong is not None:
         return wrong
     expected, got = layer.expected_input(), _describe(x)
@@ -149,8 +149,11 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
 
 
-def _wrong_dtype(x: Any, ps: Any) -> DTypeError | None:
+def _wrong_dtype(x: Any, ps: Any, message: str) -> DTypeError | None:
     """Explain an input whose dtype is not that of the parameters, if that is what is wrong."""
+    # A layer may well take integers, and fail for another reason.
+    if not ("type" in message or "not implemented for" in message):
+        return None
     inputs = {leaf.dtype for leaf in tree_leaves(x) if isinstance(leaf, Tensor)}
     wanted = {leaf.dtype for leaf in tree_leaves(ps) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point}
     if not inputs or len(wanted) != 1 or inputs <= wanted:
