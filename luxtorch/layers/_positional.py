@@ -71,7 +71,7 @@ class SinusoidalPositionalEmbedding(Layer):
         ratio = self.min_freq / self.max_freq
         turn = 2 * math.pi if self.full_turns else 1.0
         sigmas = [turn * self.max_freq * ratio ** (i / max(steps - 1, 1)) for i in range(steps)]
-        return {"sigmas": torch.tensor(sigmas, device=key.device)}
+        return {"sigmas": torch.tensor(sigmas).to(key.device)}
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `cat(sin(x * sigmas), cos(x * sigmas)) * scale`, and `st`."""

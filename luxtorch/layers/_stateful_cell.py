@@ -72,7 +72,8 @@ class StatefulRecurrentCell(WrapperLayer):
         """Return the cell's states, and a carry of zeros."""
         ps, st = self.cell.initial_parameters(key), self.cell.initial_states(key)
         carry, _ = self.cell.initial_carry(torch.zeros(self._shape(), device=key.device), ps, st)
-        return {**st, "carry": tree_map(torch.zeros_like, carry), "started": torch.tensor(False, device=key.device)}
+        started = torch.zeros((), dtype=torch.bool, device=key.device)
+        return {**st, "carry": tree_map(torch.zeros_like, carry), "started": started}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the cell's output, and the state with the new carry."""

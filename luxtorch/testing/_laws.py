@@ -22,8 +22,11 @@ _LOOSE, _TIGHT = 1e-5, 1e-9
 
 
 def setup_law(s: Subject) -> None:
-    """The initial trees hold tensors only and depend on the key alone; setting up under vmap gives many models."""
-    same_values("setup", setup(s.key, s.layer), setup(s.key, s.layer))
+    """The initial trees hold tensors only and depend on the key alone, also inside transforms."""
+    once = setup(s.key, s.layer)
+    same_values("setup", setup(s.key, s.layer), once)
+    _, inside = torch.func.grad(lambda one: (one, setup(s.key, s.layer)), has_aux=True)(torch.ones(()))
+    same_values("setup, inside a gradient", inside, once)
     keys = split(s.key, 3)
     many = torch.vmap(lambda key: setup(key, s.layer))(keys)
     same_values("setup, vmap", many, _stacked([setup(key, s.layer) for key in keys]), tolerance=_LOOSE)
