@@ -214,13 +214,13 @@ def shape_after(layer: lt.Layer, shape: Shape) -> Shape:
 
 
 @st.composite
-def models(draw: Draw, shape: Shape, depth: int = 2, longest: int = 3) -> lt.Layer:
+def models(draw: Draw, shape: Shape, depth: int = 2, longest: int = 2) -> lt.Layer:
     """Draw a chain of layers, each fitted to the shape that comes out of the one before."""
     layers: list[lt.Layer] = []
     for _ in range(draw(st.integers(1, longest))):
-        kinds = [last_dim_layer, channel_layer]
-        kinds += [spatial_layer] * 3 if 2 <= len(shape) <= 4 else []
-        kinds += [sequence_layer] * 2 if len(shape) == 2 else []
+        kinds = [last_dim_layer, channel_layer] * 2
+        kinds += [spatial_layer] * 4 if 2 <= len(shape) <= 4 else []
+        kinds += [sequence_layer] * 3 if len(shape) == 2 else []
         kinds += [lambda d, s: container(d, s, depth)] if depth else []
         layer = draw(st.sampled_from(kinds))(draw, shape)
         after = shape_after(layer, shape)
