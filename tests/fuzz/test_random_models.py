@@ -78,7 +78,7 @@ def last_dim_layer(draw: Draw, shape: Shape) -> lt.Layer:
         lambda: lt.Dropout(p),
         lambda: lt.AlphaDropout(p),
         lambda: lt.VariationalHiddenDropout(p),
-        lambda: lt.WeightNorm(lt.Dense(n, m, activation, bias=bias), dim=draw(st.sampled_from([0, 1, None]))),
+        lambda: lt.WeightNorm(lt.Dense(n, m, activation, bias=bias), dim=draw(st.sampled_from([0, 1]))),
         lambda: lt.Chain(lt.Dense(n, 2), lt.RotaryPositionalEmbedding(2, max_sequence_length=LARGEST)),
         lambda: lt.SinusoidalPositionalEmbedding(2),
         lambda: lt.compact(residual, inner=lt.Dense(n, n, activation), scale=torch.ones(n)),
