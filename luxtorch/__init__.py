@@ -1,7 +1,7 @@
 """luxtorch: models as pure functions of explicit parameters and states, for PyTorch.
 
 The usual door is `import luxtorch as lt`. Initializers, optimizers, random draws and the law checker are behind their
-own: `lt.init`, `lt.optim`, `lt.random`, `lt.testing`.
+own: `lt.init`, `lt.losses`, `lt.optim`, `lt.random`, `lt.testing`, `lt.training`.
 """
 
 from . import init as init
@@ -9,6 +9,7 @@ from . import losses as losses
 from . import optim as optim
 from . import random as random
 from . import testing as testing
+from . import training as training
 from .autodiff import HesVec as HesVec
 from .autodiff import JacVec as JacVec
 from .autodiff import batched_jacobian as batched_jacobian
@@ -69,6 +70,7 @@ from .layers import Bilinear as Bilinear
 from .layers import BranchLayer as BranchLayer
 from .layers import Cell as Cell
 from .layers import Chain as Chain
+from .layers import Checkpointed as Checkpointed
 from .layers import Conv as Conv
 from .layers import ConvTranspose as ConvTranspose
 from .layers import Dense as Dense
@@ -148,3 +150,4 @@ from .losses import SmoothL1Loss as SmoothL1Loss
 from .losses import SquaredHingeLoss as SquaredHingeLoss
 from .losses import TripletMarginLoss as TripletMarginLoss
 from .random import replicate as replicate
+from .training import TrainState as TrainState

@@ -15,6 +15,7 @@ from ._branches import BranchLayer as BranchLayer
 from ._branches import PairwiseFusion as PairwiseFusion
 from ._cell import Cell as Cell
 from ._chain import Chain as Chain
+from ._checkpointed import Checkpointed as Checkpointed
 from ._compact import compact as compact
 from ._compact import init_fn as init_fn
 from ._compact import non_trainable as non_trainable

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _fused
+from ._formula import counted, sqrt
 from ._hyperparameters import Number, Numbers
 from ._leafwise import LeafwiseRule, Slots
 
@@ -48,30 +49,27 @@ class Adam(LeafwiseRule):
 
 def adam_slots(p: Tensor) -> Slots:
     """Return the step count and the two averages of a parameter before the first step."""
-    # The step count is what the fused kernels take: float32, beside the parameter. It is exact up to 2**24 steps.
-    step = torch.zeros((), dtype=torch.float32, device=p.device)
-    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return counted(p, "exp_avg", "exp_avg_sq")
 
 
 def adam_direction(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
     """Return the direction of an Adam step, to be multiplied by the learning rate, and the new slots."""
-    step = slots["step"] + 1
-    betas = h["betas"].to(step.device, non_blocking=True)  # two numbers on the CPU could not meet a step on a GPU
+    new, (filled1, filled2) = adam_averages(g, slots, h)
+    return new["exp_avg"] / filled1 / (sqrt(new["exp_avg_sq"]) / filled2.sqrt() + h["eps"]), new
+
+
+def adam_averages(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Slots, Tensor]:
+    """Return the new step count and averages, and by how much each average is filled."""
+    step, betas, filled = advance(slots["step"], h["betas"])
     beta1, beta2 = betas
     exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
     exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * g * g
-    # betas**step, written so that inductor computes both once, and not anew for each element: three times as fast.
-    powers = torch.exp(step.to(betas.dtype) * betas.log())
-    correction1, correction2 = 1 - powers
-    direction = exp_avg / correction1 / (sqrt(exp_avg_sq) / correction2.sqrt() + h["eps"])
-    return direction, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, filled
 
 
-def sqrt(x: Tensor) -> Tensor:
-    """Return the square root, with derivative zero where x is zero.
-
-    An infinite derivative there would make every gradient through a step NaN as soon as one entry of the
-    gradient is zero, as it is for each dead unit.
-    """
-    zero = x == 0
-    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+def advance(step: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the next step count, beside it the betas, and by how much their averages, once zero, are filled then."""
+    step = step + 1
+    betas = betas.to(step.device, non_blocking=True)  # two numbers on the CPU could not meet a step on a GPU
+    # 1 - betas**step, written so that inductor computes both once, and not anew for each element: three times as fast.
+    return step, betas, 1 - torch.exp(step.to(betas.dtype) * betas.log())

@@ -9,10 +9,11 @@ from torch import Tensor
 from luxtorch.core import InputError, KeyNameError, suggest
 
 from ._by_component import by_component
-from ._hyperparameters import Number, Numbers, Shapes, replace
-from ._leafwise import LeafwiseRule, RuleState
+from ._hyperparameters import Number, Numbers, replace
+from ._list_rule import ListRule
 from ._opt_state import OptState, map_rules
 from ._paths import Path, select
+from ._rule_state import RuleState, map_hyper
 
 
 def adjust(
@@ -33,8 +34,8 @@ def adjust(
 
     Raises:
         KeyNameError: If the rule has no such hyperparameter, or the path stands for no parameter.
-        InputError: If a value is out of range or has the wrong shape, if there is none, or if the optimizer is
-            torchopt's: its hyperparameters cannot be reached.
+        InputError: If a value is out of range or has the wrong shape, if there is none, if the hyperparameter
+            follows a schedule, or if the optimizer is torchopt's: its hyperparameters cannot be reached.
         DTypeError: If a value is not a number or a floating point tensor.
 
     Example:
@@ -55,10 +56,12 @@ def adjust(
         opt_state = by_component(opt_state)
     known: set[str] = set()
 
-    def adjusted(rule: LeafwiseRule, state: RuleState) -> RuleState:
+    def adjusted(rule: ListRule, state: RuleState) -> RuleState:
+        if chosen is not None and chosen.isdisjoint(state.leaves):
+            return state
         known.update(rule.hyperparameters)
         own = {name: value for name, value in values.items() if name in rule.hyperparameters}
-        return _replace(state, rule.hyperparameters, own, chosen)
+        return _replace(rule, state, own, chosen) if own else state
 
     state = map_rules(adjusted, opt_state.layout.rule, opt_state.state)
     for name in values:
@@ -68,28 +71,28 @@ def adjust(
 
 
 def _replace(
-    state: RuleState, shapes: Shapes, values: Mapping[str, Number | Numbers], chosen: set[str] | None
+    rule: ListRule, state: RuleState, values: Mapping[str, Number | Numbers], chosen: set[str] | None
 ) -> RuleState:
     """Return a state with new values for all parameters, or for the chosen ones."""
+    for name in rule.scheduled():
+        if name in values:
+            raise InputError(
+                f"The hyperparameter '{name}' follows a schedule and cannot be adjusted.",
+                expected="a hyperparameter that is a number",
+                got=f"{name}={getattr(rule, name)!r}",
+                fix="Write the change into the schedule, with optim.join or optim.piecewise.",
+            )
     hyper = state.hyper
-    if not values:
-        return state
-    if not isinstance(hyper, dict):
-        if chosen is None:
-            return state._replace(hyper=replace(hyper, shapes, values))
-        hyper = dict.fromkeys(state.leaves, hyper)
-    # One new vector for each old one: parameters that share one, and so a call of the fused kernel, still do.
-    # (No table by `id`: torch.compile would take the tensors' addresses for constants.)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    changed = dict(hyper)
-    for leaf, old in hyper.items():
-        if chosen is None or leaf in chosen:
-            new = next((new for known, new in pairs if known is old), None)
-            if new is None:
-                new = replace(old, shapes, values)
-                pairs.append((old, new))
-            changed[leaf] = new
-    return state._replace(hyper=changed)
+    if chosen is not None:
+        if not rule.by_parameter():
+            raise InputError(
+                f"{type(rule).__name__} treats all parameters together: its hyperparameters have no path.",
+                got=", ".join(values),
+                fix="Leave the path out.",
+            )
+        if isinstance(hyper, Tensor):
+            hyper = dict.fromkeys(state.leaves, hyper)
+    return state._replace(hyper=map_hyper(lambda old: replace(old, rule.hyperparameters, values), hyper, chosen))
 
 
 def _unknown(name: str, known: set[str]) -> InputError | KeyNameError:

@@ -13,9 +13,10 @@ from torch import Tensor
 from luxtorch.components import Axes
 from luxtorch.core import InputError
 
-from ._leafwise import RuleState, Slots
+from ._fused import Slots
 from ._leaves import components
 from ._opt_state import OptState
+from ._rule_state import RuleState
 
 
 def by_component(opt_state: OptState) -> OptState:
@@ -61,4 +62,4 @@ def _split_rule_state(state: RuleState, vectors: Mapping[str, Axes]) -> RuleStat
                 slot: pieces[slot][i].reshape(value.shape[:-1] + shape) if slot in pieces else value.clone()
                 for slot, value in slots.items()
             }
-    return RuleState(state.hyper, leaves)
+    return state._replace(leaves=leaves)

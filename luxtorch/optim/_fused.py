@@ -1,7 +1,7 @@
 """The fast path of eager steps: torch's own kernels, out of place, wherever nothing is watching.
 
 A step by formula is a dozen passes over the parameters. Where no transform, no compiler and no autograd has
-to see inside, the same numbers come from one kernel (Adam) that updates fresh clones, or from one pass per
+to see inside, the same numbers come from one kernel (Adam, AdaGrad) that updates fresh clones, or from one pass per
 tensor (the descents, whose fused kernel would be slower: `g + momentum * v` already is a single pass out of
 place).
 """
@@ -96,32 +96,78 @@ def adamw(
     weight_decay: float,
 ) -> Step | None:
     """Return the step of `AdamW`."""
-    if not _alike(params, grads, slots):
-        return None
-    new_params = [p.clone() for p in params]
-    new_slots = [
-        {
-            "step": leaf["step"] + 1,
-            "exp_avg": leaf["exp_avg"].clone(),
-            "exp_avg_sq": leaf["exp_avg_sq"].clone(),
-        }
-        for leaf in slots
-    ]
-    torch._fused_adamw_(
-        new_params,
-        [g.contiguous() for g in grads],
-        [leaf["exp_avg"] for leaf in new_slots],
-        [leaf["exp_avg_sq"] for leaf in new_slots],
-        [],
-        [leaf["step"] for leaf in new_slots],
+    return _inside_clones(
+        torch._fused_adamw_,
+        params,
+        grads,
+        slots,
+        ("exp_avg", "exp_avg_sq", "", "step"),
         lr=lr,
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
         eps=eps,
         amsgrad=False,
-        maximize=False,
     )
+
+
+def amsgrad(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Slots],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Step | None:
+    """Return the step of `AMSGrad`."""
+    return _inside_clones(
+        torch._fused_adam_,
+        params,
+        grads,
+        slots,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=True,
+    )
+
+
+def adagrad(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Slots],
+    lr: float,
+    lr_decay: float,
+    weight_decay: float,
+    eps: float,
+) -> Step | None:
+    """Return the step of `AdaGrad`."""
+    kernel, names = torch._fused_adagrad_, ("sum", "step")
+    return _inside_clones(
+        kernel, params, grads, slots, names, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps
+    )
+
+
+def _inside_clones(
+    kernel: Callable[..., None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Slots],
+    names: Sequence[str],
+    **options: float,
+) -> Step | None:
+    """Run a kernel on clones of parameters and slots, of which it takes those with these names, if it may."""
+    if not alike(params, grads, slots):
+        return None
+    new_params = [p.clone() for p in params]
+    new_slots = [{name: v + 1 if name == "step" else v.clone() for name, v in leaf.items()} for leaf in slots]
+    columns = ([leaf[name] for leaf in new_slots] if name else [] for name in names)
+    kernel(new_params, [g.contiguous() for g in grads], *columns, maximize=False, **options)
     return new_params, new_slots
 
 
@@ -133,7 +179,7 @@ def _add(xs: Sequence[Tensor], ys: Sequence[Tensor], alpha: float) -> Sequence[T
     return new
 
 
-def _alike(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> bool:
+def alike(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> bool:
     """Say whether a kernel that reads raw memory may read these.
 
     It checks neither shapes nor strides, reads beyond the end of a tensor that is too short, and leaves no trace
@@ -148,7 +194,7 @@ def _alike(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Sl
             return False
         if recording and (p.requires_grad or g.requires_grad):
             return False
-        for value in (p, leaf["exp_avg"], leaf["exp_avg_sq"]):
+        for value in (p, *(value for name, value in leaf.items() if name not in COUNTS)):
             if (
                 value.get_device() != device
                 or value.dtype != dtype
@@ -161,3 +207,6 @@ def _alike(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Sl
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+COUNTS = ("step", "mu_product")
+"""The slots that hold one number for the whole parameter."""

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, KeyNameError
+from luxtorch.core import InputError
 
 from . import _fused
 from ._fused import Slots as Slots
-from ._hyperparameters import pack, unpack
-from ._leaves import Leaves, pair, rebuild
-from ._rule import Rule
-
-Hyper: TypeAlias = "Tensor | dict[str, Tensor]"
-"""The hyperparameters in a state: one vector for all parameters, or one for each by its name."""
+from ._leaves import Leaves
+from ._list_rule import ListRule, Updates
+from ._rule_state import Hyper, by_leaf, check_names
+from ._rule_state import RuleState as RuleState
 
 
-class RuleState(NamedTuple):
-    """Hold the state of a leafwise rule.
-
-    Attributes:
-        hyper: The hyperparameters, in the order of the rule's fields: a vector, or one by parameter.
-        leaves: What the rule remembers of each parameter, by the parameter's dotted name.
-    """
-
-    hyper: Hyper
-    leaves: dict[str, Slots]
-
-
-torch.serialization.add_safe_globals([RuleState])
-
-
-class LeafwiseRule(Rule):
+class LeafwiseRule(ListRule):
     """Be a rule that treats each parameter by itself.
 
     A rule is its hyperparameters, what it remembers of a parameter (`slots`), and its formula (`delta`).
@@ -59,16 +41,9 @@ class LeafwiseRule(Rule):
     kernel: ClassVar[_fused.Kernel | None] = None
     """The formula over whole lists of leaves, for eager steps that nothing observes."""
 
-    needs_params: ClassVar[bool] = False
-    """Whether the formula reads the parameter, and not the gradient alone."""
-
-    def slots(self, p: Tensor) -> Slots:
-        """Return what the rule remembers of a parameter before the first step."""
-        return {}
-
     @abstractmethod
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        """Return what to add to a parameter, and the new slots.
+        """Return what to add to a parameter, or its new gradient where the rule does not descend, and the new slots.
 
         Args:
             g: The gradient.
@@ -77,91 +52,39 @@ class LeafwiseRule(Rule):
             h: The hyperparameters, by name: 0-d tensors, or 1-d where the field is several numbers.
         """
 
-    def init(self, params: Any) -> RuleState:
-        """Return the state before the first step."""
-        names, tensors, _ = pair(params, None)
-        if len(set(names)) < len(names):
-            raise KeyNameError(
-                "Two parameters have the same dotted name.",
-                got=next(name for name in names if names.count(name) > 1),
-                fix="Name them by strings without dots.",
-            )
-        for name, p in zip(names, tensors, strict=True):
-            if p.is_complex():
-                raise DTypeError(
-                    "A complex parameter cannot be optimized as it is.",
-                    expected="real parameters",
-                    got=str(p.dtype),
-                    fix="Keep torch.view_as_real(p) as the parameter, and view it as complex in the model.",
-                    where=name,
-                )
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return RuleState(
-            pack({name: getattr(self, name) for name in self.hyperparameters}, beside=device),
-            {name: self.slots(p) for name, p in zip(names, tensors, strict=True)},
-        )
-
-    def update(
-        self, updates: Any, state: RuleState, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, RuleState]:
-        """Return what to add to the parameters, and the new state: the step as torchopt asks for it.
-
-        Args:
-            updates: The gradients, or what the rules before this one in a chain made of them.
-            state: The state.
-            params: The parameters.
-            inplace: torchopt's word, not followed: a rule never writes into its arguments.
-        """
-        del inplace
-        if params is None:
-            if self.needs_params:
-                raise InputError(
-                    f"{type(self).__name__} needs the parameters as well as the gradients.",
-                    fix="Call rule.update(grads, state, params=ps).",
-                )
-            params = updates
-        leaves = pair(params, updates)
-        _check_names(leaves.names, state)
-        deltas, state = self._deltas(leaves, state)
-        return rebuild(params, iter(deltas)), state
-
     def step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
         """Return the new parameters and the new state, by the kernel where it can be used."""
-        _check_names(leaves.names, state)
+        check_names(leaves.names, state.leaves)
         try:
-            return self._fused_step(leaves, state) or self._formula_step(leaves, state)
+            return self._fused_step(leaves, state) or super().step(leaves, state)
         except RuntimeError:
-            _check_shapes(leaves, state)
+            _check_shapes(self, leaves, state)
             raise
 
-    def _formula_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
-        deltas, state = self._deltas(leaves, state)
-        return [p if d is None else p + d for p, d in zip(leaves.params, deltas, strict=True)], state
-
-    def _deltas(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor | None], RuleState]:
-        deltas: list[Tensor | None] = []
+    def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
+        """Return what becomes of the gradients by the formula, and the new state."""
+        check_names(leaves.names, state.leaves)
+        updates: Updates = []
         new_slots = dict(state.leaves)
-        by_name = state.hyper if isinstance(state.hyper, dict) else {}
-        shared = unpack(state.hyper, self.hyperparameters) if isinstance(state.hyper, Tensor) else {}
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, leaves.names)
         for name, p, g in zip(*leaves, strict=True):
             if g is None:
-                deltas.append(None)
+                updates.append(None)
                 continue
             old = state.leaves[name]
-            h = unpack(by_name[name], self.hyperparameters) if by_name else shared
-            delta, new = self.delta(g, p, old, h)
+            delta, new = self.delta(g, p, old, hyper[name])
             if delta.shape != p.shape:
-                _check_shapes(leaves, state)
+                _check_shapes(self, leaves, state)
             # A 0-d parameter would be promoted by the float64 hyperparameters.
-            deltas.append(delta.to(p.dtype))
+            updates.append(delta.to(p.dtype))
             new_slots[name] = {slot: value.to(old[slot].dtype) for slot, value in new.items()}
-        return deltas, RuleState(state.hyper, new_slots)
+        return updates, state.after(new_slots)
 
     def _fused_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState] | None:
         if self.kernel is None or not _fused.unobserved():
             return None
         params, slots = dict(zip(leaves.names, leaves.params, strict=True)), dict(state.leaves)
-        for hyper, members in _groups(leaves, state.hyper):
+        for hyper, members in _groups(leaves, self.hyper_now(state)):
             numbers = _fused.numbers(hyper)
             if numbers is None:
                 return None
@@ -172,7 +95,7 @@ class LeafwiseRule(Rule):
             new_params, new_slots = step
             params.update(zip(names, new_params, strict=True))
             slots.update(zip(names, new_slots, strict=True))
-        return list(params.values()), RuleState(state.hyper, slots)
+        return list(params.values()), state.after(slots)
 
 
 def _groups(leaves: Leaves, hyper: Hyper) -> list[tuple[Tensor, list[tuple[str, Tensor, Tensor]]]]:
@@ -185,26 +108,15 @@ def _groups(leaves: Leaves, hyper: Hyper) -> list[tuple[Tensor, list[tuple[str, 
     return list(groups.values())
 
 
-def _check_names(names: list[str], state: RuleState) -> None:
-    if state.leaves.keys() != set(names):
-        missing = [name for name in state.leaves if name not in names]
-        extra = [name for name in names if name not in state.leaves]
-        raise KeyNameError(
-            "The optimizer state belongs to other parameters.",
-            expected=f"also {', '.join(missing)}" if missing else "no others than those of the state",
-            got=", ".join(extra) or "none of these",
-            fix="Set up the state with these parameters.",
-        )
-
-
-def _check_shapes(leaves: Leaves, state: RuleState) -> None:
-    """Raise if what the state remembers has another shape than the parameter; called where a step has failed."""
+def _check_shapes(rule: LeafwiseRule, leaves: Leaves, state: RuleState) -> None:
+    """Raise if what the state remembers has not the shape that the parameter asks for; called where a step failed."""
     for name, p in zip(leaves.names, leaves.params, strict=True):
+        fresh = rule.slots(p)
         for slot, value in state.leaves[name].items():
-            if value.ndim > 0 and value.shape != p.shape:
+            if value.shape != fresh[slot].shape:
                 raise InputError(
-                    f"The optimizer state has '{slot}' of another shape than the parameter.",
-                    expected=str(tuple(p.shape)),
+                    f"The optimizer state has '{slot}' of another shape than the parameter asks for.",
+                    expected=str(tuple(fresh[slot].shape)),
                     got=str(tuple(value.shape)),
                     fix="Set up the state with these parameters.",
                     where=name,

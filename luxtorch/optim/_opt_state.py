@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torchopt.base import ChainedGradientTransformation, GradientTransformation
 from luxtorch.components import Axes
 from luxtorch.core import register_node
 
-from ._hyperparameters import show
-from ._leafwise import LeafwiseRule, RuleState
+from ._list_rule import ChangeState, ListRule
 from ._rule import Rule
 
 
@@ -61,11 +59,18 @@ class OptState:
         return f"OptState({_describe(layout.rule, self.state)}, {len(layout.names)} {noun}{frozen})"
 
 
-def map_rules(change: Callable[[LeafwiseRule, RuleState], RuleState], rule: GradientTransformation, state: Any) -> Any:
-    """Return a state with that of each leafwise rule in it, as alone or in a chain, changed."""
+def map_rules(change: ChangeState, rule: GradientTransformation, state: Any) -> Any:
+    """Return a state with that of each rule of this package in it changed."""
     if isinstance(rule, ChainedGradientTransformation):
         return tuple(map_rules(change, *part) for part in zip(rule.transformations, state, strict=True))
-    return change(rule, state) if isinstance(rule, LeafwiseRule) else state
+    return rule.map_states(change, state) if isinstance(rule, ListRule) else state
+
+
+def splits_vectors(rule: GradientTransformation) -> bool:
+    """Say whether a rule, alone or in a chain, has to see the components of flat vectors in their shapes."""
+    if isinstance(rule, ChainedGradientTransformation):
+        return any(map(splits_vectors, rule.transformations))
+    return isinstance(rule, ListRule) and rule.splits_vectors()
 
 
 def _describe(rule: GradientTransformation, state: Any) -> str:
@@ -73,10 +78,8 @@ def _describe(rule: GradientTransformation, state: Any) -> str:
     if isinstance(rule, ChainedGradientTransformation):
         parts = zip(rule.transformations, state, strict=True)
         return f"chain({', '.join(_describe(*part) for part in parts)})"
-    if isinstance(rule, LeafwiseRule):
-        by_path = isinstance(state.hyper, dict)
-        values = "by path" if by_path else show(state.hyper, rule.hyperparameters)
-        return f"{type(rule).__name__}({values})"
+    if isinstance(rule, ListRule):
+        return rule.describe(state)
     return repr(rule) if isinstance(rule, Rule) else "torchopt optimizer"
 
 

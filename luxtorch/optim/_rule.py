@@ -12,16 +12,18 @@ from torchopt.base import ChainedGradientTransformation, GradientTransformation
 from typing_extensions import Self, dataclass_transform
 
 from ._hyperparameters import check
+from ._schedule import scale_of, schedule_of
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 class Rule(GradientTransformation):
     """Be a rule: an immutable description of how gradients become updates.
 
     A subclass becomes a frozen dataclass: two rules with equal fields are equal. A field whose default is a float
     or a tuple of floats is a hyperparameter: when a state is set up its value moves there as a tensor, where it can
-    be adjusted, differentiated and batched. A field of any other kind, such as a flag or a count, is part of the
-    structure: a compiled step is compiled anew for each value.
+    be adjusted, differentiated and batched. In place of a float it may be a schedule: one of this package, or any
+    function of the number of steps taken, such as torchopt's. A field of any other kind, such as a flag or a count,
+    is part of the structure: a compiled step is compiled anew for each value.
 
     Subclasses define `init` and `update`, as torchopt asks. Most rules treat one parameter at a time: write those
     as a `LeafwiseRule`.
@@ -51,7 +53,7 @@ class Rule(GradientTransformation):
         for name, shape in self.hyperparameters.items():
             value = getattr(self, name)
             if value is not None:  # it is in a state, see structure_of
-                check(name, value, shape)
+                check(name, value if shape else scale_of(value), shape)
             if isinstance(value, list):  # a rule is hashable
                 object.__setattr__(self, name, tuple(value))
 
@@ -68,22 +70,40 @@ class Rule(GradientTransformation):
     def __len__(self) -> int:
         return 2
 
+    def bare(self) -> Self:
+        """Return the rule without what its state holds, see `structure_of`."""
+        bare = copy.copy(self)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name in self.hyperparameters:
+                value = schedule_of(value)
+            elif type(value) is tuple:  # a rule is one, too
+                value = tuple(map(structure_of, value))
+            else:
+                value = structure_of(value)
+            object.__setattr__(bare, field.name, value)
+        return bare
+
     def __reduce__(self) -> tuple[Any, ...]:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return type(self), tuple(getattr(self, field.name) for field in fields)
+        return _make, (type(self), {field.name: getattr(self, field.name) for field in fields})
+
+
+def _make(cls: type[Rule], fields: dict[str, Any]) -> Rule:
+    return cls(**fields)
+
+
+torch.serialization.add_safe_globals([_make])
 
 
 def structure_of(rule: GradientTransformation) -> GradientTransformation:
     """Return a rule without the values of its hyperparameters.
 
     This is the part of a rule that is static in a state: the values live there as tensors, so that rules
-    which differ only in them share one structure, hence one compiled graph.
+    which differ only in them share one structure, hence one compiled graph. A schedule stays.
     """
     if isinstance(rule, ChainedGradientTransformation):
         return ChainedGradientTransformation(*map(structure_of, rule.transformations))
     if not isinstance(rule, Rule):
         return rule
-    bare = copy.copy(rule)
-    for name in rule.hyperparameters:
-        object.__setattr__(bare, name, None)
-    return bare
+    return rule.bare()

@@ -8,8 +8,9 @@ from torchopt.base import GradientTransformation
 
 from luxtorch.core import DTypeError
 
-from ._leaves import components, pair, vectors
-from ._opt_state import Layout, OptState
+from ._leaves import components, pair, to_components, vectors
+from ._opt_state import Layout, OptState, splits_vectors
+from ._optimiserchain import as_one
 from ._rule import structure_of
 
 
@@ -18,7 +19,7 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
 
     Args:
         rule: A rule of this package, or any torchopt optimizer or chain. torchopt's are used as they are, but
-            never in place.
+            never in place; a torchopt chain of rules of this package becomes an `OptimiserChain`.
         ps: The parameters: nested dicts of tensors, a ComponentVector, a tensor, or any pytree of these; on the
             device where they will be trained. The hyperparameters stay on the CPU: there the kernels read them.
 
@@ -26,6 +27,7 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
         The state: a pytree of tensors, for `update`.
 
     Raises:
+        InputError: If a torchopt chain has a rule that works in an `OptimiserChain` only.
         DTypeError: If the rule is not a gradient transformation, or a parameter is not a real tensor.
 
     Example:
@@ -43,8 +45,11 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
             got=repr(rule) if isinstance(rule, type) else type(rule).__name__,
             fix="torch.optim optimizers change parameters in place; use the rule of the same name here.",
         )
+    rule = as_one(rule)
     axes = vectors(ps)
     names = [
         part for name in pair(ps, None).names for part in (components(name, axes[name]) if name in axes else [name])
     ]
-    return OptState(Layout(structure_of(rule), tuple(names), vectors=tuple(axes.items())), rule.init(ps))
+    apart = bool(axes) and splits_vectors(rule)
+    layout = Layout(structure_of(rule), tuple(names), vectors=tuple(axes.items()), by_component=apart)
+    return OptState(layout, rule.init(to_components(ps) if apart else ps))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torchopt
 
-from ._leafwise import LeafwiseRule
 from ._leaves import Leaves, from_components, pair, rebuild, to_components
+from ._list_rule import ListRule
 from ._opt_state import OptState
 
 
@@ -50,7 +50,9 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
         frozen = set(layout.frozen)
         grads = [None if name in frozen else g for name, g in zip(leaves.names, leaves.grads, strict=True)]
         leaves = leaves._replace(grads=grads)
-    if isinstance(layout.rule, LeafwiseRule):
+    if all(g is None for g in leaves.grads):
+        return opt_state, ps
+    if isinstance(layout.rule, ListRule):
         params, state = layout.rule.step(leaves, opt_state.state)
         new = rebuild(tree, iter(params))
     else:
@@ -59,8 +61,6 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
 
 
 def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[Any, Any]:
-    if all(g is None for g in leaves.grads):
-        return ps, opt_state.state
     grads = rebuild(ps, iter(leaves.grads))
     updates, state = opt_state.layout.rule.update(grads, opt_state.state, params=ps, inplace=False)
     return torchopt.apply_updates(ps, updates, inplace=False), state

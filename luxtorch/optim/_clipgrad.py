@@ -1,0 +1,43 @@
+"""Limiting each element of the gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._hyperparameters import Number
+from ._leaves import Leaves
+from ._list_rule import ListRule, Updates
+from ._rule_state import RuleState, by_leaf, check_names
+
+
+class ClipGrad(ListRule):
+    """Limit each element of the gradients to `[-delta, delta]`.
+
+    Args:
+        delta: The limit.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.zeros(3)}
+        >>> opt_state = optim.setup(optim.OptimiserChain(optim.ClipGrad(1.0), optim.Descent(0.5)), ps)
+        >>> optim.update(opt_state, ps, {"weight": torch.tensor([-9.0, 0.5, 2.0])})[1]
+        {'weight': tensor([ 0.5000, -0.2500, -0.5000])}
+
+    The numbers are those of `torch.nn.utils.clip_grad_value_`; the name and the default are those of Optimisers.jl.
+    """
+
+    delta: Number = 10.0
+
+    descends = False
+
+    def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
+        check_names(leaves.names, state.leaves)
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, leaves.names)
+        grads = zip(leaves.names, leaves.grads, strict=True)
+        return [None if g is None else _clip(g, hyper[name]["delta"]) for name, g in grads], state.after(state.leaves)
+
+
+def _clip(g: Tensor, delta: Tensor) -> Tensor:
+    limit = delta.to(g.device, g.dtype, non_blocking=True)  # a number on the CPU could not meet a gradient on a GPU
+    return g.clamp(-limit, limit)

@@ -1,0 +1,104 @@
+"""Limiting the norm of the gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import InputError
+
+from . import _fused
+from ._hyperparameters import Number
+from ._leaves import Leaves
+from ._list_rule import ListRule, Updates
+from ._rule_state import RuleState, by_leaf, check_names
+
+
+class ClipNorm(ListRule):
+    """Scale the gradients down where their norm is above a limit.
+
+    Gradients that are missing or frozen do not count towards the norm. One that is NaN makes all of them NaN.
+
+    Args:
+        max_norm: The limit.
+        p: The order of the norm: a positive number, or `math.inf` for the largest element.
+        per_array: Whether each parameter is scaled by the norm of its own gradient, instead of all by the norm of
+            all. The components of a ComponentVector are parameters of their own then.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.zeros(2)}
+        >>> opt_state = optim.setup(optim.OptimiserChain(optim.ClipNorm(1.0), optim.Descent(1.0)), ps)
+        >>> optim.update(opt_state, ps, {"weight": torch.tensor([3.0, -4.0])})[1]
+        {'weight': tensor([-0.6000,  0.8000])}
+
+    The numbers are those of `torch.nn.utils.clip_grad_norm_`, which adds 1e-6 to the norm; the name and the default
+    are those of Optimisers.jl, whose norm is always per array. Pascanu, Mikolov and Bengio, "On the difficulty of
+    training recurrent neural networks", 2013.
+    """
+
+    max_norm: Number = 10.0
+    p: float | int = 2
+    per_array: bool = dataclasses.field(default=False, kw_only=True)
+
+    descends = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.p > 0:
+            raise InputError("The order of the norm is not positive.", expected="p > 0", got=repr(self.p))
+
+    def splits_vectors(self) -> bool:
+        return self.per_array
+
+    def by_parameter(self) -> bool:
+        return self.per_array
+
+    def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
+        check_names(leaves.names, state.leaves)
+        given = {name: g for name, g in zip(leaves.names, leaves.grads, strict=True) if g is not None}
+        if not given:
+            return list(leaves.grads), state
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, list(given))
+        if self.per_array:
+            clipped = {
+                name: _scale([g], [_norm(g, self.p)], self.p, hyper[name]["max_norm"])[0] for name, g in given.items()
+            }
+        else:
+            grads = list(given.values())
+            max_norm = next(iter(hyper.values()))["max_norm"]
+            clipped = dict(zip(given, _scale(grads, _norms(grads, self.p), self.p, max_norm), strict=True))
+        return [clipped.get(name) for name in leaves.names], state.after(state.leaves)
+
+
+def _norms(grads: Sequence[Tensor], p: float) -> Sequence[Tensor]:
+    # One call for all leaves, which has no rule under the transforms.
+    if len(grads) > 1 and _fused.unobserved() and all(g.dtype in (torch.float32, torch.float64) for g in grads):
+        norms: Sequence[Tensor] = torch._foreach_norm(list(grads), p)
+        return norms
+    return [_norm(g, p) for g in grads]
+
+
+def _norm(g: Tensor, p: float) -> Tensor:
+    """Return the norm of a gradient, in float32 where that is more than the gradient's own dtype."""
+    norm: Tensor = torch.linalg.vector_norm(g, p, dtype=torch.promote_types(g.dtype, torch.float32))
+    return norm
+
+
+def _scale(grads: Sequence[Tensor], norms: Sequence[Tensor], p: float, max_norm: Tensor) -> Sequence[Tensor]:
+    """Return gradients scaled down by the norm of their norms."""
+    first = norms[0]
+    total = first if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(first) for n in norms]), p)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    if _fused.unobserved():
+        number = _fused.numbers(factor.reshape(1))
+        if number == [1.0]:  # that spares a pass over the gradients
+            return grads
+        if number is not None:
+            scaled: Sequence[Tensor] = torch._foreach_mul(list(grads), number[0])
+            return scaled
+    return [(g * factor.to(g.device)).to(g.dtype) for g in grads]

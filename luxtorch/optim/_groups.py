@@ -1,0 +1,166 @@
+"""Other rules for other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torchopt.base import GradientTransformation
+from typing_extensions import Self
+
+from luxtorch.core import InputError, Static
+
+from ._leaves import Leaves, pair, to_components
+from ._list_rule import ChangeState, ListRule, Updates
+from ._optimiserchain import list_rule, negative
+from ._paths import select
+from ._rule_state import check_names
+
+
+class GroupsState(NamedTuple):
+    """Hold the state of `Groups`.
+
+    Attributes:
+        members: The names of the parameters of each group.
+        states: The state of each group's rule.
+    """
+
+    members: Static[tuple[tuple[str, ...], ...]]
+    states: tuple[Any, ...]
+
+
+torch.serialization.add_safe_globals([GroupsState])
+
+
+class Groups(ListRule):
+    """Give each group of parameters a rule of its own.
+
+    Every parameter belongs to exactly one group. The components of a ComponentVector are parameters of their own.
+
+    Args:
+        groups: The rules by path: a dotted path such as `"layer_1"`, which stands for everything below it, or a
+            predicate on dotted names.
+        rest: The rule for all other parameters. Without it there may be none.
+
+    Raises:
+        KeyNameError: When a state is set up: if a path stands for no parameter.
+        InputError: When a state is set up: if a parameter is in two groups or in none.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"layer_1": {"weight": torch.ones(1)}, "layer_2": {"weight": torch.ones(1), "bias": torch.ones(1)}}
+        >>> opt_state = optim.setup(optim.Groups({"layer_2.bias": optim.Descent(1.0)}, rest=optim.Descent(0.5)), ps)
+        >>> optim.update(opt_state, ps, ps)[1]
+        {'layer_1': {'weight': tensor([0.5000])}, 'layer_2': {'weight': tensor([0.5000]), 'bias': tensor([0.])}}
+
+    The parameter groups of torch.optim.
+    """
+
+    paths: tuple[str | Callable[[str], bool] | None, ...]
+    rules: tuple[ListRule, ...]
+
+    needs_params = True
+
+    def __init__(
+        self,
+        groups: Mapping[str | Callable[[str], bool], GradientTransformation],
+        rest: GradientTransformation | None = None,
+    ) -> None:
+        pairs: dict[Any, GradientTransformation] = {**groups} if rest is None else {**groups, None: rest}
+        object.__setattr__(self, "paths", tuple(pairs))
+        object.__setattr__(self, "rules", tuple(map(list_rule, pairs.values())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pairs = dict(zip(self.paths, self.rules, strict=True))
+        rest = pairs.pop(None, None)
+        return Groups, (pairs, rest)
+
+    def bare(self) -> Self:
+        """Return the rule without what its state holds: also without predicates, whose members the state knows."""
+        bare = super().bare()
+        numbered = (
+            path if path is None or isinstance(path, str) else f"<predicate {i}>" for i, path in enumerate(self.paths)
+        )
+        object.__setattr__(bare, "paths", tuple(numbered))
+        return bare
+
+    def splits_vectors(self) -> bool:
+        return True
+
+    def keeps_copies(self) -> bool:
+        return any(rule.keeps_copies() for rule in self.rules)
+
+    def map_states(self, change: ChangeState, state: GroupsState) -> GroupsState:
+        parts = zip(self.rules, state.states, strict=True)
+        return state._replace(states=tuple(rule.map_states(change, part) for rule, part in parts))
+
+    def describe(self, state: GroupsState) -> str:
+        parts = zip(self.paths, self.rules, state.states, strict=True)
+        texts = (f"{'rest' if path is None else path}: {rule.describe(part)}" for path, rule, part in parts)
+        return f"Groups({', '.join(texts)})"
+
+    def init(self, params: Any) -> GroupsState:
+        names, tensors, _ = pair(to_components(params), None)
+        members = self._members(names)
+        leaves = dict(zip(names, tensors, strict=True))
+        states = (
+            rule.init({name: leaves[name] for name in group}) for rule, group in zip(self.rules, members, strict=True)
+        )
+        return GroupsState(Static(members), tuple(states))
+
+    def updates(self, leaves: Leaves, state: GroupsState) -> tuple[Updates, GroupsState]:
+        updates: dict[str, Any] = {}
+        states = []
+        for rule, group, old in self._parts(leaves, state):
+            new, old = rule.updates(group, old) if _given(group) else (group.grads, old)
+            updates.update(zip(group.names, new if rule.descends else negative(new), strict=True))
+            states.append(old)
+        return [updates[name] for name in leaves.names], state._replace(states=tuple(states))
+
+    def step(self, leaves: Leaves, state: GroupsState) -> tuple[Any, GroupsState]:
+        params: dict[str, Any] = {}
+        states = []
+        for rule, group, old in self._parts(leaves, state):
+            new, old = rule.step(group, old) if _given(group) else (group.params, old)
+            params.update(zip(group.names, new, strict=True))
+            states.append(old)
+        return [params[name] for name in leaves.names], state._replace(states=tuple(states))
+
+    def _parts(self, leaves: Leaves, state: GroupsState) -> list[tuple[ListRule, Leaves, Any]]:
+        """Return the rules with their leaves and states."""
+        members = state.members.value
+        check_names(leaves.names, [name for group in members for name in group])
+        params = dict(zip(leaves.names, leaves.params, strict=True))
+        grads = dict(zip(leaves.names, leaves.grads, strict=True))
+        groups = (Leaves(list(group), [params[n] for n in group], [grads[n] for n in group]) for group in members)
+        return list(zip(self.rules, groups, state.states, strict=True))
+
+    def _members(self, names: list[str]) -> tuple[tuple[str, ...], ...]:
+        owner: dict[str, Any] = {}
+        for path in self.paths:
+            if path is None:
+                continue
+            for name in select(path, names):
+                if name in owner:
+                    raise InputError(
+                        "A parameter belongs to two groups.",
+                        expected="one group for each parameter",
+                        got=f"'{owner[name]}' and '{path}'",
+                        where=name,
+                    )
+                owner[name] = path
+        missing = [name for name in names if name not in owner]
+        if missing and None not in self.paths:
+            raise InputError(
+                "Some parameters belong to no group.",
+                expected="one group for each parameter",
+                got=", ".join(missing),
+                fix="Add a group, or rest= with a rule for all others.",
+            )
+        return tuple(tuple(name for name in names if owner.get(name) == path) for path in self.paths)
+
+
+def _given(leaves: Leaves) -> bool:
+    return any(g is not None for g in leaves.grads)

@@ -1,0 +1,192 @@
+"""What the rules of this package have in common: they step on the list of the leaves of a tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable
+from math import prod
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError, KeyNameError
+
+from ._fused import Slots, unobserved
+from ._hyperparameters import pack, show
+from ._leaves import Leaves, from_components, pair, rebuild, to_components
+from ._rule import Rule
+from ._rule_state import Hyper, RuleState, map_hyper
+from ._schedule import Value, evaluate, scale_of, schedule_of
+
+Updates: TypeAlias = "list[Tensor | None]"
+"""What to add to each parameter, or its new gradient; None where it is left alone."""
+
+ChangeState: TypeAlias = "Callable[[ListRule, RuleState], RuleState]"
+"""Changes the state of one rule."""
+
+
+class ListRule(Rule):
+    """Be a rule that works on the list of all leaves, whatever the tree that they come from.
+
+    A subclass defines `updates`; and `step`, if it can do better than to add the updates to the parameters. That
+    is how the last rule of a chain keeps its fused kernel: those before it change the list of gradients, and the
+    last one takes a step as if it were alone.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> class Normalise(optim.ListRule):
+        ...     descends = False
+        ...
+        ...     def updates(self, leaves, state):
+        ...         norm = sum(g.square().sum() for g in leaves.grads if g is not None).sqrt()
+        ...         return [None if g is None else g / norm for g in leaves.grads], state
+        >>> ps = {"a": torch.zeros(1), "b": torch.zeros(1)}
+        >>> opt_state = optim.setup(optim.OptimiserChain(Normalise(), optim.Descent(0.5)), ps)
+        >>> optim.update(opt_state, ps, {"a": torch.tensor([30.0]), "b": torch.tensor([40.0])})[1]
+        {'a': tensor([-0.3000]), 'b': tensor([-0.4000])}
+    """
+
+    descends: ClassVar[bool] = True
+    """Whether the updates are to be added to the parameters; otherwise they are gradients, changed."""
+
+    needs_params: ClassVar[bool] = False
+    """Whether the updates depend on the parameters, and not on the gradients alone."""
+
+    @abstractmethod
+    def updates(self, leaves: Leaves, state: Any) -> tuple[Updates, Any]:
+        """Return what becomes of the gradients, and the new state."""
+
+    def step(self, leaves: Leaves, state: Any) -> tuple[list[Tensor], Any]:
+        """Return the new parameters and the new state."""
+        updates, state = self.updates(leaves, state)
+        pairs = zip(leaves.params, updates, strict=True)
+        if self.descends:
+            return [p if u is None else p + u for p, u in pairs], state
+        return [p if g is None else p - g for p, g in pairs], state
+
+    def splits_vectors(self) -> bool:
+        """Say whether the components of a ComponentVector are leaves of their own from the beginning.
+
+        They have to be where the updates depend on the shapes of parameters, or on their names.
+        """
+        return False
+
+    def keeps_copies(self) -> bool:
+        """Say whether the state holds copies of the parameters, which nothing else may change."""
+        return False
+
+    def by_parameter(self) -> bool:
+        """Say whether a hyperparameter may differ between parameters."""
+        return True
+
+    def map_states(self, change: ChangeState, state: Any) -> Any:
+        """Return the state, with that of this rule, or of each rule that it is made of, changed."""
+        return change(self, state)
+
+    def slots(self, p: Tensor) -> Slots:
+        """Return what the rule remembers of a parameter before the first step."""
+        return {}
+
+    def init(self, params: Any) -> Any:
+        """Return the state before the first step."""
+        names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
+        _check_parameters(names, tensors)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        hyper = pack({name: scale_of(getattr(self, name)) for name in self.hyperparameters}, beside=device)
+        steps = torch.zeros((), dtype=torch.int64, device=hyper.device) if self.counts() else ()
+        return RuleState(hyper, {name: self.slots(p) for name, p in zip(names, tensors, strict=True)}, steps)
+
+    def counts(self) -> bool:
+        """Say whether the state counts the steps."""
+        return bool(self.scheduled())
+
+    def hyper_now(self, state: RuleState) -> Hyper:
+        """Return the hyperparameters of the next step: those of the state, times their schedules."""
+        if not isinstance(state.steps, Tensor):
+            return state.hyper
+        steps = state.steps
+        step: Value = steps.to(torch.float64)
+        if unobserved() and type(steps) is Tensor and steps.is_cpu and steps.ndim == 0:
+            step = float(steps)  # a schedule of numbers is ten times as fast
+        factors: list[Value] = []
+        for name, shape in self.hyperparameters.items():
+            schedule = schedule_of(getattr(self, name))
+            factors += [1.0] * prod(shape) if schedule is None else [evaluate(schedule, step)]
+        if isinstance(step, float):
+            factor = torch.tensor(factors, dtype=torch.float64)
+        else:
+            factor = torch.stack([torch.as_tensor(each, dtype=step.dtype, device=step.device) for each in factors])
+        return map_hyper(lambda vector: vector * factor, state.hyper)
+
+    def update(self, updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> tuple[Any, Any]:
+        """Return what to add to the parameters, and the new state: the step as torchopt asks for it.
+
+        Args:
+            updates: The gradients, or what the rules before this one in a chain made of them.
+            state: The state.
+            params: The parameters.
+            inplace: torchopt's word, not followed: a rule never writes into its arguments.
+        """
+        del inplace
+        if params is None:
+            if self.needs_params:
+                raise InputError(
+                    f"{type(self).__name__} needs the parameters as well as the gradients.",
+                    fix="Call rule.update(grads, state, params=ps).",
+                )
+            params = updates
+        if not self.splits_vectors():
+            new, state = self.updates(pair(params, updates), state)
+            return rebuild(params, iter(new)), state
+        tree = to_components(params)
+        leaves = pair(tree, to_components(updates))
+        some, state = self.updates(leaves, state)
+        # The parts of a vector that are left alone have to be there.
+        new = [torch.zeros_like(p) if u is None else u for p, u in zip(leaves.params, some, strict=True)]
+        return from_components(params, rebuild(tree, iter(new))), state
+
+    def describe(self, state: Any) -> str:
+        """Return the rule as it was written, with the hyperparameters that the state holds by now."""
+        by_path = isinstance(state.hyper, dict)
+        vectors = {} if by_path else self._vectors(state.hyper)
+        parts = ["by path"] if by_path else []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in vectors:
+                text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
+                if schedule_of(value) is not None:
+                    alone = text == f"{field.name}=1.0"
+                    text = f"{field.name}={value!r}" if alone else f"{text} * {value!r}"
+                parts.append(text)
+            elif field.name not in self.hyperparameters and value != field.default:
+                parts.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def scheduled(self) -> list[str]:
+        """Return the names of the hyperparameters that follow a schedule."""
+        return [name for name in self.hyperparameters if schedule_of(getattr(self, name)) is not None]
+
+    def _vectors(self, hyper: Tensor) -> dict[str, Tensor]:
+        sizes = [prod(shape) for shape in self.hyperparameters.values()]
+        return dict(zip(self.hyperparameters, torch.split(hyper, sizes, -1) if sizes else (), strict=True))
+
+
+def _check_parameters(names: list[str], tensors: list[Tensor]) -> None:
+    if len(set(names)) < len(names):
+        raise KeyNameError(
+            "Two parameters have the same dotted name.",
+            got=next(name for name in names if names.count(name) > 1),
+            fix="Name them by strings without dots.",
+        )
+    for name, p in zip(names, tensors, strict=True):
+        if p.is_complex():
+            raise DTypeError(
+                "A complex parameter cannot be optimized as it is.",
+                expected="real parameters",
+                got=str(p.dtype),
+                fix="Keep torch.view_as_real(p) as the parameter, and view it as complex in the model.",
+                where=name,
+            )

@@ -1,0 +1,108 @@
+"""Muon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import InputError
+
+from ._formula import zeros
+from ._hyperparameters import Number
+from ._leafwise import LeafwiseRule, Slots
+
+# The quintic that Jordan chose: it pulls all singular values to about one in few steps.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(LeafwiseRule):
+    """Step along the orthogonal matrix nearest to the momentum; for the matrices of hidden layers alone.
+
+    Args:
+        lr: The learning rate.
+        weight_decay: How much the parameters shrink, relative to the learning rate.
+        momentum: How much of the average gradient is kept.
+        eps: The least norm by which the momentum is divided.
+        nesterov: Whether the step is along the momentum that the next step will have.
+        ns_steps: The number of Newton-Schulz steps towards the orthogonal matrix.
+        adjust_lr_fn: How the step of an m x n matrix is scaled: "original" by `max(1, m / n)**0.5`,
+            "match_rms_adamw" by `0.2 * max(m, n)**0.5`, "spectral_unclamped" by `(m / n)**0.5`.
+        ns_dtype: The dtype of the Newton-Schulz steps; None is that of the parameter.
+
+    Raises:
+        InputError: If a parameter is not a matrix. Give the others another rule.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.zeros(2, 2)}
+        >>> opt_state = optim.setup(optim.Muon(0.5), ps)
+        >>> opt_state, ps = optim.update(opt_state, ps, {"weight": torch.tensor([[3.0, 0.0], [0.0, -3.0]])})
+        >>> ps
+        {'weight': tensor([[-0.5625,  0.0000],
+                [ 0.0000,  0.5625]])}
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. The numbers and defaults are
+    those of `torch.optim.Muon`, whose Newton-Schulz steps always have bfloat16.
+    """
+
+    lr: Number = 0.001
+    weight_decay: Number = 0.1
+    momentum: Number = 0.95
+    eps: Number = 1e-7
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: str = "original"
+    ns_dtype: torch.dtype | None = torch.bfloat16
+
+    needs_params = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adjust_lr_fn not in ("original", "match_rms_adamw", "spectral_unclamped"):
+            raise InputError(
+                "The step of a matrix cannot be scaled like this.",
+                expected="adjust_lr_fn 'original', 'match_rms_adamw' or 'spectral_unclamped'",
+                got=repr(self.adjust_lr_fn),
+            )
+
+    def splits_vectors(self) -> bool:
+        return True
+
+    def slots(self, p: Tensor) -> Slots:
+        if p.ndim != 2:
+            raise InputError(
+                "Muon is for matrices.",
+                expected="a parameter of 2 dimensions",
+                got=f"shape {tuple(p.shape)}",
+                fix="Give the other parameters another rule, such as AdamW.",
+            )
+        return zeros(p, "momentum_buffer")
+
+    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        average = slots["momentum_buffer"] + (1 - h["momentum"]) * (g - slots["momentum_buffer"])
+        ahead = g + h["momentum"] * (average - g) if self.nesterov else average
+        direction = _orthogonal(ahead.to(self.ns_dtype or p.dtype), h["eps"], self.ns_steps).to(p.dtype)
+        return -h["lr"] * (self._scale(*p.shape) * direction + h["weight_decay"] * p), {"momentum_buffer": average}
+
+    def _scale(self, rows: int, columns: int) -> float:
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        ratio = rows / columns
+        return math.sqrt(ratio if self.adjust_lr_fn == "spectral_unclamped" else max(1.0, ratio))
+
+
+def _orthogonal(x: Tensor, eps: Tensor, steps: int) -> Tensor:
+    """Return about the orthogonal matrix nearest to x: x with singular values that are all about one."""
+    if x.shape[0] > x.shape[1]:
+        return _orthogonal(x.T, eps, steps).T
+    norm = torch.linalg.vector_norm(x)
+    x = x / torch.maximum(norm, eps.to(norm.dtype))
+    a, b, c = _QUINTIC
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

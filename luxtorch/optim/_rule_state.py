@@ -1,0 +1,79 @@
+"""What a rule remembers: its hyperparameters, and something of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import KeyNameError
+
+from ._fused import Slots
+from ._hyperparameters import Shapes, unpack
+
+Hyper: TypeAlias = "Tensor | dict[str, Tensor]"
+"""The hyperparameters in a state: one vector for all parameters, or one for each by its name."""
+
+
+class RuleState(NamedTuple):
+    """Hold the state of one rule.
+
+    Attributes:
+        hyper: The hyperparameters, in the order of the rule's fields: a vector, or one by parameter. Of one that
+            follows a schedule, the factor of the schedule.
+        leaves: What the rule remembers of each parameter, by the parameter's dotted name.
+        steps: How many steps were taken, where something depends on it, such as a schedule; otherwise empty.
+    """
+
+    hyper: Hyper
+    leaves: dict[str, Slots]
+    steps: Tensor | tuple[()] = ()
+
+    def after(self, leaves: dict[str, Slots]) -> RuleState:
+        """Return the state after a step."""
+        return RuleState(self.hyper, leaves, self.steps + 1 if isinstance(self.steps, Tensor) else ())
+
+
+torch.serialization.add_safe_globals([RuleState])
+
+
+def map_hyper(change: Callable[[Tensor], Tensor], hyper: Hyper, chosen: set[str] | None = None) -> Hyper:
+    """Return hyperparameters with all vectors changed, or those of the chosen parameters.
+
+    There is one new vector for each old one: parameters that share one, and so a call of a kernel, still do.
+    """
+    if isinstance(hyper, Tensor):
+        return change(hyper)
+    # No table by `id`: torch.compile would take the tensors' addresses for constants.
+    pairs: list[tuple[Tensor, Tensor]] = []
+    changed = dict(hyper)
+    for leaf, old in hyper.items():
+        if chosen is None or leaf in chosen:
+            new = next((new for known, new in pairs if known is old), None)
+            if new is None:
+                new = change(old)
+                pairs.append((old, new))
+            changed[leaf] = new
+    return changed
+
+
+def by_leaf(hyper: Hyper, shapes: Shapes, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the hyperparameters of each leaf by their names."""
+    if isinstance(hyper, Tensor):
+        return dict.fromkeys(names, unpack(hyper, shapes))
+    return {name: unpack(hyper[name], shapes) for name in names}
+
+
+def check_names(names: Sequence[str], known: Collection[str]) -> None:
+    """Raise unless the names of the parameters are those that a state knows."""
+    if len(names) != len(known) or set(names) != set(known):
+        missing = [name for name in known if name not in names]
+        extra = [name for name in names if name not in known]
+        raise KeyNameError(
+            "The optimizer state belongs to other parameters.",
+            expected=f"also {', '.join(missing)}" if missing else "no others than those of the state",
+            got=", ".join(extra) or "none of these",
+            fix="Set up the state with these parameters.",
+        )

@@ -1,0 +1,11 @@
+"""Training: an immutable state of a run, and the steps that take one to the next."""
+
+from ._checkpoint import load_checkpoint as load_checkpoint
+from ._checkpoint import save_checkpoint as save_checkpoint
+from ._checkpoint_format import CheckpointError as CheckpointError
+from ._checkpoint_manager import CheckpointManager as CheckpointManager
+from ._gradients import compute_gradients as compute_gradients
+from ._objective import Objective as Objective
+from ._step import apply_gradients as apply_gradients
+from ._step import single_train_step as single_train_step
+from ._train_state import TrainState as TrainState

@@ -1,0 +1,252 @@
+"""The header of a checkpoint file: what the file holds, and the checksums by which every byte of it is known.
+
+A checkpoint is a safetensors file, readable by whatever reads those. Its metadata begin with the SHA-256 of the header
+(taken with zeros in the place of the checksum), and hold the CRC-32 of each tensor. So the header is known to be whole
+before any of it is believed, and a damaged tensor is known by its name. CRC-32 notices any change of up to four bytes
+in a row, and misses others once in four billion; over gigabytes SHA-256 would take longer than the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from luxtorch.core import LuxtorchError
+
+FORMAT = 1
+
+_UNKNOWN = "0" * 64  # in the place of a SHA-256 that is not known yet
+_LENGTH = 8  # bytes, little-endian, before the header
+_BEGINNING = b'{"__metadata__":{"sha256":"'
+_CHECKSUM = slice(_LENGTH + len(_BEGINNING), _LENGTH + len(_BEGINNING) + len(_UNKNOWN))
+
+# torch's names of dtypes with those of safetensors. It has none for complex128, which is stored as pairs.
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "complex128": "F64",
+}
+
+
+class CheckpointError(LuxtorchError):
+    """Report a file that cannot be written, is no checkpoint, or is not what was once saved."""
+
+
+class Stored(NamedTuple):
+    """Describe a tensor in a file.
+
+    Attributes:
+        dtype: Its dtype, by torch's name.
+        shape: Its shape.
+        order: Its dimensions from the outermost to the innermost in memory; None if they are in order. The file holds
+            every tensor row by row, but the last bits of a product may depend on how its factors lie in memory.
+        crc32: The checksum of its bytes, in eight hexadecimal digits.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+    crc32: str = "00000000"
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return prod(self.shape) * torch_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Describe all that is in a file, by dotted names.
+
+    Attributes:
+        tensors: The tensors, in the order of their data.
+        same: The names of tensors that are another one of the tree, with the name of that one.
+        values: The leaves that are Python values.
+        flags: The values that are `Static` booleans, such as whether a layer is in training.
+        structure: What else must be alike in the tree that is loaded, such as the names in a ComponentVector.
+        note: What whoever wrote the file wants to find in it.
+    """
+
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    structure: dict[str, str] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def with_checksums(self, checksums: Sequence[str]) -> Contents:
+        """Return the same with the tensors' checksums, in their order."""
+        pairs = zip(self.tensors.items(), checksums, strict=True)
+        return replace(self, tensors={name: stored._replace(crc32=crc32) for (name, stored), crc32 in pairs})
+
+
+def is_storable(dtype: torch.dtype) -> bool:
+    """Return whether a file can hold tensors of a dtype."""
+    return dtype_name(dtype) in _CODES
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name."""
+    if name not in _CODES:
+        raise ValueError(f"no dtype is called {name}")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def header(contents: Contents) -> bytes:
+    """Return the beginning of a file, up to the data; its length does not depend on the tensors' checksums."""
+    described = {
+        "format": FORMAT,
+        "leaves": _leaves(contents),
+        "flags": contents.flags,
+        "structure": contents.structure,
+        "note": contents.note,
+    }
+    entries = {"__metadata__": {"sha256": _UNKNOWN, "luxtorch": json.dumps(described)}, **_entries(contents.tensors)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned
+    whole = len(text).to_bytes(_LENGTH, "little") + text
+    return _with_checksum(whole, hashlib.sha256(whole).hexdigest())
+
+
+def read_header(file: BinaryIO) -> Contents:
+    """Return what a file holds, and leave the file where the data begin.
+
+    Raises:
+        CheckpointError: If the file is no checkpoint, if its header or its length is not what was written, or if its
+            format is newer than this one.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(_CHECKSUM.stop)
+    if len(start) < _CHECKSUM.stop or start[_LENGTH : _CHECKSUM.start] != _BEGINNING:
+        raise _not_a_checkpoint(start, size)
+    length = int.from_bytes(start[:_LENGTH], "little") + _LENGTH
+    if length > size:
+        raise damaged("It ends within its header", f"{length} bytes at least", f"{size} bytes")
+    whole = start + file.read(max(0, length - len(start)))
+    checksum = whole[_CHECKSUM].decode("latin-1")
+    found = hashlib.sha256(_with_checksum(whole, _UNKNOWN)).hexdigest()
+    if found != checksum:
+        raise damaged("Its header is not what was written", f"checksum {checksum}", found)
+    contents = _parsed(whole[_LENGTH:])
+    expected = length + sum(stored.nbytes for stored in contents.tensors.values())
+    if size != expected:
+        raise damaged("Its length is not what was written", f"{expected} bytes", f"{size} bytes")
+    return contents
+
+
+def damaged(problem: str, expected: str = "", got: str = "") -> CheckpointError:
+    """Return the error that says that a file is not what was written."""
+    return CheckpointError(
+        f"The checkpoint is damaged. {problem}.",
+        expected=expected,
+        got=got,
+        fix="Restore the file from a copy, or load an earlier checkpoint.",
+    )
+
+
+def _leaves(contents: Contents) -> dict[str, Any]:
+    leaves: dict[str, Any] = {name: {"value": _encoded(value)} for name, value in contents.values.items()}
+    leaves |= {name: {"same_as": other} for name, other in contents.same.items()}
+    for name, stored in contents.tensors.items():
+        leaves[name] = {what: value for what, value in stored._asdict().items() if value is not None}
+    return leaves
+
+
+def _entries(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+    """Return what safetensors says of tensors that lie one behind the other."""
+    entries, end = {}, 0
+    for name, stored in tensors.items():
+        start, end = end, end + stored.nbytes
+        shape = [*stored.shape, 2] if stored.dtype == "complex128" else [*stored.shape]
+        entries[name] = {"dtype": _CODES[stored.dtype], "shape": shape, "data_offsets": [start, end]}
+    return entries
+
+
+def _with_checksum(whole: bytes, checksum: str) -> bytes:
+    return whole[: _CHECKSUM.start] + checksum.encode() + whole[_CHECKSUM.stop :]
+
+
+def _parsed(text: bytes) -> Contents:
+    """Return what a header says; its checksum is right, so that only a stranger can have written nonsense."""
+    try:
+        entries = json.loads(text)
+        described = json.loads(entries.pop("__metadata__")["luxtorch"])
+        if described["format"] > FORMAT:
+            raise CheckpointError(
+                "The checkpoint was written by a newer luxtorch.",
+                expected=f"format {FORMAT}",
+                got=f"format {described['format']}",
+                fix="Update luxtorch.",
+            )
+        contents = Contents(structure=dict(described["structure"]), note=dict(described["note"]))
+        contents.flags.update({name: {True: True, False: False}[flag] for name, flag in described["flags"].items()})
+        for name, leaf in described["leaves"].items():
+            if "value" in leaf:
+                contents.values[name] = _decoded(leaf["value"])
+            elif "same_as" in leaf:
+                contents.same[name] = leaf["same_as"]
+            else:
+                contents.tensors[name] = _stored(leaf)
+        if entries != _entries(contents.tensors) or not contents.tensors.keys() >= set(contents.same.values()):
+            raise ValueError("its two descriptions of the tensors differ")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "The header of the checkpoint makes no sense, although it is whole.",
+            got=f"{type(error).__name__}: {error}",
+            fix="Load what `save_checkpoint` has written.",
+        ) from error
+    return contents
+
+
+def _encoded(value: Any) -> Any:
+    """Return a Python value as JSON can hold it."""
+    return {"complex": [value.real, value.imag]} if isinstance(value, complex) else value
+
+
+def _decoded(value: Any) -> Any:
+    return complex(*value["complex"]) if isinstance(value, dict) else value
+
+
+def _stored(leaf: Mapping[str, Any]) -> Stored:
+    shape, order = tuple(leaf["shape"]), leaf.get("order")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"{shape} is no shape")
+    if order is not None and sorted(order) != list(range(len(shape))):
+        raise ValueError(f"{order} is no order of {len(shape)} dimensions")
+    torch_dtype(leaf["dtype"])
+    return Stored(leaf["dtype"], shape, None if order is None else tuple(order), leaf["crc32"])
+
+
+def _not_a_checkpoint(start: bytes, size: int) -> CheckpointError:
+    return CheckpointError(
+        "The file is no checkpoint of luxtorch, or its beginning is damaged.",
+        expected="a file that `save_checkpoint` has written",
+        got=f"{size} bytes that begin with {start[:16]!r}" if size else "an empty file",
+        fix="Load another copy or an earlier checkpoint; files of other programs are for the programs' own loaders.",
+    )

@@ -1,0 +1,147 @@
+"""Steps in place: where the old training state is given away, the new one may live in its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch import optim
+from luxtorch.optim._fused import numbers, unobserved
+from luxtorch.optim._leaves import pair
+
+from ._train_state import TrainState, Trees, make, peek, spend
+from ._trees import map_tensors, tensors
+
+Tensors: TypeAlias = list[Tensor]
+
+Slots: TypeAlias = list[dict[str, Tensor]]
+
+InPlace: TypeAlias = Callable[..., None]
+"""Takes lists of parameters, gradients and slots, and the hyperparameters as numbers; writes parameters and slots."""
+
+
+def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainState | None:
+    """Return the training state after a step in the memory of `ts`, which is used up; None if there is no such step.
+
+    The numbers are bit for bit those of `optim.update`, which runs the same kernels on copies. Memory that somebody
+    else may hold is copied first, as at the first step; what was made here belongs to nobody else.
+
+    Args:
+        ts: The training state.
+        grads: The gradients.
+        st: The new states.
+        returned: What else the objective returned, which may be a view of the parameters, like the states.
+    """
+    trees, own = peek(ts), ts._own
+    layout, state = trees.optimizer_state.layout, trees.optimizer_state.state
+    kernel = _KERNELS.get(type(layout.rule))
+    if kernel is None or layout.by_component or not unobserved():
+        return None
+    hyper = layout.rule.hyper_now(state)  # type: ignore[attr-defined]
+    values = numbers(hyper) if isinstance(hyper, Tensor) else None
+    if values is None:
+        return None
+    names, params, gs = pair(trees.parameters, grads)
+    frozen = set(layout.frozen)
+    if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
+        return None
+    ps, slots = trees.parameters, state.leaves
+    if own is None or not own.isdisjoint(map(_place, tensors((st, returned)))):
+        if slots.keys() != set(names) or not all(
+            _writable(p, slots[name]) for name, p in zip(names, params, strict=True)
+        ):
+            return None
+        params = [_copy(p) for p in params]
+        remaining = iter(params)
+        ps = map_tensors(lambda _: next(remaining), ps)
+        slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
+        own = frozenset(map(_place, params))
+    chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
+    if chosen:
+        kernel([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
+        state = state.after(slots)
+    new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)
+    spend(ts)
+    return make(ts._statics, new, own)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.numel() else -1
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _readable(p: Tensor, g: Tensor) -> bool:
+    """Say whether a kernel may read a gradient: it leaves no trace on a tape, and wants no other kind of tensor."""
+    return type(g) is Tensor and g.device == p.device and not (g.requires_grad and torch.is_grad_enabled())
+
+
+def _writable(p: Tensor, slots: dict[str, Tensor]) -> bool:
+    """Say whether a kernel may write copies of a parameter and its slots, as far as it reads raw memory."""
+    recording = torch.is_grad_enabled()
+    return (
+        type(p) in (Tensor, torch.nn.Parameter)
+        and (p.is_cpu or p.is_cuda)
+        and p.is_floating_point()
+        and not (recording and p.requires_grad)
+        and all(
+            value.device == p.device
+            and (name == "step" or (value.shape == p.shape and value.dtype == p.dtype))
+            and not (recording and value.requires_grad)
+            for name, value in slots.items()
+        )
+    )
+
+
+def _descent(params: Tensors, grads: Tensors, slots: Slots, lr: float) -> None:
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+
+def _momentum(params: Tensors, grads: Tensors, slots: Slots, lr: float, momentum: float) -> None:
+    torch._foreach_add_(params, _velocity(grads, slots, momentum), alpha=-lr)
+
+
+def _nesterov(params: Tensors, grads: Tensors, slots: Slots, lr: float, momentum: float) -> None:
+    ahead = torch._foreach_add(grads, _velocity(grads, slots, momentum), alpha=momentum)
+    torch._foreach_add_(params, list(ahead), alpha=-lr)
+
+
+def _velocity(grads: Tensors, slots: Slots, momentum: float) -> Tensors:
+    velocity = [leaf["velocity"] for leaf in slots]
+    return [torch.add(g, v, alpha=momentum, out=v) for g, v in zip(grads, velocity, strict=True)]
+
+
+def _adam(
+    params: Tensors, grads: Tensors, slots: Slots, lr: float, beta1: float, beta2: float, eps: float, decay: float = 0.0
+) -> None:
+    steps = [leaf["step"] for leaf in slots]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        params,
+        [g.contiguous() for g in grads],
+        [leaf["exp_avg"] for leaf in slots],
+        [leaf["exp_avg_sq"] for leaf in slots],
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+_KERNELS: dict[type, InPlace] = {
+    optim.Descent: _descent,
+    optim.Momentum: _momentum,
+    optim.Nesterov: _nesterov,
+    optim.Adam: _adam,
+    optim.AdamW: _adam,
+}

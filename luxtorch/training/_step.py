@@ -1,0 +1,129 @@
+"""A training step: gradient and update in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch import optim
+from luxtorch._transforms import transformed
+
+from ._donate import update_donated
+from ._finite import all_finite, select
+from ._gradients import check_state, gradients
+from ._objective import Objective
+from ._train_state import TrainState, Trees, make, peek, spend
+
+
+def apply_gradients(ts: TrainState, grads: Any, *, skip_nonfinite: bool = False, donate: bool = False) -> TrainState:
+    """Take the optimizer's step.
+
+    To clip gradients is a matter of the rule: `optim.OptimiserChain(optim.ClipNorm(1.0), optim.Adam())`.
+
+    Args:
+        ts: The training state.
+        grads: The gradients, a tree like the parameters. Where there is none, or None, the parameter and what the
+            optimizer remembers of it are left alone, and so are frozen parameters.
+        skip_nonfinite: Whether to leave parameters, optimizer and step as they were where a gradient is not finite,
+            and count that in `ts.skipped` instead.
+        donate: Whether `ts` may be used up; see `single_train_step`.
+
+    Returns:
+        The new training state.
+
+    Raises:
+        KeyNameError: If the gradients have a name that the parameters lack.
+        InputError: If their structure or a shape differs from that of the parameters.
+        DTypeError: If a dtype does.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> from luxtorch import optim, training
+        >>> model = lt.Scale(1)
+        >>> ts = training.TrainState(model, *lt.setup(0, model), optim.Descent(0.1))
+        >>> ts = training.apply_gradients(ts, {"weight": torch.ones(1)})
+        >>> ts.parameters["weight"], ts.step
+        (tensor([0.9000]), tensor(1))
+
+    Source: `Training.apply_gradients` of Lux.
+    """
+    check_state(ts)
+    ok = all_finite(grads) if skip_nonfinite else None
+    return _stepped(ts, grads, peek(ts).states, ok, donate)
+
+
+def single_train_step(
+    objective: Objective,
+    data: Any,
+    ts: TrainState,
+    *,
+    accumulate: int = 1,
+    dtype: torch.dtype | None = None,
+    loss_scale: float | Tensor | None = None,
+    skip_nonfinite: bool = False,
+    donate: bool = False,
+) -> tuple[Any, Tensor, Any, TrainState]:
+    """Compute the gradient of an objective and take the optimizer's step.
+
+    It is `compute_gradients`, then `apply_gradients`. The whole of it can be compiled and batched by `torch.vmap`.
+
+    Args:
+        objective: A pure function `objective(model, ps, st, data) -> (loss, st, stats)`; any loss of luxtorch is one.
+        data: What it takes.
+        ts: The training state.
+        accumulate: In how many microbatches to compute; see `compute_gradients`.
+        dtype: What the model computes in; see `compute_gradients`.
+        loss_scale: A factor on the loss while it is differentiated; see `compute_gradients`.
+        skip_nonfinite: Whether to leave out the step where the loss or a gradient is not finite: parameters, states,
+            optimizer and `step` are then as they were, and `skipped` is one more.
+        donate: Whether `ts` may be used up: its memory is reused where torch can update in place, and each later use
+            of it is an error. The numbers are the same. Only memory that the steps themselves have made is reused,
+            and none that was read out of `ts`: no tensor outside of it changes. (What a compiled function returns
+            of `ts` as it is, is not noticed: clone it there.) Inside of transforms and of a compiler it has no effect.
+
+    Returns:
+        `(grads, loss, stats, ts)`: the gradients, the loss and the stats before the step, and the new training state.
+
+    Raises:
+        InputError: If the objective returns something else, or the data cannot be split.
+        LuxtorchError: If `ts` was donated to an earlier step.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> from luxtorch import optim, training
+        >>> def objective(model, ps, st, data):
+        ...     x, y = data
+        ...     y_hat, st = model(x, ps, st)
+        ...     return (y_hat - y).square().mean(), st, {"largest": y_hat.max()}
+        >>> model = lt.Scale(1)
+        >>> ts = training.TrainState(model, *lt.setup(0, model), optim.Descent(0.25))
+        >>> data = torch.ones(2, 1), torch.zeros(2, 1)
+        >>> grads, loss, stats, ts = training.single_train_step(objective, data, ts)
+        >>> loss, stats, ts.parameters
+        (tensor(1.), {'largest': tensor(1.)}, {'weight': tensor([0.5000]), 'bias': tensor([-0.5000])})
+
+    Source: `Training.single_train_step` of Lux; `donate=True` stands for `single_train_step!`.
+    """
+    check_state(ts)
+    grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale)
+    ok = all_finite(loss, grads) if skip_nonfinite else None
+    return grads, loss, stats, _stepped(ts, grads, st, ok, donate, (loss, stats))
+
+
+def _stepped(ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool, returned: Any = ()) -> TrainState:
+    """Return the training state after a step, or where `ok` is false as it was."""
+    old = peek(ts)
+    if donate and ok is None:
+        new = update_donated(ts, grads, st, returned)
+        if new is not None:
+            return new
+    optimizer_state, ps = optim.update(old.optimizer_state, old.parameters, grads)
+    trees = Trees(ps, st, optimizer_state, old.step + 1, old.skipped)
+    if ok is not None:
+        kept = old._replace(skipped=old.skipped + 1)
+        trees = Trees(*(select(ok, after, before) for after, before in zip(trees, kept, strict=True)))
+    if donate and not transformed():
+        spend(ts)
+    return make(ts._statics, trees)

@@ -1,0 +1,282 @@
+"""The state of a training run: all that a step needs besides the data, in one immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from luxtorch import optim
+from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, register_node, suggest, tree_leaves
+
+
+class Trees(NamedTuple):
+    """Hold the parts of a training state that are made of tensors."""
+
+    parameters: Any
+    states: Any
+    optimizer_state: optim.OptState
+    step: Tensor
+    skipped: Tensor
+
+
+class Statics:
+    """Hold the parts of a training state that belong to its structure, not to its leaves.
+
+    Equal models make equal structures. The rule does not count here: what is static about it is in the structure of
+    the optimizer's state already, so that states which differ in the learning rate alone share a compiled step.
+    """
+
+    __slots__ = ("model", "rule")
+
+    def __init__(self, model: Any, rule: GradientTransformation) -> None:
+        self.model = model
+        self.rule = rule
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Statics) and bool(self.model == other.model)
+
+    def __hash__(self) -> int:
+        return hash(self.model)
+
+
+class TrainState:
+    """Hold a model with its parameters, states and optimizer, between one training step and the next.
+
+    It never changes: a step returns a new one. It is a pytree whose leaves are all tensors, with the model and the
+    rule in its structure, so it can be compiled over, moved to a device, and batched by `torch.vmap`.
+
+    Args:
+        model: What the objective calls; usually a layer. It must be hashable.
+        parameters: The parameters: nested dicts of tensors, a ComponentVector, or any pytree of these. Tensors that
+            autograd records, such as `torch.nn.Parameter`s, should be detached, unless derivatives of whole steps
+            are wanted.
+        states: The states of the model.
+        rule: A rule of `luxtorch.optim`, or a torchopt optimizer.
+
+    Attributes:
+        model: The model.
+        parameters: The parameters.
+        states: The states.
+        rule: The rule, as it was given. The hyperparameters in force are in `optimizer_state`.
+        optimizer_state: The state of the optimizer.
+        step: How many steps were taken: a 0-d int64 tensor, beside the parameters.
+        skipped: How many more were skipped by `skip_nonfinite=True`.
+
+    Raises:
+        InputError: If the model cannot be called.
+        DTypeError: If the rule is none, or a parameter is not a real tensor.
+        LuxtorchError: From then on, whatever is asked of a state that was given away by `donate=True`.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> from luxtorch import optim, training
+        >>> model = lt.Dense(2, 1)
+        >>> ts = training.TrainState(model, *lt.setup(0, model), optim.Adam(0.1))
+        >>> x = torch.ones(8, 2)
+        >>> for _ in range(100):
+        ...     _, loss, _, ts = training.single_train_step(lt.MSELoss(), (x, 3 * x[:, :1]), ts)
+        >>> bool(loss < 1e-2)
+        True
+        >>> ts.adjust(lr=0.01)
+        TrainState(
+            step 100, 3 parameters
+            OptState(Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08), 2 parameters)
+            Dense(2 -> 1)    # 3 parameters: weight (1, 2), bias (1,)
+        )
+
+    Source: Lux's `Training.TrainState`.
+    """
+
+    __slots__ = ("_own", "_statics", "_trees")
+
+    _statics: Statics
+    _trees: Trees | None
+    _own: frozenset[int] | None
+
+    def __init__(self, model: Any, parameters: Any, states: Any, rule: GradientTransformation) -> None:
+        if isinstance(model, type) or not callable(model):
+            raise InputError(
+                "The model of a TrainState is called by the objective.",
+                expected="TrainState(model, parameters, states, rule), with a layer or a function",
+                got=f"{model!r:.80}",
+            )
+        optimizer_state = optim.setup(rule, parameters)
+        device = next((leaf.device for leaf in tree_leaves(parameters)), None)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        _fill(self, Statics(model, rule), Trees(parameters, states, optimizer_state, zero, zero.clone()), None)
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        peek(self)
+        return self._statics.model
+
+    @property
+    def rule(self) -> GradientTransformation:
+        """The rule, as it was given."""
+        peek(self)
+        return self._statics.rule
+
+    @property
+    def parameters(self) -> Any:
+        """The parameters."""
+        return self._lent.parameters
+
+    @property
+    def states(self) -> Any:
+        """The states of the model."""
+        return self._lent.states
+
+    @property
+    def optimizer_state(self) -> optim.OptState:
+        """The state of the optimizer."""
+        return self._lent.optimizer_state
+
+    @property
+    def step(self) -> Tensor:
+        """How many steps were taken."""
+        return self._lent.step
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped."""
+        return self._lent.skipped
+
+    @property
+    def _lent(self) -> Trees:
+        """The trees, which from now on somebody may hold: a donated step may no longer write into them."""
+        trees = peek(self)
+        if not torch.compiler.is_compiling() and self._own is not None:
+            object.__setattr__(self, "_own", None)
+        return trees
+
+    def adjust(
+        self,
+        lr: float | Tensor | None = None,
+        *,
+        path: str | Callable[[str], bool] | None = None,
+        **hyperparameters: float | tuple[float, ...] | Tensor,
+    ) -> TrainState:
+        """Return a training state with other values of some hyperparameters; see `luxtorch.optim.adjust`.
+
+        Args:
+            lr: The learning rate.
+            path: For which parameters; None for all.
+            **hyperparameters: Others by their names.
+
+        Raises:
+            KeyNameError: If the rule has no such hyperparameter, or the path stands for no parameter.
+        """
+        return self.replace(optimizer_state=optim.adjust(self.optimizer_state, lr, path=path, **hyperparameters))
+
+    def replace(self, **fields: Any) -> TrainState:
+        """Return a training state with some fields replaced.
+
+        Args:
+            **fields: New values of `model`, `parameters`, `states`, `optimizer_state`, `step` or `skipped`. For a
+                new rule, make a new TrainState: its optimizer begins anew.
+
+        Raises:
+            KeyNameError: If there is no such field.
+
+        Example:
+            >>> import luxtorch as lt
+            >>> from luxtorch import optim, training
+            >>> model = lt.Dense(2, 1)
+            >>> ts = training.TrainState(model, *lt.setup(0, model), optim.Descent(0.1))
+            >>> ts = ts.replace(optimizer_state=optim.freeze(ts.optimizer_state, "bias"))
+            >>> ts.optimizer_state
+            OptState(Descent(lr=0.1), 2 parameters, frozen: bias)
+        """
+        for name in fields:
+            if name != "model" and name not in Trees._fields:
+                raise KeyNameError(
+                    f"A TrainState has no field '{name}' to replace.",
+                    expected=", ".join(("model", *Trees._fields)),
+                    got=name,
+                    fix="Make a new one: TrainState(ts.model, ts.parameters, ts.states, rule)."
+                    if name == "rule"
+                    else suggest(name, ("model", *Trees._fields)),
+                )
+        trees = self._lent
+        statics = Statics(fields.pop("model"), self._statics.rule) if "model" in fields else self._statics
+        return make(statics, trees._replace(**fields))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise InputError(
+            f"A TrainState does not change, and '{name}' cannot be set.", fix=f"Use ts = ts.replace({name}=...)."
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise InputError(f"A TrainState does not change, and '{name}' cannot be deleted.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (Statics(self.model, self.rule), self._lent)
+
+    def __repr__(self) -> str:
+        trees = self._trees
+        if trees is None:
+            return "TrainState(given away by donate=True)"
+        skipped = "" if _show(trees.skipped) == "0" else f" ({_show(trees.skipped)} skipped)"
+        lines = [
+            f"step {_show(trees.step)}{skipped}, {count(trees.parameters):,} parameters",
+            repr(trees.optimizer_state),
+            *repr(self._statics.model).splitlines(),
+        ]
+        return "\n".join(("TrainState(", *(f"    {line}" for line in lines), ")"))
+
+
+def make(statics: Statics, trees: Trees, own: frozenset[int] | None = None) -> TrainState:
+    """Return a training state of these parts, without a look at them.
+
+    Args:
+        statics: The model and the rule.
+        trees: The parts made of tensors.
+        own: The addresses of the parameters' memory, if nobody else holds that nor the optimizer's.
+    """
+    ts = TrainState.__new__(TrainState)
+    _fill(ts, statics, trees, own)
+    return ts
+
+
+def peek(ts: TrainState) -> Trees:
+    """Return the trees of a training state, for a look that does not outlive the state."""
+    trees = ts._trees
+    if trees is None:
+        raise LuxtorchError(
+            "This TrainState was given away: a step with donate=True has reused its memory.",
+            expected="the TrainState that the step returned",
+            fix="Write `..., ts = single_train_step(objective, data, ts, donate=True)`, or leave donate=True out.",
+        )
+    return trees
+
+
+def spend(ts: TrainState) -> None:
+    """Take its trees from a training state that was donated: each later use of it is an error."""
+    object.__setattr__(ts, "_trees", None)
+
+
+def _fill(ts: TrainState, statics: Statics, trees: Trees, own: frozenset[int] | None) -> None:
+    object.__setattr__(ts, "_statics", statics)
+    object.__setattr__(ts, "_trees", trees)
+    object.__setattr__(ts, "_own", own)
+
+
+def _show(number: Any) -> str:
+    if isinstance(number, Tensor) and number.ndim == 0:
+        try:
+            return str(number.item())
+        except (RuntimeError, NotImplementedError):  # it is traced, batched by vmap, or on the meta device
+            return "<traced>"
+    return f"<{'x'.join(map(str, number.shape))}>" if isinstance(number, Tensor) else repr(number)
+
+
+def _unflatten(children: Iterable[Any], statics: Statics) -> TrainState:
+    return make(statics, Trees(*children))
+
+
+register_node(TrainState, lambda ts: (list(ts._lent), ts._statics), _unflatten, names=Trees._fields)
