@@ -1,15 +1,17 @@
 """luxtorch: models as pure functions of explicit parameters and states, for PyTorch.
 
-The usual door is `import luxtorch as lt`. Initializers, optimizers, random draws and the law checker are behind their
-own: `lt.init`, `lt.losses`, `lt.optim`, `lt.random`, `lt.testing`, `lt.training`.
+The usual door is `import luxtorch as lt`. Initializers, losses, optimizers, random draws, training and the law checker
+are behind their own: `lt.init`, `lt.losses`, `lt.optim`, `lt.random`, `lt.training`, `lt.testing`.
 """
+
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import init as init
 from . import losses as losses
-from . import optim as optim
 from . import random as random
 from . import testing as testing
-from . import training as training
 from .autodiff import HesVec as HesVec
 from .autodiff import JacVec as JacVec
 from .autodiff import batched_jacobian as batched_jacobian
@@ -150,4 +152,14 @@ from .losses import SmoothL1Loss as SmoothL1Loss
 from .losses import SquaredHingeLoss as SquaredHingeLoss
 from .losses import TripletMarginLoss as TripletMarginLoss
 from .random import replicate as replicate
-from .training import TrainState as TrainState
+
+if _TYPE_CHECKING:
+    from . import optim as optim
+    from . import training as training
+
+
+def __getattr__(name: str) -> _ModuleType:
+    # Optimizers load torchopt, half of what importing luxtorch would cost: they come when they are first asked for.
+    if name in ("optim", "training"):
+        return _import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'luxtorch' has no attribute '{name}'")
