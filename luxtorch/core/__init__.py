@@ -29,6 +29,7 @@ from ._stateful import StatefulLayer as StatefulLayer
 from ._static import Static as Static
 from ._tree import count as count
 from ._tree import named_leaves as named_leaves
+from ._tree import path_name as path_name
 from ._tree import register_node as register_node
 from ._tree import subtree as subtree
 from ._tree import tree_leaves as tree_leaves

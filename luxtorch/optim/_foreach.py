@@ -93,10 +93,7 @@ def nadam(
     steps = _steps(params, grads, slots)
     if steps is None:
         return None
-    if decoupled:
-        params = _shrunk(params, lr, weight_decay)
-    else:
-        grads = _decayed(grads, params, weight_decay)
+    params, grads = _with_decay(params, grads, lr, weight_decay, decoupled)
     exp_avg, exp_avg_sq = _average(slots, "exp_avg", grads, beta1), _average_square(slots, "exp_avg_sq", grads, beta2)
     mu, mu_next = ([beta1 * (1 - 0.5 * 0.96 ** ((s + n) * momentum_decay)) for s in steps] for n in (0, 1))
     mu_product = [leaf["mu_product"] * m for leaf, m in zip(slots, mu, strict=True)]
@@ -126,10 +123,7 @@ def radam(
     steps = _steps(params, grads, slots)
     if steps is None:
         return None
-    if decoupled:
-        params = _shrunk(params, lr, weight_decay)
-    else:
-        grads = _decayed(grads, params, weight_decay)
+    params, grads = _with_decay(params, grads, lr, weight_decay, decoupled)
     exp_avg, exp_avg_sq = _average(slots, "exp_avg", grads, beta1), _average_square(slots, "exp_avg_sq", grads, beta2)
     longest = 2 / (1 - beta2) - 1
     new_params = []
@@ -219,6 +213,15 @@ def _filled(steps: list[float], beta: float) -> list[float]:
 
 def _shrunk(params: Tensors, lr: float, weight_decay: float) -> Tensors:
     return torch._foreach_mul(params, 1 - lr * weight_decay) if weight_decay else params
+
+
+def _with_decay(
+    params: Tensors, grads: Tensors, lr: float, weight_decay: float, decoupled: bool
+) -> tuple[Tensors, Tensors]:
+    """Return parameters and gradients with the decay in the one or in the other."""
+    if decoupled:
+        return _shrunk(params, lr, weight_decay), grads
+    return params, _decayed(grads, params, weight_decay)
 
 
 def _decayed(grads: Tensors, params: Tensors, weight_decay: float) -> Tensors:

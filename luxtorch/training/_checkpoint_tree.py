@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
-from luxtorch.core import DTypeError, KeyNameError, Static
-from luxtorch.core._tree import path_name
+from luxtorch.core import DTypeError, KeyNameError, Static, path_name
 from luxtorch.optim import OptState
 
 from ._checkpoint_format import Contents, Stored, dtype_name, is_storable
