@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._formula import counted, decayed, sqrt
 from ._hyperparameters import Number
 from ._leafwise import LeafwiseRule, Slots
@@ -42,6 +42,7 @@ class AdaGrad(LeafwiseRule):
 
     needs_params = True
     kernel = staticmethod(_fused.adagrad)
+    in_place = staticmethod(_in_place.adagrad)
 
     def slots(self, p: Tensor) -> Slots:
         return counted(p, "sum")

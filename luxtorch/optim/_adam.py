@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._formula import counted, sqrt
 from ._hyperparameters import Number, Numbers
 from ._leafwise import LeafwiseRule, Slots
@@ -38,6 +38,7 @@ class Adam(LeafwiseRule):
     eps: Number = 1e-8
 
     kernel = staticmethod(_fused.adam)
+    in_place = staticmethod(_in_place.adam)
 
     def slots(self, p: Tensor) -> Slots:
         return adam_slots(p)

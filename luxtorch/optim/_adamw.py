@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._adam import adam_direction, adam_slots
 from ._hyperparameters import Number, Numbers
 from ._leafwise import LeafwiseRule, Slots
@@ -40,7 +40,8 @@ class AdamW(LeafwiseRule):
     weight_decay: Number = 0.01
 
     needs_params = True
-    kernel = staticmethod(_fused.adamw)
+    kernel = staticmethod(_fused.adam)
+    in_place = staticmethod(_in_place.adam)
 
     def slots(self, p: Tensor) -> Slots:
         return adam_slots(p)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._adam import adam_averages
 from ._formula import counted, decayed, sqrt
 from ._hyperparameters import Number, Numbers
@@ -41,6 +41,7 @@ class AMSGrad(LeafwiseRule):
 
     needs_params = True
     kernel = staticmethod(_fused.amsgrad)
+    in_place = staticmethod(_in_place.amsgrad)
 
     def slots(self, p: Tensor) -> Slots:
         return counted(p, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

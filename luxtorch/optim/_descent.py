@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._hyperparameters import Number
 from ._leafwise import LeafwiseRule, Slots
 
@@ -33,6 +33,7 @@ class Descent(LeafwiseRule):
     lr: Number = 0.1
 
     kernel = staticmethod(_fused.descent)
+    in_place = staticmethod(_in_place.descent)
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         return -h["lr"] * g, {}

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 
-Slots: TypeAlias = dict[str, Tensor]
-"""What a rule remembers of one parameter."""
+from . import _in_place
+from ._in_place import InPlace
+from ._in_place import Slots as Slots
 
 Step: TypeAlias = tuple[Sequence[Tensor], Sequence[Slots]]
 """New parameters and new slots."""
@@ -71,104 +72,23 @@ def _velocity(grads: Sequence[Tensor], slots: Sequence[Slots], momentum: float) 
     return _add(grads, old, momentum)
 
 
-def adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slots],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> Step | None:
-    """Return the step of `Adam`."""
-    # With no decay, torch's AdamW and Adam are one.
-    return adamw(params, grads, slots, lr, beta1, beta2, eps, 0.0)
+def on_clones(kernel: InPlace) -> Kernel:
+    """Return the step that a kernel takes in place, out of place."""
+
+    def step(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots], *hyper: float) -> Step | None:
+        if not alike(params, grads, slots):
+            return None
+        params = [p.clone() for p in params]
+        slots = [{name: value.clone() for name, value in leaf.items()} for leaf in slots]
+        kernel(params, grads, slots, *hyper)
+        return params, slots
+
+    return step
 
 
-def adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slots],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> Step | None:
-    """Return the step of `AdamW`."""
-    return _inside_clones(
-        torch._fused_adamw_,
-        params,
-        grads,
-        slots,
-        ("exp_avg", "exp_avg_sq", "", "step"),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-    )
-
-
-def amsgrad(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slots],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> Step | None:
-    """Return the step of `AMSGrad`."""
-    return _inside_clones(
-        torch._fused_adam_,
-        params,
-        grads,
-        slots,
-        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=True,
-    )
-
-
-def adagrad(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slots],
-    lr: float,
-    lr_decay: float,
-    weight_decay: float,
-    eps: float,
-) -> Step | None:
-    """Return the step of `AdaGrad`."""
-    kernel, names = torch._fused_adagrad_, ("sum", "step")
-    return _inside_clones(
-        kernel, params, grads, slots, names, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps
-    )
-
-
-def _inside_clones(
-    kernel: Callable[..., None],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slots],
-    names: Sequence[str],
-    **options: float,
-) -> Step | None:
-    """Run a kernel on clones of parameters and slots, of which it takes those with these names, if it may."""
-    if not alike(params, grads, slots):
-        return None
-    new_params = [p.clone() for p in params]
-    new_slots = [{name: v + 1 if name == "step" else v.clone() for name, v in leaf.items()} for leaf in slots]
-    columns = ([leaf[name] for leaf in new_slots] if name else [] for name in names)
-    kernel(new_params, [g.contiguous() for g in grads], *columns, maximize=False, **options)
-    return new_params, new_slots
+adam = on_clones(_in_place.adam)
+amsgrad = on_clones(_in_place.amsgrad)
+adagrad = on_clones(_in_place.adagrad)
 
 
 def _add(xs: Sequence[Tensor], ys: Sequence[Tensor], alpha: float) -> Sequence[Tensor]:

@@ -12,6 +12,7 @@ from luxtorch.core import InputError
 
 from . import _fused
 from ._fused import Slots as Slots
+from ._in_place import InPlace
 from ._leaves import Leaves
 from ._list_rule import ListRule, Updates
 from ._rule_state import Hyper, by_leaf, check_names
@@ -40,6 +41,15 @@ class LeafwiseRule(ListRule):
 
     kernel: ClassVar[_fused.Kernel | None] = None
     """The formula over whole lists of leaves, for eager steps that nothing observes."""
+
+    in_place: ClassVar[InPlace | None] = None
+    """The same where the parameters and slots are, for steps whose caller gives the old ones away."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "delta" in cls.__dict__:  # a kernel that is inherited computes another formula
+            cls.kernel = cls.__dict__.get("kernel")
+            cls.in_place = cls.__dict__.get("in_place")
 
     @abstractmethod
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:

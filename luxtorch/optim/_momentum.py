@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._hyperparameters import Number
 from ._leafwise import LeafwiseRule, Slots
 
@@ -39,6 +39,7 @@ class Momentum(LeafwiseRule):
     momentum: Number = 0.9
 
     kernel = staticmethod(_fused.momentum)
+    in_place = staticmethod(_in_place.momentum)
 
     def slots(self, p: Tensor) -> Slots:
         return {"velocity": torch.zeros_like(p)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import _fused
+from . import _fused, _in_place
 from ._hyperparameters import Number
 from ._leafwise import LeafwiseRule, Slots
 
@@ -38,6 +38,7 @@ class Nesterov(LeafwiseRule):
     momentum: Number = 0.9
 
     kernel = staticmethod(_fused.nesterov)
+    in_place = staticmethod(_in_place.nesterov)
 
     def slots(self, p: Tensor) -> Slots:
         return {"velocity": torch.zeros_like(p)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +13,6 @@ from luxtorch.optim._leaves import pair
 
 from ._train_state import TrainState, Trees, make, peek, spend
 from ._trees import map_tensors, tensors
-
-Tensors: TypeAlias = list[Tensor]
-
-Slots: TypeAlias = list[dict[str, Tensor]]
-
-InPlace: TypeAlias = Callable[..., None]
-"""Takes lists of parameters, gradients and slots, and the hyperparameters as numbers; writes parameters and slots."""
 
 
 def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainState | None:
@@ -37,10 +29,10 @@ def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainS
     """
     trees, own = peek(ts), ts._own
     layout, state = trees.optimizer_state.layout, trees.optimizer_state.state
-    kernel = _KERNELS.get(type(layout.rule))
-    if kernel is None or layout.by_component or not unobserved():
+    rule = layout.rule
+    if not isinstance(rule, optim.LeafwiseRule) or rule.in_place is None or layout.by_component or not unobserved():
         return None
-    hyper = layout.rule.hyper_now(state)  # type: ignore[attr-defined]
+    hyper = rule.hyper_now(state)
     values = numbers(hyper) if isinstance(hyper, Tensor) else None
     if values is None:
         return None
@@ -61,7 +53,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainS
         own = frozenset(map(_place, params))
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
-        kernel([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
+        rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
         state = state.after(slots)
     new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)
     spend(ts)
@@ -96,52 +88,3 @@ def _writable(p: Tensor, slots: dict[str, Tensor]) -> bool:
             for name, value in slots.items()
         )
     )
-
-
-def _descent(params: Tensors, grads: Tensors, slots: Slots, lr: float) -> None:
-    torch._foreach_add_(params, grads, alpha=-lr)
-
-
-def _momentum(params: Tensors, grads: Tensors, slots: Slots, lr: float, momentum: float) -> None:
-    torch._foreach_add_(params, _velocity(grads, slots, momentum), alpha=-lr)
-
-
-def _nesterov(params: Tensors, grads: Tensors, slots: Slots, lr: float, momentum: float) -> None:
-    ahead = torch._foreach_add(grads, _velocity(grads, slots, momentum), alpha=momentum)
-    torch._foreach_add_(params, list(ahead), alpha=-lr)
-
-
-def _velocity(grads: Tensors, slots: Slots, momentum: float) -> Tensors:
-    velocity = [leaf["velocity"] for leaf in slots]
-    return [torch.add(g, v, alpha=momentum, out=v) for g, v in zip(grads, velocity, strict=True)]
-
-
-def _adam(
-    params: Tensors, grads: Tensors, slots: Slots, lr: float, beta1: float, beta2: float, eps: float, decay: float = 0.0
-) -> None:
-    steps = [leaf["step"] for leaf in slots]
-    torch._foreach_add_(steps, 1)
-    torch._fused_adamw_(
-        params,
-        [g.contiguous() for g in grads],
-        [leaf["exp_avg"] for leaf in slots],
-        [leaf["exp_avg_sq"] for leaf in slots],
-        [],
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-_KERNELS: dict[type, InPlace] = {
-    optim.Descent: _descent,
-    optim.Momentum: _momentum,
-    optim.Nesterov: _nesterov,
-    optim.Adam: _adam,
-    optim.AdamW: _adam,
-}

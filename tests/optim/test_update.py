@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luxtorch import optim
+import luxtorch as lt
+from luxtorch import optim, training
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError
 
@@ -210,7 +211,22 @@ class Fixed(optim.LeafwiseRule):
         return -g, slots
 
 
+class Uphill(optim.Adam):
+    """A known rule with another formula."""
+
+    def delta(self, g, p, slots, h):
+        delta, slots = super().delta(g, p, slots, h)
+        return -delta, slots
+
+
 class TestRulesOfUsers:
+    @pytest.mark.parametrize("donate", [False, True])
+    def test_another_formula_is_not_overruled_by_the_kernel_of_the_class_above(self, donate):
+        model = lt.Scale(2, bias=False)
+        ts = training.TrainState(model, {"weight": torch.zeros(2)}, {}, Uphill(0.5))
+        ts = training.apply_gradients(ts, {"weight": torch.tensor([1.0, -9.0])}, donate=donate)
+        torch.testing.assert_close(ts.parameters["weight"], torch.tensor([0.5, -0.5]))
+
     def test_flags_are_structure_and_numbers_are_not(self):
         p = torch.ones(2)
         states = [optim.setup(Clipped(*args), p) for args in ((1.0, False), (2.0, False), (1.0, True))]

@@ -11,7 +11,15 @@ import luxtorch as lt
 from luxtorch import optim, training
 from luxtorch.optim import linear
 
-RULES = [optim.Descent(0.1), optim.Momentum(0.05), optim.Nesterov(0.05), optim.Adam(0.05), optim.AdamW(0.05)]
+RULES = [
+    optim.Descent(0.1),
+    optim.Momentum(0.05),
+    optim.Nesterov(0.05),
+    optim.Adam(0.05),
+    optim.AdamW(0.05),
+    optim.AMSGrad(0.05, weight_decay=0.1),
+    optim.AdaGrad(0.05, lr_decay=0.1, weight_decay=0.1),
+]
 
 
 def _donated(objective, data, ts):
