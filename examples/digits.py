@@ -78,15 +78,19 @@ def accuracy(ts):
     return float((guess == y_test).float().mean()), guess
 
 
-def run(ts, epochs, manager=None, history=None):
+def run(ts, epochs, manager=None, history=None, logger=None):
     """Train for some epochs, from where a training state stands."""
     for epoch in range(int(ts.step) // steps_per_epoch, epochs):
         order = lt.random.permutation(lt.random.fold_in(lt.random.key(1), epoch), len(x))
         losses = []
-        for batch in order[: steps_per_epoch * BATCH].split(BATCH):
+        batches = order[: steps_per_epoch * BATCH].split(BATCH)
+        for batch in (bar := training.progress(batches, desc=f"epoch {epoch + 1}", leave=False)):
             _, loss, _, ts = training.single_train_step(objective, (x[batch], y[batch]), ts)
-            losses.append(float(loss))
-        mean, share = sum(losses) / len(losses), accuracy(ts)[0]
+            losses.append(loss)
+            bar.show(loss=loss)
+        mean, share = float(torch.stack(losses).mean()), accuracy(ts)[0]
+        if logger is not None:
+            logger.log(ts.step, {"loss": mean, "test": {"accuracy": share}})
         if manager is not None:
             manager.save(ts.step, ts, metric=share)
         if history is not None:
@@ -99,7 +103,8 @@ folder = OUTPUT / "digits"
 shutil.rmtree(folder, ignore_errors=True)
 manager = training.CheckpointManager(folder, keep_last=2, mode="max")
 history = []
-run(start(), EPOCHS // 2, manager, history)
+with training.CSVLogger(folder / "metrics.csv") as logger:
+    run(start(), EPOCHS // 2, manager, history, logger)
 
 # %%
 # The program might end here, on purpose or not. Another one goes on from the last checkpoint, given a training state
@@ -107,7 +112,8 @@ run(start(), EPOCHS // 2, manager, history)
 
 ts = manager.restore(start())
 print(f"resumed at step {int(ts.step)}")
-ts = run(ts, EPOCHS, manager, history)
+with training.CSVLogger(folder / "metrics.csv") as logger:  # it goes on in the same file
+    ts = run(ts, EPOCHS, manager, history, logger)
 
 # %%
 # Result
