@@ -19,9 +19,12 @@ from ._freeze import freeze as freeze
 from ._freeze import thaw as thaw
 from ._groups import Groups as Groups
 from ._lamb import LAMB as LAMB
+from ._lbfgs import LBFGS as LBFGS
 from ._leafwise import LeafwiseRule as LeafwiseRule
 from ._lion import Lion as Lion
 from ._list_rule import ListRule as ListRule
+from ._minimize import MinimizeResult as MinimizeResult
+from ._minimize import minimize as minimize
 from ._mixedprecision import MixedPrecision as MixedPrecision
 from ._momentum import Momentum as Momentum
 from ._muon import Muon as Muon

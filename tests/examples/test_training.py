@@ -29,3 +29,11 @@ def test_digits_are_recognised_and_a_resumed_run_equals_a_whole_one(tmp_path, ca
     result = run_copy(tmp_path, "digits")
     assert result["share"] >= 0.98
     assert "the resumed run equals the whole one" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lbfgs_ends_where_scipy_does(tmp_path):
+    result = run_copy(tmp_path, "lbfgs")
+    losses = {name: loss for name, loss, *_ in result["rows"]}
+    assert abs(losses["luxtorch"] - losses["SciPy"]) < 1e-8 < 1e-5 < losses["Adam"] - losses["SciPy"]
+    assert result["better"].grad_norm < 1e-7

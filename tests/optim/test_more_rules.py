@@ -15,6 +15,7 @@ from luxtorch import optim
 from luxtorch.core import InputError
 from luxtorch.optim import (
     LAMB,
+    LBFGS,
     AdaBelief,
     AdaDelta,
     Adafactor,
@@ -175,6 +176,7 @@ RULES = {
         LAMB(0.05, weight_decay=0.1),
         Adafactor(0.05, weight_decay=0.1),
         Muon(0.05, ns_dtype=None),
+        LBFGS(0.05, 3),
     )
 }
 
@@ -410,7 +412,7 @@ def test_nan_is_seen(name, form):
 
 
 def rule_sees_shapes(rule: optim.LeafwiseRule) -> bool:
-    return isinstance(rule, (LAMB, Adafactor, Muon))
+    return isinstance(rule, (LAMB, Adafactor, Muon, LBFGS))
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "Muon"])
