@@ -7,6 +7,7 @@ from ._jacobian import hessian as hessian
 from ._jacobian import jacobian as jacobian
 from ._operators import HesVec as HesVec
 from ._operators import JacVec as JacVec
+from ._per_sample import per_sample_gradients as per_sample_gradients
 from ._products import hvp as hvp
 from ._products import jacobian_vector_product as jacobian_vector_product
 from ._products import pullback as pullback

@@ -84,6 +84,17 @@ def stack(
         like: Stand-ins for a product.
         chunk_size: How many indices `vmap` takes at once, None for all; with 1 a loop takes them, without `vmap`.
     """
+    check_chunk_size(chunk_size)
+    if count == 0 or not like:
+        return [tensor.new_zeros((count, *tensor.shape)) for tensor in like]
+    indices = torch.arange(count, device=like[0].device)
+    if chunk_size == 1:
+        return [torch.stack(products) for products in zip(*map(product, indices), strict=True)]
+    return list(torch.func.vmap(product, chunk_size=chunk_size)(indices))
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless the chunk size is None or positive."""
     if chunk_size is not None and chunk_size < 1:
         raise InputError(
             "The chunk size must be positive.",
@@ -91,9 +102,3 @@ def stack(
             got=str(chunk_size),
             fix="Leave chunk_size out.",
         )
-    if count == 0 or not like:
-        return [tensor.new_zeros((count, *tensor.shape)) for tensor in like]
-    indices = torch.arange(count, device=like[0].device)
-    if chunk_size == 1:
-        return [torch.stack(products) for products in zip(*map(product, indices), strict=True)]
-    return list(torch.func.vmap(product, chunk_size=chunk_size)(indices))

@@ -25,13 +25,17 @@ from ._setup import parameter_length as parameter_length
 from ._setup import setup as setup
 from ._setup import state_length as state_length
 from ._setup import stateless_apply as stateless_apply
+from ._stack import stack as stack
+from ._stack import unstack as unstack
 from ._stateful import StatefulLayer as StatefulLayer
 from ._static import Static as Static
 from ._tree import count as count
+from ._tree import flatten_names as flatten_names
 from ._tree import named_leaves as named_leaves
 from ._tree import path_name as path_name
 from ._tree import register_node as register_node
 from ._tree import subtree as subtree
 from ._tree import tree_leaves as tree_leaves
 from ._tree import tree_map as tree_map
+from ._tree import unflatten_names as unflatten_names
 from ._value import Value as Value

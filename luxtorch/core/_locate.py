@@ -46,7 +46,9 @@ def located(call: Call) -> Call:
                 raise
             if type(error) not in _BUILTIN:
                 raise
-            raise _extend(_explain(error, self, x, ps, st), self, ps, st) from error
+            explained = _explain(error, self, x, ps, st)
+            explained.inside = getattr(error, "inside", ())
+            raise _extend(explained, self, ps, st) from error
 
     return __call__  # type: ignore[return-value]
 

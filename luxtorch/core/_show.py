@@ -66,7 +66,8 @@ def _folded(children: Mapping[str, Layer]) -> Iterator[tuple[str, str, Layer, in
 
 
 def _note(ps: Any, st: Any, times: int) -> str:
-    counts = _counts(ps, st, shapes=", ".join(f"{name} {_shape(leaf)}" for name, leaf in named_leaves(ps)))
+    shapes = [f"{name} {_shape(leaf)}" for name, leaf in named_leaves(ps)]
+    counts = _counts(ps, st, shapes=", ".join(shapes) if len(shapes) <= 8 else "")
     return f"{times} x {counts}" if counts and times > 1 else counts
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optree
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from luxtorch._errors import InputError
 
 T = TypeVar("T")
 
@@ -65,6 +67,80 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
         ['layer_1.weight']
     """
     return [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def flatten_names(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of parameters or states by their dotted names, as a `state_dict` has them.
+
+    Args:
+        tree: Nested dicts, or a ComponentVector. What is no tensor, such as the mode of a layer, is left out.
+
+    Returns:
+        A dict in the order of the tree.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> ps, st = lt.setup(0, lt.Chain(lt.Dense(2, 3), lt.BatchNorm(3)))
+        >>> list(lt.flatten_names(ps))
+        ['layer_1.weight', 'layer_1.bias', 'layer_2.scale', 'layer_2.bias']
+        >>> list(lt.flatten_names(st))
+        ['layer_2.running_mean', 'layer_2.running_var']
+
+    Source: `torch.nn.Module.state_dict`.
+    """
+    return dict(_flat_names(tree, ()))
+
+
+def unflatten_names(named: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return nested dicts from dotted names: the inverse of `flatten_names`.
+
+    Args:
+        named: The entries by name.
+        like: A tree that has all that is to be returned besides: entries of other names, modes, and the empty dicts of
+            layers without tensors. It stays as it is.
+
+    Returns:
+        A new tree, in the order of `like` as far as that goes.
+
+    Raises:
+        InputError: If a name is that of an entry and begins those of others.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.unflatten_names({"layer_1.weight": torch.ones(1), "layer_1.bias": torch.zeros(1)})
+        {'layer_1': {'weight': tensor([1.]), 'bias': tensor([0.])}}
+        >>> ps, st = lt.setup(0, lt.Chain(lt.Dense(2, 3), lt.NoOpLayer()))
+        >>> list(lt.unflatten_names({"layer_1.bias": torch.ones(3)}, like=ps))
+        ['layer_1', 'layer_2']
+    """
+    tree = _nested_copy(like or {})
+    for name, value in named.items():
+        *path, last = name.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise _both(name)
+        if isinstance(place.get(last), dict):
+            raise _both(name)
+        place[last] = value
+    return tree
+
+
+def _flat_names(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    for name, entry in tree.items():
+        if isinstance(entry, Mapping):
+            yield from _flat_names(entry, (*path, name))
+        elif isinstance(entry, Tensor):
+            yield ".".join((*path, name)), entry
+
+
+def _both(name: str) -> InputError:
+    return InputError("A name cannot be that of an entry and of a layer.", expected="names of a tree", got=f"'{name}'")
+
+
+def _nested_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _nested_copy(entry) if isinstance(entry, Mapping) else entry for name, entry in tree.items()}
 
 
 def count(tree: Any) -> int:

@@ -27,6 +27,7 @@ from ._dropout_variants import AlphaDropout as AlphaDropout
 from ._dropout_variants import FeatureDropout as FeatureDropout
 from ._dropout_variants import VariationalHiddenDropout as VariationalHiddenDropout
 from ._embedding import Embedding as Embedding
+from ._ensemble import Ensemble as Ensemble
 from ._global_pooling import GlobalLPPool as GlobalLPPool
 from ._global_pooling import GlobalMaxPool as GlobalMaxPool
 from ._global_pooling import GlobalMeanPool as GlobalMeanPool
@@ -44,6 +45,8 @@ from ._multihead import MultiHeadAttention as MultiHeadAttention
 from ._padding import Pad as Pad
 from ._parallel import Parallel as Parallel
 from ._parallel import SkipConnection as SkipConnection
+from ._perturbed import Perturbed as Perturbed
+from ._perturbed import intermediate_gradients as intermediate_gradients
 from ._pooling import LPPool as LPPool
 from ._pooling import MaxPool as MaxPool
 from ._pooling import MeanPool as MeanPool

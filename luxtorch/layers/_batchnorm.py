@@ -66,7 +66,7 @@ class BatchNorm(FeatureNorm):
         if self.track_running_stats and not st[TRAINING]:
             y = normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
         elif not self.track_running_stats:
-            y = normalised(x, *_moments(x), scale, bias, self.eps)
+            y = normalised(x, *moments(x), scale, bias, self.eps)
         else:
             y, st = self._train(x, scale, bias, st)
         return activated(y, self.activation), st
@@ -77,20 +77,9 @@ class BatchNorm(FeatureNorm):
         if weight is None:
             new["num_batches_tracked"] = st["num_batches_tracked"] + 1
             weight = 1 / new["num_batches_tracked"].to(st["running_mean"].dtype)
-        mean, var = st["running_mean"].detach(), st["running_var"].detach()
-        if isinstance(weight, float) and not transformed():
-            # torch's kernel writes the statistics that it is given: it gets copies.
-            mean, var = mean.clone(), var.clone()
-            # It also wants all four in one dtype, where the input may be of a lower precision.
-            scale, bias = (None if p is None else p.to(mean.dtype) for p in (scale, bias))
-            y = F.batch_norm(x, mean, var, scale, bias, True, weight, self.eps)
-        else:
-            batch_mean, batch_var = _moments(x)
-            y = normalised(x, batch_mean, batch_var, scale, bias, self.eps)
-            count = x.numel() // self.num_features
-            mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
-            var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
-        new["running_mean"], new["running_var"] = mean, var
+        y, new["running_mean"], new["running_var"] = batch_normalised(
+            x, st["running_mean"], st["running_var"], scale, bias, weight, self.eps
+        )
         return y, new
 
     def _check(self, x: Tensor, st: States) -> None:
@@ -112,7 +101,32 @@ class BatchNorm(FeatureNorm):
         return shown(self, self.num_features, activation=self.activation)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def batch_normalised(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the batch's own moments; return also the running ones, in which those have the given weight."""
+    mean, var = mean.detach(), var.detach()
+    if isinstance(weight, float) and not transformed():
+        # torch's kernel writes the statistics that it is given: it gets copies.
+        mean, var = mean.clone(), var.clone()
+        # It also wants all four in one dtype, where the input may be of a lower precision.
+        scale, bias = (None if p is None else p.to(mean.dtype) for p in (scale, bias))
+        return F.batch_norm(x, mean, var, scale, bias, True, weight, eps), mean, var
+    batch_mean, batch_var = moments(x)
+    y = normalised(x, batch_mean, batch_var, scale, bias, eps)
+    count = x.numel() // x.shape[1]
+    mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
+    var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
+    return y, mean, var
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each feature, in at least single precision."""
     wide = x.float() if x.dtype in HALVES else x
     var, mean = torch.var_mean(wide, [dim for dim in range(x.ndim) if dim != 1], correction=0)

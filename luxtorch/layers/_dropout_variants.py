@@ -50,13 +50,17 @@ class AlphaDropout(RandomMask):
         if self.p == 0 or not st[TRAINING]:
             return x, st
         key, rng = split(st["rng"])
-        kept = bernoulli(key, 1 - self.p, tuple(x.shape))
-        st = {"rng": rng, TRAINING: st[TRAINING]}
-        if self.p == 1:
-            return torch.where(kept, x, 0.0), st
-        scale = ((1 - self.p) * (1 + self.p * _SATURATION**2)) ** -0.5
-        shift = -scale * self.p * _SATURATION
-        return torch.where(kept, x * scale + shift, _SATURATION * scale + shift), st
+        return alpha_dropped(x, key, self.p, tuple(x.shape)), {"rng": rng, TRAINING: st[TRAINING]}
+
+
+def alpha_dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
+    """Drop elements by a mask of the given shape, and keep mean and variance; with p = 1 return zeros."""
+    kept = bernoulli(key, 1 - p, shape)
+    if p == 1:
+        return torch.where(kept, x, 0.0)
+    scale = ((1 - p) * (1 + p * _SATURATION**2)) ** -0.5
+    shift = -scale * p * _SATURATION
+    return torch.where(kept, x * scale + shift, _SATURATION * scale + shift)
 
 
 class FeatureDropout(RandomMask):

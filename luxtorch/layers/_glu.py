@@ -95,8 +95,7 @@ class PReLU(Layer):
         if not transformed():
             return F.prelu(x, weight), st
         # torch's kernel has no proper rule for a batch of weights.
-        if self.num_parameters > 1:
-            weight = weight.reshape(-1, *[1] * (x.ndim - 2))
+        weight = weight.reshape(-1, *[1] * (x.ndim - 2)) if self.num_parameters > 1 else weight[0]
         return torch.where(x > 0, x, weight * x), st
 
     def expected_input(self) -> str:

@@ -76,16 +76,8 @@ class InstanceNorm(FeatureNorm):
         return activated(y, self.activation), st
 
     def _updated(self, x: Tensor, st: States) -> States:
-        if x.shape[0] == 0:
-            return st
-        x, mean, var = x.detach(), st["running_mean"].detach(), st["running_var"].detach()
-        wide = x.float() if x.dtype in HALVES else x
-        new_var, new_mean = torch.var_mean(wide, list(range(2, x.ndim)), correction=1)
-        return {
-            "running_mean": torch.lerp(mean, new_mean.mean(0).to(mean.dtype), self.momentum),
-            "running_var": torch.lerp(var, new_var.mean(0).to(var.dtype), self.momentum),
-            TRAINING: st[TRAINING],
-        }
+        mean, var = instance_statistics(x, st["running_mean"], st["running_var"], self.momentum)
+        return {"running_mean": mean, "running_var": var, TRAINING: st[TRAINING]}
 
     def _check_values(self, x: Tensor) -> None:
         if x.shape[2:].numel() < 2:
@@ -103,3 +95,14 @@ class InstanceNorm(FeatureNorm):
     def extra_repr(self) -> str:
         """Return for instance `32, relu, affine=True`."""
         return shown(self, self.num_features, activation=self.activation)
+
+
+def instance_statistics(x: Tensor, mean: Tensor, var: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Return the running statistics of the samples' moments, in which those of a new batch have the given weight."""
+    if x.shape[0] == 0:
+        return mean, var
+    x, mean, var = x.detach(), mean.detach(), var.detach()
+    wide = x.float() if x.dtype in HALVES else x
+    new_var, new_mean = torch.var_mean(wide, list(range(2, x.ndim)), correction=1)
+    mean = torch.lerp(mean, new_mean.mean(0).to(mean.dtype), weight)
+    return mean, torch.lerp(var, new_var.mean(0).to(var.dtype), weight)

@@ -1,7 +1,8 @@
 """What the tests of all layers share: inputs by their shapes, and the law checker on forms.
 
 A form, an entry of a file's `FORMS`, is `(layer, inputs)` or `(layer, inputs, exceptions)`. An input is written as its
-shape, as a tensor, or as a tuple of these. The exceptions say why the layer does not keep a law, by the law's name.
+shape, as a tensor, or as a tuple or dict of these. The exceptions say why the layer does not keep a law, by the law's
+name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def draw(make_key):
     def draw(spec, dtype=None):
         if isinstance(spec, Tensor):
             return spec
+        if isinstance(spec, dict):
+            return {name: draw(part, dtype) for name, part in spec.items()}
         if all(isinstance(size, int) for size in spec):
             return lt.random.normal(make_key(), spec, dtype=dtype)
         return tuple(draw(part, dtype) for part in spec)

@@ -1,0 +1,142 @@
+"""The gradient of each sample of a batch by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError, named_leaves, tree_leaves, tree_map
+from luxtorch.random import fold_in
+
+from ._aux import Tree, pack, unpack
+from ._checks import describe
+from ._gradient import withgradient
+from ._rows import check_chunk_size
+
+Randomness = Literal["different", "same"]
+
+
+def per_sample_gradients(
+    loss: Callable[[Tree, Tree, Tree], Any],
+    ps: Tree,
+    st: Tree,
+    batch: Tree,
+    *,
+    has_aux: bool = False,
+    keep_batch_dim: bool = True,
+    randomness: Randomness = "different",
+    chunk_size: int | None = None,
+) -> Any:
+    """Compute the gradient of a loss for each sample of a batch, all at once.
+
+    The loss sees one sample at a time: a batch normalisation in training mode would have nothing to normalise by.
+
+    Args:
+        loss: A function `loss(ps, st, sample)` that returns a scalar, or `(scalar, aux)`.
+        ps: The parameters, by which to differentiate: a tree of floating point tensors, or a `ComponentVector`.
+        st: The states: any tree.
+        batch: A tensor, or a tree of tensors, with the samples along the first dimension.
+        has_aux: Whether the loss returns a pair.
+        keep_batch_dim: Whether a sample comes as a batch of one, which is what models and losses take. If False, it has
+            no batch dimension.
+        randomness: Whether the random numbers of the samples are `"different"` or the `"same"`. For different ones,
+            the number of the sample in the batch is folded into each key in `st`.
+        chunk_size: How many samples are computed at once, to save memory; all by default, and with 1 without `vmap`.
+
+    Returns:
+        A tree like `ps`, each tensor with a first dimension for the samples: `(B, *shape)`. From a `ComponentVector`,
+        a batch of vectors, whose `flat` is `(B, size)`. With `has_aux` it is `(gradients, aux)`, and the tensors in
+        `aux` are stacked likewise.
+
+    Raises:
+        InputError: The batch has no samples, its tensors differ in their number, or the loss does not return a scalar.
+        DTypeError: A leaf of `ps` is no floating point tensor, or a leaf of `batch` no tensor.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.Chain(lt.Dense(3, 8, torch.tanh), lt.Dropout(0.1), lt.Dense(8, 2))
+        >>> ps, st = lt.setup(0, model)
+        >>> def loss(ps, st, sample):
+        ...     x, target = sample
+        ...     y, _ = model(x, ps, st)
+        ...     return lt.losses.CrossEntropyLoss()(y, target)
+        >>> batch = torch.ones(16, 3), torch.arange(16) % 2
+        >>> grads = lt.per_sample_gradients(loss, ps, st, batch)
+        >>> grads["layer_1"]["weight"].shape
+        torch.Size([16, 8, 3])
+
+        Differentially private SGD clips each sample's gradient and adds noise to the sum:
+
+        >>> ps, clip, noise = lt.ComponentVector(ps), 1.0, 1.1
+        >>> grads = lt.per_sample_gradients(loss, ps, st, batch)
+        >>> norms = grads.flat.norm(dim=1, keepdim=True)
+        >>> total = (grads.flat * (clip / norms).clamp(max=1)).sum(0)
+        >>> private = total + noise * clip * lt.random.normal(lt.random.key(1), total.shape)
+        >>> ps = ps - 0.1 / len(batch[0]) * private
+
+    Source:
+        `torch.func.vmap` of `torch.func.grad`; Abadi et al., "Deep learning with differential privacy", 2016.
+    """
+    size = _samples(batch)
+    check_chunk_size(chunk_size)
+    if randomness not in ("different", "same"):
+        raise InputError(
+            "The random numbers of the samples are different or the same.",
+            expected="'different' or 'same'",
+            got=repr(randomness),
+        )
+
+    def of_one(number: Tensor, sample: Tree) -> Tree:
+        own = tree_map(lambda leaf: fold_in(leaf, number) if _is_key(leaf) else leaf, st)
+        states = own if randomness == "different" else st
+        one = tree_map(lambda leaf: leaf[None], sample) if keep_batch_dim else sample
+        value, gradients = withgradient(lambda ps: loss(ps, states, one), ps, has_aux=has_aux)
+        return (gradients, pack(value[1])) if has_aux else gradients
+
+    numbers = torch.arange(size, device=tree_leaves(batch)[0].device)
+    if chunk_size == 1:
+        found = _loop(of_one, numbers, batch)
+    else:
+        found = torch.func.vmap(of_one, chunk_size=chunk_size)(numbers, batch)
+    return (found[0], unpack(found[1])) if has_aux else found
+
+
+def _loop(f: Callable[[Tensor, Tree], Tree], numbers: Tensor, batch: Tree) -> Tree:
+    """Do what vmap does, one sample after another."""
+    results = [f(number, tree_map(lambda leaf, i=i: leaf[i], batch)) for i, number in enumerate(numbers)]
+    return tree_map(lambda *leaves: torch.stack(leaves), *results)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype == torch.uint64 and leaf.shape[-1:] == (2,)
+
+
+def _samples(batch: Tree) -> int:
+    """Return the number of samples of a batch, or raise if it is none."""
+    found: dict[int, str] = {}
+    for path, leaf in named_leaves(batch):
+        where = f"'{path}' of the batch" if path else "The batch"
+        if not isinstance(leaf, Tensor):
+            raise DTypeError(
+                f"{where} is no tensor.",
+                expected="a tensor with the samples along its first dimension",
+                got=describe(leaf),
+                fix="Close over what is the same for all samples.",
+            )
+        if leaf.ndim == 0 or len(leaf) == 0:
+            raise InputError(
+                f"{where} has no samples.",
+                expected="a tensor with the samples along its first dimension",
+                got=describe(leaf),
+            )
+        found[len(leaf)] = where
+    if len(found) != 1:
+        raise InputError(
+            "The tensors of the batch differ in their number of samples." if found else "The batch has no tensors.",
+            expected="one number",
+            got=", ".join(f"{size} in {where}" for size, where in found.items()) or "an empty tree",
+        )
+    return next(iter(found))

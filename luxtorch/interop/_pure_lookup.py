@@ -1,0 +1,121 @@
+"""Embeddings that change no weights and have forward-mode derivatives; weights that are normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luxtorch._transforms import functional
+from luxtorch.core import InputError
+
+from ._keys import Keys
+
+
+def _embedding(
+    keys: Keys,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is not None and functional():
+        # That the row for padding has no derivative torch knows in reverse mode only.
+        padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+        rows = torch.where(padding, rows.detach(), rows)
+    return rows if max_norm is None else _shortened(rows, max_norm, norm_type)
+
+
+def _embedding_bag(
+    keys: Keys,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if max_norm is not None:
+        weight = _shortened(weight, max_norm, norm_type)
+    if not functional() or scale_grad_by_freq:
+        return F.embedding_bag(
+            input,
+            weight,
+            offsets,
+            None,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
+    if per_sample_weights is not None and mode != "sum":
+        raise InputError("Only sums are weighted.", expected="per_sample_weights with mode='sum'", got=f"mode='{mode}'")
+    if input.ndim == 1 and offsets is not None:
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = starts.shape[0]
+        # The bag of each index: how many start at it or before it, less one.
+        bag = (torch.arange(input.shape[0], device=input.device)[:, None] >= starts).sum(-1) - 1
+        inside = torch.arange(bags, device=input.device)[:, None] == bag
+        rows = F.embedding(input, weight).expand(bags, *input.shape, weight.shape[-1])
+    else:
+        inside = torch.ones_like(input, dtype=torch.bool)
+        rows = F.embedding(input, weight)
+    if padding_idx is not None:
+        inside = inside & (input != padding_idx % weight.shape[0])
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    if mode == "max":
+        largest = rows.masked_fill(~inside.unsqueeze(-1), -torch.inf).amax(-2)
+        return largest.masked_fill(~inside.any(-1, keepdim=True), 0.0)
+    total = (rows * inside.unsqueeze(-1)).sum(-2)
+    return total if mode == "sum" else total / inside.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Return rows of at most a given norm, with the gradients of the rows as they are.
+
+    torch writes the shorter rows into the weight. Here the weight stays as it is: looked up again, it gives the same.
+    """
+    norms = rows.detach().norm(norm_type, -1, keepdim=True)
+    short = torch.where(norms > max_norm, rows.detach() * (max_norm / (norms + 1e-7)), rows.detach())
+    return short + (rows - rows.detach())
+
+
+def _normalize(
+    keys: Keys, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor:
+    y = F.normalize(input, p, dim, eps)
+    # The spectral norms of torch.nn.utils give their buffer as `out`, which no transform takes.
+    # What is under no_grad there has tangents all the same.
+    return y if out is None else out.copy_(y.detach())
+
+
+def _weight_norm(keys: Keys, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    if not functional():
+        return torch._weight_norm(v, g, dim)
+    others = list(range(v.ndim)) if dim == -1 else [other for other in range(v.ndim) if other != dim % v.ndim]
+    scale: Tensor = g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
+    return v * scale
+
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    F.normalize: _normalize,
+    torch._weight_norm: _weight_norm,
+}

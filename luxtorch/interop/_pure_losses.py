@@ -1,0 +1,121 @@
+"""Losses whose torch functions read numbers off a tensor, or lack a batching rule or a second derivative."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn._reduction import legacy_get_string
+
+from luxtorch._transforms import transformed
+
+from ._keys import Keys
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}
+
+
+def under_transforms(function: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Return what makes a replacement of a torch function that serves under transforms alone."""
+
+    def decorate(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(replacement)
+        def chosen(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
+            return replacement(*args, **kwargs) if transformed() else function(*args, **kwargs)
+
+        return chosen
+
+    return decorate
+
+
+@under_transforms(F.gaussian_nll_loss)
+def _gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    var = var if isinstance(var, Tensor) else torch.full_like(input, var)
+    # torch asks whether a variance is negative, which under vmap nobody can say.
+    if var.shape != input.shape and var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    var = torch.where(var < eps, eps + (var - var.detach()), var)
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    return reduced(loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
+
+
+@under_transforms(F.huber_loss)
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    error = (input - target).abs()
+    loss = torch.where(error <= delta, 0.5 * error**2, delta * (error - 0.5 * delta))
+    return reduced(loss if weight is None else loss * weight, reduction)
+
+
+@under_transforms(F.kl_div)
+def _kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    loss = target.exp() * (target - input) if log_target else torch.xlogy(target, target) - target * input
+    return loss.sum() / input.shape[0] if reduction == "batchmean" else reduced(loss, reduction, size_average, reduce)
+
+
+def _cross_entropy(
+    keys: Keys,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    if weight is None or label_smoothing == 0 or target.is_floating_point() or not transformed():
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
+        )
+    # torch takes the sum of the weights over a selection, whose size depends on the targets.
+    dim, kept = min(1, input.ndim - 1), target != ignore_index
+    scores = F.log_softmax(input, dim)
+    sharp = F.nll_loss(scores, target, weight, ignore_index=ignore_index, reduction="none")
+    even = -(scores * weight.view(-1, *(1,) * (input.ndim - dim - 1))).sum(dim).where(kept, 0.0)
+    loss = (1 - label_smoothing) * sharp + label_smoothing / weight.shape[0] * even
+    if reduction != "mean":
+        return reduced(loss, reduction)
+    return loss.sum() / weight[target.where(kept, 0)].where(kept, 0.0).sum()
+
+
+def _bilinear(keys: Keys, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not transformed():
+        return F.bilinear(input1, input2, weight, bias)
+    y = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return y if bias is None else y + bias
+
+
+def reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
+    """Return the losses as they are, their mean or their sum."""
+    if size_average is not None or reduce is not None:  # the arguments of long ago
+        reduction = legacy_get_string(size_average, reduce)
+    return loss if reduction == "none" else _REDUCTIONS[reduction](loss)
+
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    F.bilinear: _bilinear,
+    F.cross_entropy: _cross_entropy,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
+    F.huber_loss: _huber_loss,
+    F.kl_div: _kl_div,
+}

@@ -1,0 +1,81 @@
+"""Torch functions that are not pure, or that some transform lacks, replaced while the code of a module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import (
+    _pure_attention,
+    _pure_dropout,
+    _pure_filling,
+    _pure_fractional,
+    _pure_init,
+    _pure_lookup,
+    _pure_losses,
+    _pure_margins,
+    _pure_random,
+    _pure_rnn,
+)
+from ._keys import Keys
+from ._opened import OPENED
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    **_pure_attention.REPLACEMENTS,
+    **_pure_dropout.REPLACEMENTS,
+    **_pure_filling.REPLACEMENTS,
+    **_pure_fractional.REPLACEMENTS,
+    **_pure_init.REPLACEMENTS,
+    **_pure_lookup.REPLACEMENTS,
+    **_pure_losses.REPLACEMENTS,
+    **_pure_margins.REPLACEMENTS,
+    **_pure_random.REPLACEMENTS,
+    **_pure_rnn.REPLACEMENTS,
+}
+"""What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
+
+
+class PureMode(TorchFunctionMode):
+    """While it is entered, replace the torch functions that draw from the global generator, or lack a derivative.
+
+    What is called in place of a torch function is in a table.
+
+    Args:
+        keys: The keys of all random numbers.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        super().__init__()
+        self.keys = keys
+        if torch.compiler.is_compiling():
+            _show_to_compiler()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        replacement = REPLACEMENTS.get(func)
+        if replacement is not None:
+            return replacement(self.keys, *args, **kwargs)
+        opened = OPENED.get(func)
+        if opened is None:
+            return func(*args, **kwargs)
+        with self:  # torch takes the mode away for the time of this call
+            return opened(*args, **kwargs)
+
+
+def _show_to_compiler() -> bool:
+    """Make torch.compile ask modes about all of the functions that eager code asks them about.
+
+    It has a list of its own of what a mode may take over, which lacks `randn_like` and a few others.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().update(REPLACEMENTS)
+    return True
+
+
+# It runs while torch.compile traces, which takes what it returns as a constant. The decorator that sets this mark,
+# torch.compiler.assume_constant_result, would load the whole compiler.
+_show_to_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+"""Modules of torch.nn whose forward writes what it should return, each with a forward that makes new tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luxtorch._transforms import transformed
+from luxtorch.core import InputError
+from luxtorch.layers._batchnorm import batch_normalised, moments
+from luxtorch.layers._instancenorm import instance_statistics
+from luxtorch.layers._normalise import normalised
+
+from ._branch import Branch
+from ._keys import Keys
+from ._pure_mode import PureMode
+
+
+class Pure(nn.Module):
+    """Be a module of torch.nn in all but its forward, which puts new tensors into its dicts of tensors."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _remade, (type(self).__bases__[1], self.__dict__)
+
+
+class PureNorm(Pure):
+    """Declare what a normalisation of torch.nn has."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor
+    track_running_stats: bool
+    momentum: float | None
+    eps: float
+    _check_input_dim: Callable[[Tensor], None]
+
+
+class PureBatchNorm(PureNorm):
+    """Compute new running statistics, also where torch.nn reads a number off a tensor."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised input."""
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None and var is not None:
+            return normalised(input, mean, var, self.weight, self.bias, self.eps)
+        if input.numel() == input.shape[1]:
+            raise InputError("Fewer than two values a feature have no variance to normalise by.")
+        if input.numel() == 0:  # it counts, and leaves the statistics alone
+            if self.track_running_stats and mean is not None:
+                self._buffers.update(num_batches_tracked=self.num_batches_tracked + 1)
+            nothing = input.new_zeros(input.shape[1])
+            return normalised(input, nothing, nothing, self.weight, self.bias, self.eps)
+        if not self.track_running_stats or mean is None or var is None:
+            return normalised(input, *moments(input), self.weight, self.bias, self.eps)
+        count = self.num_batches_tracked + 1
+        weight = 1 / count.to(mean.dtype) if self.momentum is None else float(self.momentum)
+        y, mean, var = batch_normalised(input, mean, var, self.weight, self.bias, weight, self.eps)
+        self._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=count)
+        return y
+
+
+class PureInstanceNorm(PureNorm):
+    """Compute new running statistics."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None:
+            if not self.training:
+                return normalised(input, mean, var, self.weight, self.bias, self.eps)
+            mean, var = instance_statistics(input, mean, var, float(self.momentum or 0.0))
+            self._buffers.update(running_mean=mean, running_var=var)
+        return F.instance_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class PureRNN(Pure):
+    """Read the weights where they are now, not where they were when the module was made."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: they are never out of date."""
+
+
+class PureLookup(Pure):
+    """Run the forward of torch.nn with torch functions replaced, wherever the module stands; it draws nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns."""
+        if not transformed() and getattr(self, "max_norm", None) is None:
+            return super().forward(*args, **kwargs)
+        with PureMode(Keys(torch.zeros(2, dtype=torch.uint64))):
+            return super().forward(*args, **kwargs)
+
+
+_PURE: dict[type[nn.Module], type[Pure]] = {
+    nn.modules.batchnorm._BatchNorm: PureBatchNorm,
+    nn.modules.instancenorm._InstanceNorm: PureInstanceNorm,
+    nn.RNNBase: PureRNN,
+    nn.RNNCellBase: PureLookup,
+    nn.Embedding: PureLookup,
+    nn.EmbeddingBag: PureLookup,
+    **dict.fromkeys(
+        (
+            nn.Bilinear,
+            nn.CrossEntropyLoss,
+            nn.GaussianNLLLoss,
+            nn.HuberLoss,
+            nn.KLDivLoss,
+            nn.MarginRankingLoss,
+            nn.MultiLabelMarginLoss,
+            nn.MultiMarginLoss,
+            nn.SoftMarginLoss,
+            nn.TripletMarginLoss,
+        ),
+        PureLookup,
+    ),
+}
+
+
+def make_pure(module: nn.Module) -> None:
+    """Give a module the pure forward of its kind, unless its class has a forward of its own."""
+    if isinstance(module, Branch):
+        module._in_place = False
+    if isinstance(module, nn.RNNBase):  # weights and weak references to them, which the property stands for
+        for name in ("_flat_weights", "_flat_weight_refs"):
+            module.__dict__.pop(name, None)
+    # A fast path of torch's encoders has no derivatives, and its own checks do not always see that some are wanted.
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
+    for kind, pure in _PURE.items():
+        if isinstance(module, Pure):
+            return
+        if isinstance(module, kind) and (pure is PureRNN or type(module).forward.__module__.startswith("torch.nn.")):
+            module.__class__ = _pure_class(pure, type(module))
+
+
+def make_traceable(module: nn.Module) -> None:
+    """Give a pure LSTM, GRU or RNN a class that torch.compile traces.
+
+    The compiler refuses these three whatever they do, and so the class has all that theirs has, without being theirs.
+    """
+    if issubclass(type(module), PureRNN):
+        module.__class__ = _pure_class(PureRNN, type(module), _refused_by_compiler)
+
+
+_refused_by_compiler = (nn.RNN, nn.GRU, nn.LSTM)
+
+_classes: dict[Any, type[nn.Module]] = {}
+
+
+def _pure_class(pure: type[Pure], cls: type[nn.Module], without: tuple[type[nn.Module], ...] = ()) -> type[nn.Module]:
+    """Return a class derived from both, which takes over what it has from some of its bases without having them."""
+    if (pure, cls, without) not in _classes:
+        bases = tuple(base for base in cls.__mro__ if not issubclass(base, without)) if without else (pure, cls)
+        taken = {
+            name: value
+            for base in reversed(cls.__mro__)
+            if issubclass(base, without)
+            for name, value in vars(base).items()
+            if not (name.startswith("__") or name in vars(pure))
+        }
+        # Its name and module are those of the original, which it is to whoever asks.
+        _classes[pure, cls, without] = type(cls.__name__, bases, {**taken, "__module__": cls.__module__})
+    return _classes[pure, cls, without]
+
+
+def _remade(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = cls.__new__(cls)
+    module.__dict__.update(state)
+    make_pure(module)
+    return module

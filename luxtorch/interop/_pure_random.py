@@ -1,0 +1,196 @@
+"""The functions of torch that draw random numbers, drawing from a key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch import random as lr
+from luxtorch._transforms import functional
+from luxtorch.core import InputError
+
+from ._keys import Keys
+
+
+def keyed(function: Any, replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of a torch function that leaves a draw from a generator of the caller's own alone."""
+
+    def drawn(keys: Keys, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
+        if generator is not None:
+            return function(*args, generator=generator, **kwargs)
+        return replacement(keys, *args, **kwargs)
+
+    return drawn
+
+
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+# The distributions, each from a key, a shape and a dtype.
+
+
+def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Draw uniformly; the parts of a complex number one by one."""
+    if dtype.is_complex:
+        return torch.view_as_complex(lr.uniform(key, (*shape, 2), low=low, high=high, dtype=_REAL[dtype]))
+    return lr.uniform(key, shape, low=low, high=high, dtype=dtype)
+
+
+def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Draw normally; the parts of a complex number have half of the variance each."""
+    if dtype.is_complex:
+        parts = lr.normal(key, (*shape, 2), std=std / math.sqrt(2), dtype=_REAL[dtype])
+        return torch.view_as_complex(parts) + mean
+    return lr.normal(key, shape, mean=mean, std=std, dtype=dtype)
+
+
+def exponential(key: Tensor, shape: Sequence[int], dtype: torch.dtype, lambd: float = 1.0) -> Tensor:
+    """Draw from the exponential distribution; never a zero, as a logarithm is often taken next."""
+    return -torch.log1p(-lr.uniform(key, shape, dtype=dtype)).clamp_max(-torch.finfo(dtype).eps / 2) / lambd
+
+
+def integers(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
+    """Draw integers from low, ..., high - 1; of more than 2^53 up to 2^32 of the last ones are never drawn."""
+    if high - low <= 2**53:
+        return lr.randint(key, shape, low, high)
+    first, second = lr.split(key)
+    return (lr.randint(first, shape, 0, (high - low) >> 32) << 32) + lr.randint(second, shape, 0, 2**32) + low
+
+
+# The functions that make a tensor.
+
+
+def _rand(keys: Keys, *size: Any, **options: Any) -> Tensor:
+    return _made(keys, uniform, _shape(size, options), **options)
+
+
+def _randn(keys: Keys, *size: Any, **options: Any) -> Tensor:
+    return _made(keys, normal, _shape(size, options), **options)
+
+
+def _randint(keys: Keys, *args: Any, **options: Any) -> Tensor:
+    bounds = args if "size" in options else args[:-1]
+    shape = options.pop("size") if "size" in options else args[-1]
+    return _made(keys, _between(bounds, options), shape, default=torch.int64, **options)
+
+
+def _randperm(keys: Keys, n: int, **options: Any) -> Tensor:
+    return _made(keys, lambda key, shape, dtype: lr.permutation(key, n).to(dtype), (n,), default=torch.int64, **options)
+
+
+def _rand_like(keys: Keys, input: Tensor, **options: Any) -> Tensor:
+    return _made(keys, uniform, tuple(input.shape), **_like(input, options))
+
+
+def _randn_like(keys: Keys, input: Tensor, **options: Any) -> Tensor:
+    return _made(keys, normal, tuple(input.shape), **_like(input, options))
+
+
+def _randint_like(keys: Keys, input: Tensor, *bounds: int, **options: Any) -> Tensor:
+    draw = _between(bounds, options)
+    return _made(keys, draw, tuple(input.shape), **_like(input, options))
+
+
+def _normal(keys: Keys, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **options: Any) -> Tensor:
+    tensors = [part for part in (mean, std) if isinstance(part, Tensor)]
+    if not tensors:
+        return _made(keys, lambda key, shape, dtype: normal(key, shape, dtype, mean, std), size, **options)
+    mean, std = (part.detach() if isinstance(part, Tensor) else part for part in (mean, std))
+
+    def draw(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return normal(key, shape, dtype).mul(std).add(mean).to(dtype)
+
+    shape = torch.Size(torch.broadcast_shapes(*(part.shape for part in tensors)))  # type: ignore[no-untyped-call]
+    return _made(keys, draw, shape, **_like(tensors[0], options))
+
+
+def _bernoulli(keys: Keys, input: Tensor, p: float | None = None, **options: Any) -> Tensor:
+    def draw(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return lr.bernoulli(key, _probability(input.detach() if p is None else p), shape).to(dtype)
+
+    return _made(keys, draw, tuple(input.shape), **_like(input, options))
+
+
+def _multinomial(keys: Keys, input: Tensor, num_samples: int, replacement: bool = False, **options: Any) -> Tensor:
+    def draw(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        # Of independent exponential times, each at a rate of its own, the earliest are a draw by these rates.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        rates, size = input.detach().to(wide), tuple(input.shape)
+        if not replacement:
+            return (rates / exponential(key, size, wide)).topk(num_samples).indices
+        noise = exponential(key, (*size[:-1], num_samples, size[-1]), wide)
+        return (rates.unsqueeze(-2) / noise).argmax(-1)
+
+    return _made(keys, draw, (*input.shape[:-1], num_samples), **_like(input, options, torch.int64))
+
+
+def _made(
+    keys: Keys,
+    draw: Callable[[Tensor, Any, torch.dtype], Tensor],
+    shape: Sequence[int],
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    requires_grad: bool = False,
+    memory_format: torch.memory_format | None = None,
+    default: torch.dtype | None = None,
+    **layout: Any,
+) -> Tensor:
+    """Draw what the options of a torch function that makes a tensor ask for."""
+    key = keys.next()
+    if out is not None:
+        dtype, device = out.dtype, out.device
+    if not key.is_meta:  # on it, only shapes are asked for
+        key = key.to(torch.empty(0).device if device is None else device)
+    value = draw(key, shape, dtype or default or torch.get_default_dtype())
+    if out is not None:
+        return (out if out.shape == value.shape else out.resize_(value.shape)).copy_(value)
+    if memory_format not in (None, torch.preserve_format):
+        value = value.contiguous(memory_format=memory_format)
+    return value.requires_grad_() if requires_grad and not functional() else value
+
+
+def _shape(size: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if "size" in options:
+        return options.pop("size")
+    return size[0] if len(size) == 1 and isinstance(size[0], list | tuple) else size
+
+
+def _like(input: Tensor, options: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"dtype": dtype or input.dtype, "device": input.device, **given}
+
+
+def _between(bounds: Sequence[int], options: dict[str, Any]) -> Callable[[Tensor, Any, torch.dtype], Tensor]:
+    named = [options.pop(name) for name in ("low", "high") if name in options]
+    low, high = (0, *bounds, *named)[-2:]
+    return lambda key, shape, dtype: integers(key, shape, low, high).to(dtype)
+
+
+def _probability(p: Any) -> Any:
+    if not isinstance(p, Tensor) and not 0 <= p <= 1:
+        raise InputError("A draw of zeros and ones takes a probability.", expected="0 <= p <= 1", got=f"p={p}")
+    return p
+
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    function: keyed(function, replacement)
+    for function, replacement in (
+        (torch.rand, _rand),
+        (torch.randn, _randn),
+        (torch.randint, _randint),
+        (torch.randperm, _randperm),
+        (torch.rand_like, _rand_like),
+        (torch.randn_like, _randn_like),
+        (torch.randint_like, _randint_like),
+        (torch.normal, _normal),
+        (torch.bernoulli, _bernoulli),
+        (Tensor.bernoulli, _bernoulli),
+        (torch.multinomial, _multinomial),
+        (Tensor.multinomial, _multinomial),
+    )
+}

@@ -1,0 +1,82 @@
+"""New initial values for a module, drawn from a key."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from luxtorch.random import fold_in, key
+
+from ._keys import Keys
+from ._pure_mode import PureMode
+
+if TYPE_CHECKING:
+    from ._part import Part
+    from ._skeleton import Skeleton
+
+Place: TypeAlias = tuple[tuple[str, ...], str]
+"""Where a tensor stands: the names that lead to the module, and its own."""
+
+_METHODS = ("reset_parameters", "_reset_parameters")
+
+
+def reset(skeleton: Skeleton, key: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return parameters and states as the modules' own `reset_parameters` make them.
+
+    What none of these makes is what it was in the module that the layer was made from.
+
+    Args:
+        skeleton: The module.
+        key: The key to draw from.
+    """
+    root = skeleton.root
+    if key.is_meta:  # names and shapes are asked for
+        return root.tree("parameters"), root.tree("states")
+
+    def start(part: Part, name: str) -> Tensor:
+        like = part.like(name)
+        # Made from the key, it is a batch where the key is one: what is drawn can be written into it.
+        value = key.new_zeros(like.shape, dtype=like.dtype)
+        kept = skeleton.kept.get((part.path, name))
+        return value if kept is None else value.copy_(kept)
+
+    part = skeleton.borrow()
+    try:
+        part.lend(root.tree("parameters", start), root.tree("states", start))
+        _run(part, key)
+        ps, st = (part.tree(kind, lambda part, name: part.value(name).detach()) for kind in ("parameters", "states"))
+        return ps, st
+    finally:
+        skeleton.give_back(part)
+
+
+def untouched(module: Part, trial: Part) -> dict[Place, Tensor]:
+    """Return copies of a module's tensors that its `reset_parameters` leave alone.
+
+    Args:
+        module: The module.
+        trial: A copy of it on the meta device, on which they are run.
+    """
+    before = {(part.path, name): part.value(name)._version for part in trial for name in part.names}
+    with suppress(Exception):  # code that looks at values cannot do so here: what it makes is kept, then made anew
+        _run(trial, key(0, device="meta"))
+    return {
+        (source.path, name): source.value(name).detach().clone()
+        for source, part in zip(module, trial, strict=True)
+        for name in part.names
+        if part.value(name) is part.like(name) and part.value(name)._version == before[part.path, name]
+    }
+
+
+def _run(root: Part, key: Tensor) -> None:
+    """Let each module draw its tensors, a module after those inside it, as it is when modules are made."""
+    with torch.no_grad():
+        for part in reversed(list(root)):
+            for name in _METHODS:
+                method = getattr(part.module, name, None)
+                if callable(method):
+                    with PureMode(Keys(fold_in(key, ".".join((*part.path, name))))):
+                        method()

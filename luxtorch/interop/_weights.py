@@ -1,0 +1,205 @@
+"""Loading weights that come from elsewhere into parameters and states."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, path_name, tree_map
+
+from ._load_report import LoadReport
+from ._weight_files import read_weights
+
+Rename: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None] | Sequence[tuple[str, str]]
+"""How names become others: by a dict, by a function, or by pairs of a regular expression and its replacement."""
+
+
+class Loaded(NamedTuple):
+    """Hold parameters and states with loaded values, and the report on them."""
+
+    ps: Any
+    st: Any
+    report: LoadReport
+
+
+def load_weights(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    ps: Parameters,
+    st: States,
+    *,
+    rename: Rename | None = None,
+    strict: bool = True,
+) -> Loaded:
+    r"""Return parameters and states with values from a file of weights.
+
+    A tensor goes to the place whose dotted name it has, such as `layer_1.weight`; those of a model from `lt.from_torch`
+    are the names of the module's `state_dict`. It is cast to the dtype and brought to the device of what it replaces.
+    Random keys may be missing, as other programs have none.
+
+    Args:
+        source: A safetensors file, a state_dict saved by `torch.save`, the `.index.json` of a model in several files, a
+            folder with one of these, as Hugging Face has them, or the tensors themselves by name.
+        ps: The parameters, a dict or a ComponentVector. Values are not read, and may be on the meta device: what is
+            loaded is then on the CPU.
+        st: The states.
+        rename: How names in the file become names in the model. A dict of names; a function of the name; or pairs of a
+            regular expression and its replacement, all applied in turn. None in the place of a name leaves it out.
+        strict: Whether anything missing, unexpected or of another shape is an error. If not, it is in the report.
+
+    Returns:
+        `(ps, st, report)`, the trees of the same structure. What was not loaded is the tensor that was passed in.
+
+    Raises:
+        KeyNameError: If names are missing or unexpected. The error lists all of them.
+        InputError: If shapes differ, if two tensors of the file get the same name, or if a file cannot be read.
+        DTypeError: If `source` is something else.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> ps, st = lt.setup(0, lt.Chain(lt.Dense(2, 1)))
+        >>> weights = {"model.fc.weight": torch.tensor([[1.0, 2.0]]), "model.fc.bias": torch.tensor([3.0])}
+        >>> ps, st, report = lt.load_weights(weights, ps, st, rename=[(r"^model\.fc\.", "layer_1.")])
+        >>> ps["layer_1"]["bias"]
+        tensor([3.])
+        >>> print(report)
+        2 loaded
+    """
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise DTypeError(
+            "Weights come from a file, or by name.",
+            expected="a path, or a mapping from names to tensors",
+            got=type(source).__name__,
+            fix="Of a module, pass module.state_dict().",
+        )
+    path = None if isinstance(source, Mapping) else Path(source)
+    tensors = dict(named_leaves(_opened(source if path is None else read_weights(path))))
+    new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
+    wanted = dict(named_leaves(_opened((ps, st))))
+    wanted = {name.partition(".")[2]: leaf for name, leaf in wanted.items()}
+    values, report = _matched(tensors, new_names, wanted)
+    if strict and not report.complete:
+        error = report.error({name: _described(leaf) for name, leaf in wanted.items()}, new_names)
+        error.where = "" if path is None else str(path)
+        raise error
+    return Loaded(_filled(ps, values), _filled(st, values), report)
+
+
+def _matched(
+    tensors: Mapping[str, Any], new_names: Mapping[str, str], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Return the new values by their names in the model, and the report."""
+    sources: dict[str, str] = {}
+    for name, new in new_names.items():
+        if new in sources and not _same(tensors[name], tensors[sources[new]]):
+            raise InputError(
+                f"Two different tensors are called '{new}' after renaming.",
+                got=f"'{sources[new]}' and '{name}'",
+                fix="Let rename return None for one of them.",
+            )
+        sources.setdefault(new, name)
+    values, mismatched, cast = {}, {}, {}
+    for new in wanted.keys() & sources.keys():
+        value, like = tensors[sources[new]], wanted[new]
+        if not _fits(value, like):
+            mismatched[new] = f"{_described(value)} in the file, {_described(like)} in the model"
+            continue
+        if value.dtype != like.dtype:
+            cast[new] = f"{_dtype(value)} to {_dtype(like)}"
+        device = torch.device("cpu") if like.is_meta else like.device
+        copy = torch.empty_like(like, device=device, requires_grad=False).copy_(value.detach())
+        values[new] = copy.requires_grad_(like.requires_grad)
+    tied, unexpected = {}, []
+    for name, new in new_names.items():
+        if new not in wanted:
+            twins = (other for other in values if _tied(tensors[name], tensors[sources[other]]))
+            if twin := next(twins, None):
+                tied[name] = twin
+            else:
+                unexpected.append(name)
+    # A key is not missed.
+    missing = tuple(n for n, like in wanted.items() if n not in sources and like.dtype != torch.uint64)
+    loaded = tuple(name for name in wanted if name in values)
+    return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)
+
+
+def _filled(tree: Any, values: Mapping[str, Tensor]) -> Any:
+    """Return a tree with the values put in by name."""
+
+    def new(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if not _is_vector(leaf):
+            return values.get(name, leaf)
+        names = {f"{name}.{part}" if name else part: part for part, _ in named_leaves(_opened(leaf))}
+        return leaf.replace({part: values[whole] for whole, part in names.items() if whole in values})
+
+    return pytree.tree_map_with_path(new, tree, is_leaf=_is_vector)
+
+
+def _opened(tree: Any) -> Any:
+    """Return a tree with its vectors as dicts."""
+    return tree_map(
+        lambda node: {name: _opened(part) for name, part in node.items()} if _is_vector(node) else node,
+        tree,
+        is_leaf=_is_vector,
+    )
+
+
+def _is_vector(node: Any) -> bool:
+    """Say whether a node is a ComponentVector: the mapping that is no dict."""
+    return isinstance(node, Mapping) and not isinstance(node, dict)
+
+
+def _renamer(rename: Any) -> Callable[[str], str | None]:
+    if rename is None:
+        return lambda name: name
+    if isinstance(rename, Mapping):
+        return lambda name: rename.get(name, name)
+    if callable(rename):
+        function: Callable[[str], str | None] = rename
+        return function
+    if isinstance(rename, Sequence) and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in rename):
+
+        def substitute(name: str) -> str:
+            for pattern, replacement in rename:
+                name = re.sub(pattern, replacement, name)
+            return name
+
+        return substitute
+    raise InputError(
+        "Names cannot be mapped so.",
+        expected="a dict, a function, or pairs of a regular expression and its replacement",
+        got=f"{rename!r:.80}",
+    )
+
+
+def _fits(value: Any, like: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == like.shape and torch.can_cast(value.dtype, like.dtype)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Say whether two tensors have the same elements."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _tied(a: Any, b: Any) -> bool:
+    """Say whether two tensors are one, or copies: equal vectors and constants may be so by chance."""
+    if not _same(a, b):
+        return False
+    if a.numel() and a.data_ptr() == b.data_ptr():
+        return True
+    return a.ndim >= 2 and bool((a != a.flatten()[:1]).any())
+
+
+def _described(value: Any) -> str:
+    return f"{_dtype(value)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

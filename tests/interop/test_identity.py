@@ -1,0 +1,97 @@
+"""Layers of modules are equal where the modules have the same code and options, and only there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import luxtorch as lt
+
+
+def stack_of(factor, activation=torch.relu):
+    """Define a class anew, as it happens in a notebook."""
+
+    class Net(nn.Module):
+        def __init__(self, width=3, kept=0.0):
+            super().__init__()
+            self.activation = activation
+            self.linear = nn.Linear(2, width)
+            self.offset = nn.Parameter(torch.full((width,), kept))
+
+        def forward(self, x):
+            return factor * self.activation(self.linear(x)) + self.offset
+
+    return Net
+
+
+Net = stack_of(1)
+Net.__qualname__ = "Net"
+
+
+class Tied(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def layer(module):
+    return lt.from_torch(module).layer
+
+
+@pytest.mark.parametrize("make", [Net, lambda: nn.LSTM(2, 3), lambda: nn.MultiheadAttention(4, 2), lambda: Tied(True)])
+def test_equal(make):
+    one, other = layer(make()), layer(make())
+    assert one == other
+    assert hash(one) == hash(other)
+    assert copy.deepcopy(one) == one == pickle.loads(pickle.dumps(one))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Net(3), lambda: Net(4)),
+        (lambda: Net(kept=0.0), lambda: Net(kept=1.0)),  # what setup starts from
+        (lambda: Net().train(), lambda: Net().eval()),
+        (lambda: Net(), lambda: stack_of(2)()),  # the same name, other code
+        (lambda: Net(), lambda: stack_of(1, torch.tanh)()),
+        (lambda: Tied(True), lambda: Tied(False)),
+        (lambda: nn.LSTM(2, 3), lambda: nn.GRU(2, 3)),
+    ],
+)
+def test_different(one, other):
+    assert layer(one()) != layer(other())
+
+
+def test_a_lambda_is_part_of_the_code():
+    def make(activation):
+        module = Net()
+        module.activation = activation
+        return layer(module)
+
+    def double(x):
+        return 2 * x
+
+    assert make(double) == make(double)
+    assert make(double) != make(lambda x: 2 * x)
+
+
+def test_what_cannot_be_copied_is_an_error():
+    module = Net()
+    module.numbers = (i for i in range(3))
+    with pytest.raises(lt.core.InputError, match="cannot be copied(.|\n)*generators"):
+        lt.from_torch(module)
+
+
+def test_models_stack_whole():
+    both = lt.stack([lt.from_torch(Net()), lt.from_torch(Net())])
+    assert both.layer == layer(Net())
+    assert both.ps["linear"]["weight"].shape == (2, 3, 2)
