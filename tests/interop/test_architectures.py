@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import luxtorch as lt
 from luxtorch.core import tree_map
 
-spec = importlib.util.spec_from_file_location("interop_models", Path(__file__).with_name("models.py"))
-models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(models)
+from . import models
 
 # A module with a probability of dropout, and the shape of an input, or the number of tokens in one.
 MODELS = {

@@ -227,6 +227,7 @@ def test_a_transformer_in_train_mode_drops_by_its_key(make_key, draw):
     assert quiet["training"] == Static(False)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="there Dynamo cannot trace Tensor.unflatten under a mode")
 @pytest.mark.parametrize("kind", ["attention", "encoder"])
 def test_compiled_gradients_in_test_mode(rng, kind):
     x, padding = (

@@ -261,8 +261,11 @@ def test_autocast_keeps_the_kernel(make_key, kind, dtype):
     layer, ps = Recurrence(cell(2, 3), batch_first=False, return_sequence=True), level(reference, "_l0")
     x = lt.random.normal(make_key(), (4, 5, 2), dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            expected = reference(x.float())[0]
+        except RuntimeError as error:
+            pytest.skip(f"this processor has no such kernel: {error}")
         y, _ = layer(x, ps, {})
-        expected = reference(x.float())[0]
     assert "_Fused" in type(y.grad_fn).__name__ and y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, **tolerance(torch.bfloat16))
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(y.float().sum(), list(ps.values())))
