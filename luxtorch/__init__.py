@@ -72,6 +72,7 @@ from .interop import export as export
 from .interop import from_torch as from_torch
 from .interop import load_weights as load_weights
 from .interop import to_torch as to_torch
+from .jit import jit as jit
 from .layers import GLU as GLU
 from .layers import AdaptiveLPPool as AdaptiveLPPool
 from .layers import AdaptiveMaxPool as AdaptiveMaxPool

@@ -1,0 +1,138 @@
+"""`jit`: a pure function, compiled once for each kind of arguments and then called without ado."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+from typing_extensions import ParamSpec
+
+from luxtorch.core import InputError
+
+from ._compiled import Backend
+from ._jitted import Jitted
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def jit(
+    fn: Callable[P, R],
+    /,
+    *,
+    donate: str | Sequence[str] = ...,
+    static: str | Sequence[str] = ...,
+    dynamic: bool | str | Sequence[str] = ...,
+    backend: Backend = ...,
+    options: Mapping[str, Any] | None = ...,
+    background: bool = ...,
+    maxsize: int = ...,
+) -> Jitted[P, R]: ...
+@overload
+def jit(
+    *,
+    donate: str | Sequence[str] = ...,
+    static: str | Sequence[str] = ...,
+    dynamic: bool | str | Sequence[str] = ...,
+    backend: Backend = ...,
+    options: Mapping[str, Any] | None = ...,
+    background: bool = ...,
+    maxsize: int = ...,
+) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
+def jit(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    donate: str | Sequence[str] = (),
+    static: str | Sequence[str] = (),
+    dynamic: bool | str | Sequence[str] = False,
+    backend: Backend = None,
+    options: Mapping[str, Any] | None = None,
+    background: bool = False,
+    maxsize: int = 64,
+) -> Any:
+    """Compile a pure function; use it as a decorator, or call it.
+
+    The first call traces the function: it runs once with tensors that have shapes but no numbers, and the operators
+    that it calls become a graph. Later calls run the graph, and none of the function's Python. They only compare what
+    came with what the graph was made for: the structure of the arguments, the shape, strides, dtype and device of each
+    tensor, the values of numbers and strings, and torch's settings (grad mode, autocast, threads and the like). Where
+    something differs, it is traced again.
+
+    What is not an argument is a constant of the graph: tensors and other values that the function closes over are
+    taken as they are at the first call, and must not change after that. So is a number that is an argument, but there
+    each value makes a graph of its own: what changes from step to step, such as a learning rate, is better a tensor.
+
+    Inside of `torch.func`'s transforms, `torch.vmap`, `torch.compile`, an outer `jit` and other tracers, the call is
+    that of the function itself, so that these see all of it.
+
+    If autograd is to record the call, because a tensor requires grad and grad mode is on, forward and backward are
+    compiled together, and the result can be differentiated as usual, once: there is no second derivative of a call
+    that is recorded (take them inside of the function instead).
+
+    Args:
+        fn: A pure function of any pytrees to any pytree: nested dicts, a `ComponentVector`, a `TrainState`.
+        donate: The names of arguments whose memory may be used for the results, such as parameters and the state of
+            an optimizer. Their tensors are gone after the call: each later use of one is an error, and tensors that
+            share their memory hold other numbers. Calls that autograd records, and inner calls, donate nothing.
+        static: The names of arguments that are compared by their values as a whole. They must be hashable. Numbers,
+            strings, functions and layers are static in any case.
+        dynamic: The names of arguments whose tensors may have any first dimension, such as a batch, without a new
+            graph for each size above 1; True for all arguments that are not donated.
+        backend: `"inductor"` compiles kernels. `"replay"` runs the operators one by one, without Python in between;
+            it is ready in milliseconds. A function is called with the graph and its inputs, and returns what to run
+            (calls that autograd records are replayed then).
+            None is inductor if there is a C++ compiler, and otherwise replay, with a warning.
+        options: Settings of inductor, as for `torch.compile`.
+        background: Whether to replay at first, and compile in another thread meanwhile.
+        maxsize: How many graphs to keep; the one unused for longest goes first.
+
+    Returns:
+        A function like `fn`, with `cache_info()`, `cache_clear()`, and `lower(*args)`, which tells what runs.
+
+    Raises:
+        TracingError: At the first call: if the function draws from a global generator, changes an argument in place,
+            keeps a traced tensor, or needs the value of one.
+        DonatedError: If a tensor is used after it was donated.
+        KeyNameError: If the function has no argument of a name.
+        InputError: If an argument is named twice, or the backend is unknown.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> from luxtorch.jit import jit
+        >>> @jit(donate="ps", backend="replay")
+        ... def step(ps, x):
+        ...     grads = lt.gradient(lambda ps: (ps["scale"] * x).square().sum(), ps)
+        ...     return {name: p - 0.1 * grads[name] for name, p in ps.items()}
+        >>> ps = {"scale": torch.ones(1)}
+        >>> for _ in range(3):
+        ...     ps = step(ps, torch.ones(2))
+        >>> ps, step.cache_info()
+        ({'scale': tensor([0.2160])}, CacheInfo(hits=2, misses=1, maxsize=64, currsize=1))
+
+    Source: `jax.jit`; inductor and AOTAutograd are those of `torch.compile`. In Lux it is `@compile` of Reactant.
+    """
+    names = {"donate": _names(donate), "static": _names(static)}
+    symbolic = dynamic if isinstance(dynamic, bool) else _names(dynamic)
+    if twice := set(names["donate"]) & set(names["static"]):
+        raise InputError(f"The argument '{twice.pop()}' is both donated and static.", fix="Choose one.")
+    if not (backend in (None, "inductor", "replay") or callable(backend)):
+        raise InputError("There is no such backend.", expected="inductor, replay, or a function", got=repr(backend))
+
+    def jitted(fn: Callable[..., Any]) -> Jitted[..., Any]:
+        return Jitted(
+            fn,
+            **names,
+            dynamic=symbolic,
+            backend=backend,
+            options=options or {},
+            background=background,
+            maxsize=maxsize,
+        )
+
+    return jitted if fn is None else jitted(fn)
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

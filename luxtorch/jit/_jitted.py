@@ -1,0 +1,241 @@
+"""The callable that `jit` makes: it finds the compiled function for a call, or has it compiled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from threading import Lock
+from types import MethodType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch.compiler import is_compiling
+from typing_extensions import ParamSpec
+
+from luxtorch._transforms import functional
+from luxtorch.core import InputError, KeyNameError, Static, suggest
+
+from ._compiled import Backend, Compiled, default_backend
+from ._flatten import flatten, leaf_ranges
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MANY = 16
+
+
+class CacheInfo(NamedTuple):
+    """Say how a jitted function has been doing.
+
+    Attributes:
+        hits: Calls that found a compiled function.
+        misses: Calls that had to compile.
+        maxsize: How many compiled functions are kept; the one unused for longest goes first.
+        currsize: How many there are.
+    """
+
+    hits: int
+    misses: int
+    maxsize: int
+    currsize: int
+
+
+class Lowered(NamedTuple):
+    """Hold what a function was compiled to, as text.
+
+    Attributes:
+        graph: The operators.
+        code: The code that inductor made of them; empty for other backends.
+    """
+
+    graph: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.graph}\n{self.code}".rstrip()
+
+
+class Jitted(Generic[P, R]):
+    """A function that `jit` has made; call it as the function itself."""
+
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        donate: Sequence[str],
+        static: Sequence[str],
+        dynamic: bool | Sequence[str],
+        backend: Backend,
+        options: Mapping[str, Any],
+        background: bool,
+        maxsize: int,
+    ) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._names = _parameters(fn, (*donate, *static, *(dynamic if not isinstance(dynamic, bool) else ())))
+        self._donate, self._static, self._dynamic = donate, static, dynamic
+        self._settings = backend, options, background
+        self._maxsize = maxsize
+        self._known: tuple[Compiled, ...] = ()
+        self._lock = Lock()
+        self._hits = self._misses = 0
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # Whoever transforms or traces this call sees the function itself.
+        if is_compiling() or functional() or torch._C._len_torch_dispatch_stack():
+            return self._fn(*args, **kwargs)
+        leaves, spec = flatten(self._fixed(args, kwargs) if self._static else (args, kwargs))
+        for compiled in self._known:
+            if compiled.signature.fits(leaves, spec):
+                self._hits += 1
+                if compiled is not self._known[0]:
+                    self._to_front(compiled)
+                return compiled(leaves)  # type: ignore[no-any-return]
+        compiled, leaves = self._find_or_compile(leaves, spec)
+        return compiled(leaves)  # type: ignore[no-any-return]
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # type: ignore[attr-defined,no-any-return]  # by its name, as a function
+
+    def __repr__(self) -> str:
+        return f"jit({getattr(self._fn, '__qualname__', self._fn)})"
+
+    def cache_info(self) -> CacheInfo:
+        """Return how many calls found a compiled function, and how many did not."""
+        return CacheInfo(self._hits, self._misses, self._maxsize, len(self._known))
+
+    def cache_clear(self) -> None:
+        """Forget what was compiled."""
+        with self._lock:
+            self._known = ()
+            self._hits = self._misses = 0
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
+        """Return what a call with these arguments runs, as text; it is compiled, but not run.
+
+        Example:
+            >>> import torch
+            >>> from luxtorch.jit import jit
+            >>> print(jit(lambda x: x.sin() + 1, backend="replay").lower(torch.ones(2)).graph)
+            def forward(self, arg0_1):
+                sin = torch.ops.aten.sin.default(arg0_1);  arg0_1 = None
+                add = torch.ops.aten.add.Tensor(sin, 1);  sin = None
+                return [add]
+        """
+        compiled, _ = self._find_or_compile(*flatten(self._fixed(args, kwargs)))
+        return Lowered(str(compiled.trace.graph.code).strip(), compiled.code)
+
+    def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
+        """Return what is compiled for these leaves, and the leaves to call it with."""
+        # The guards of torch take no tensor twice.
+        if len(set(map(id, leaves))) < len(leaves):
+            leaves = _distinct(leaves)
+        compiled = self._find(leaves, spec)
+        if compiled is None:
+            return self._compile(leaves, spec), leaves
+        self._hits += 1
+        return compiled, leaves
+
+    def _find(self, leaves: list[Any], spec: Any) -> Compiled | None:
+        return next((compiled for compiled in self._known if compiled.signature.fits(leaves, spec)), None)
+
+    def _compile(self, leaves: list[Any], spec: Any) -> Compiled:
+        with self._lock:
+            # Another thread may have been faster.
+            found = self._find(leaves, spec)
+            if found is not None:
+                return found
+            backend, options, background = self._settings
+            backend = default_backend() if backend is None else backend
+            donated = self._leaves_of(spec, self._donate)
+            dynamic = self._leaves_of(spec, self._dynamic) - donated
+            fn = self._unfixed
+            compiled = Compiled(fn, leaves, spec, donated, dynamic, backend, options, background)
+            self._misses += 1
+            if self._misses == _MANY:
+                last = self._known[0].signature.difference(compiled.signature) if self._known else "the first call"
+                warnings.warn(
+                    f"{self!r} was compiled {_MANY} times. What was new this time: {last}. Numbers that change belong "
+                    "in tensors; for batches of many sizes there is `dynamic`.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+            self._known = (compiled, *self._known)[: self._maxsize]
+            return compiled
+
+    def _to_front(self, compiled: Compiled) -> None:
+        # Only for speed: nobody waits for it while another thread compiles.
+        if self._lock.acquire(blocking=False):
+            try:
+                if compiled in self._known:
+                    self._known = (compiled, *(other for other in self._known if other is not compiled))
+            finally:
+                self._lock.release()
+
+    def _fixed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments with the static ones as constants of the structure."""
+        if not self._static:
+            return args, kwargs
+        args = tuple(
+            Static((type(value), value)) if i < len(self._names) and self._names[i] in self._static else value
+            for i, value in enumerate(args)
+        )
+        kwargs = {name: Static((type(v), v)) if name in self._static else v for name, v in kwargs.items()}
+        return args, kwargs
+
+    def _unfixed(self, args: Any, kwargs: Any) -> Any:
+        if self._static:
+            args = tuple(
+                value.value[1] if i < len(self._names) and self._names[i] in self._static else value
+                for i, value in enumerate(args)
+            )
+            kwargs = {name: v.value[1] if name in self._static else v for name, v in kwargs.items()}
+        return self._fn(*args, **kwargs)
+
+    def _leaves_of(self, spec: Any, names: bool | Collection[str]) -> set[int]:
+        """Return the leaves of the arguments with these names; of all arguments for True."""
+        if not names:
+            return set()
+        args, kwargs = spec.children()
+        called = [
+            *(self._names[i] if i < len(self._names) else "" for i in range(args.num_children)),
+            *kwargs.entries(),
+        ]
+        ranges = [*leaf_ranges(args), *leaf_ranges(kwargs, args.num_leaves)]
+        return {
+            i for name, leaves in zip(called, ranges, strict=True) if names is True or name in names for i in leaves
+        }
+
+
+def _parameters(fn: Any, used: Collection[str]) -> list[str]:
+    """Return the names of the parameters that are passed by place, after a check of those that `jit` was given."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    for name in used:
+        if name not in parameters:
+            raise KeyNameError(
+                f"The function has no argument '{name}'.",
+                expected=", ".join(parameters) or "none with a name",
+                got=name,
+                fix=suggest(name, parameters),
+            )
+        if parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise InputError(f"The argument '{name}' stands for many: name a single one.")
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, parameter in parameters.items() if parameter.kind in by_place]
+
+
+def _distinct(leaves: list[Any]) -> list[Any]:
+    """Return the leaves with a view for each tensor that came before."""
+    seen: set[int] = set()
+    distinct = []
+    for leaf in leaves:
+        distinct.append(leaf.view_as(leaf) if id(leaf) in seen and isinstance(leaf, torch.Tensor) else leaf)
+        seen.add(id(leaf))
+    return distinct

@@ -1,0 +1,184 @@
+"""Watching a function while it is traced: what would not be the same at the next call is an error, with its line."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from luxtorch.core import InputError, LuxtorchError
+
+from ._where import user_line
+
+_aten = torch.ops.aten
+
+# Operators that return a value of a tensor to Python.
+_READS = frozenset((_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default))
+
+
+class TracingError(LuxtorchError, RuntimeError):
+    """Report that a function does what cannot be in a compiled graph; the place is the user's line.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> from luxtorch.jit import jit
+        >>> jit(lambda x: x + torch.rand(2), backend="replay")(torch.ones(2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        luxtorch.jit._purity.TracingError: ...: A jitted function draws from a generator of torch, by aten.rand.default.
+          fix:      Pass a key and draw with luxtorch.random, whose draws are functions of it.
+    """
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Look at each operator of a trace before it is recorded."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._given: set[int] = set()
+        self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
+        self._constants: dict[int, Tensor] = {}
+        self._records = torch.is_grad_enabled()
+
+    def given(self, arguments: Iterable[Tensor]) -> Watch:
+        """Return this watch, told which tensors stand for the arguments."""
+        self._given = {storage(tensor) for tensor in arguments}
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = func is not _aten.lift_fresh.default and _is_known(args, kwargs)
+        if isinstance(func, torch._ops.OpOverload):
+            draws, written = _facts(func)
+            if draws and _is_random(func, args, kwargs):
+                raise TracingError(
+                    f"A jitted function draws from a generator of torch, by {func}.",
+                    fix="Pass a key and draw with luxtorch.random, whose draws are functions of it.",
+                    where=user_line(),
+                )
+            for place, name in written:
+                self._check_written(func, args[place] if place < len(args) else kwargs.get(name), known)
+        if self._records and torch.is_grad_enabled() and func is not _aten.detach.default:
+            _check_recorded([*args, *kwargs.values()])
+        if known:
+            with _disable_current_modes():
+                return self._constant(args, func(*args, **kwargs))
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise _value_needed(func) from error
+        except RuntimeError as error:
+            if func in _READS:
+                raise _value_needed(func) from error
+            raise
+        self._remember(func, result)
+        return result
+
+    def check_leaks(self) -> None:
+        """Raise if a tensor of the trace is still held by something, now that the trace is over."""
+        if any(ref() is not None for ref, _, _ in self._made):
+            gc.collect()
+        for ref, func, line in self._made:
+            if ref() is not None:
+                raise TracingError(
+                    f"A jitted function keeps a result of {func} somewhere outside of itself.",
+                    got="a tensor without numbers: it stands for those of every later call",
+                    fix="Return it from the function instead.",
+                    where=line,
+                )
+
+    def _constant(self, args: Any, result: Any) -> Any:
+        """Return a result that is known while tracing; the function may write to it as long as that is so."""
+        given = {storage(tensor) for tensor in _tensors(args)} - self._constants.keys()
+        self._constants |= {storage(tensor): tensor for tensor in _tensors([result]) if storage(tensor) not in given}
+        return result
+
+    def _check_written(self, func: Any, written: Any, known: bool) -> None:
+        for tensor in _tensors([written]):
+            if known and storage(tensor) in self._constants:
+                continue
+            outside = not isinstance(tensor, FakeTensor)
+            if outside or storage(tensor) in self._given:
+                what = "a tensor that it closes over" if outside else "an argument"
+                raise TracingError(
+                    f"A jitted function changes {what} in place, by {func}.",
+                    fix="Return the new values instead. (An argument named in `donate` gives its memory to them.)",
+                    where=user_line(),
+                )
+
+    def _remember(self, func: Any, result: Any) -> None:
+        for tensor in _tensors([result]):
+            if isinstance(tensor, FakeTensor):
+                self._made.append((weakref.ref(tensor), str(func), user_line()))
+
+
+@functools.cache
+def _facts(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    """Return whether an operator draws random numbers, and which of its arguments it writes to."""
+    written = tuple(
+        (i, argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return torch.Tag.nondeterministic_seeded in func.tags, written
+
+
+def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Tell whether a call of an operator that can draw does draw: attention and the RNNs do if they drop out."""
+    arguments = func._schema.arguments
+    given = {one.name: one.default_value for one in arguments if one.has_default_value()}
+    given |= dict(zip((one.name for one in arguments), args, strict=False)) | kwargs
+    if given.get("train", given.get("training")) is False:
+        return False
+    return bool(given.get("dropout_p", given.get("dropout", given.get("p", 1.0))))
+
+
+def _check_recorded(values: Iterable[Any]) -> None:
+    """Raise where a derivative would silently be lost: tensors that are closed over are constants."""
+    for tensor in _tensors(values):
+        if tensor.requires_grad and not isinstance(tensor, FakeTensor):
+            raise InputError(
+                "A jitted function closes over a tensor that requires grad, which would be a constant to it.",
+                got=f"a tensor of shape {tuple(tensor.shape)}",
+                fix="Pass it as an argument, or detach it.",
+                where=user_line(),
+            )
+
+
+def _is_known(args: Any, kwargs: Any) -> bool:
+    """Tell whether an operator works on what is closed over alone: its result is a constant then."""
+    tensors = _tensors([*args, *kwargs.values()])
+    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of an operator, also those in lists."""
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+def _value_needed(func: Any) -> TracingError:
+    return TracingError(
+        f"A jitted function needs the value of a tensor to go on, by {func}, but what it traces has none.",
+        expected="the same operators for all values: no `if`, `float(...)`, `.item()` or `x[mask]` on a traced tensor",
+        fix="Use torch.where or torch.cond, or pass the number as an argument of its own: each makes its own graph.",
+        where=user_line(),
+    )
+
+
+def storage(tensor: Tensor) -> int:
+    """Return what is the same for tensors that share memory, and for no others."""
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,102 @@
+"""Running a traced graph operator by operator: no compiler, milliseconds to build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+Program: TypeAlias = Callable[[list[Any]], Sequence[Tensor]]
+"""Takes a list of tensors, which it may empty, to the outputs of a graph."""
+
+
+def replay(graph: fx.GraphModule) -> Program:
+    """Return a function that runs the operators of a graph, straight by their kernels.
+
+    It is plain Python code with a line for each operator, as torch.fx would write it, but each line calls the operator
+    in C++, and a tensor is let go after its last use. What only autograd would notice is left out.
+
+    Args:
+        graph: A graph of ATen operators.
+
+    Example:
+        >>> import torch
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> program = replay(make_fx(lambda x: [x.sin() + 1])(torch.zeros(2)))
+        >>> program([torch.zeros(2)])
+        [tensor([1., 1.])]
+    """
+    names: dict[Any, str] = {}
+    constants: dict[str, Any] = {}
+    lines: list[str] = []
+    last = _last_uses(graph)
+
+    def constant(value: Any) -> str:
+        name = f"c{len(constants)}"
+        constants[name] = value
+        return name
+
+    def text(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return names[value]
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{text(item)}, " for item in value)
+            return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        return constant(value)
+
+    for node in graph.graph.nodes:
+        names[node] = name = f"v{len(names)}"
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            names[node] = constant(getattr(graph, node.target))
+            continue
+        if node.op == "output":
+            lines.append(f"return {text(node.args[0])}")
+            break
+        if node.target in _UNSEEN:
+            names[node] = names[node.args[0]]
+            continue
+        given = [text(value) for value in node.args] + [f"{key}={text(value)}" for key, value in node.kwargs.items()]
+        operator = constant(getattr(node.target, "_op", node.target))
+        lines.append(f"{name} = {operator}({', '.join(given)})")
+        lines += [f"del {names[gone]}" for gone in last.get(node, ())]
+
+    inputs = [names[node] for node in graph.graph.nodes if node.op == "placeholder"]
+    body = [f"[{', '.join(inputs)}] = inputs" if inputs else "pass", "inputs.clear()", *lines]
+    source = "def run(inputs):\n" + "\n".join(f"    {line}" for line in body)
+    exec(compile(source, "<luxtorch replay>", "exec"), constants)
+    run: Callable[[list[Any]], Sequence[Tensor]] = constants["run"]
+
+    def program(inputs: list[Any]) -> Sequence[Tensor]:
+        # Below autograd and not in inference mode: its tensors could not be used by autograd later.
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(inputs)
+
+    program._boxed_call = True  # type: ignore[attr-defined]  # so AOTAutograd passes a list as well
+    return program
+
+
+# Derivatives are a part of the graph already, so these do nothing.
+_UNSEEN = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
+
+
+def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Return after which nodes which others are no longer needed."""
+    last: dict[fx.Node, fx.Node] = {}
+
+    def source(node: fx.Node) -> fx.Node:
+        return source(node.all_input_nodes[0]) if node.target in _UNSEEN else node
+
+    for node in graph.graph.nodes:
+        for used in node.all_input_nodes:
+            last[source(used)] = node
+    by_user: dict[fx.Node, list[fx.Node]] = {}
+    for used, user in last.items():
+        if used.op != "get_attr":
+            by_user.setdefault(user, []).append(used)
+    return by_user

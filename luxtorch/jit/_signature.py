@@ -1,0 +1,127 @@
+"""What a compiled function depends on, and the quick check whether a call has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+
+from luxtorch.core import DTypeError
+
+from ._flatten import Spec
+
+
+class Signature:
+    """Hold all that one compiled function depends on.
+
+    That is the structure of the arguments; the values of their leaves that are no tensors; shape, strides, dtype,
+    device, class and `requires_grad` of each tensor; and the settings of torch that change what a function computes:
+    grad and inference mode, autocast, default dtype and device, number of threads, deterministic algorithms, and the
+    precision of matrix products.
+
+    The tensors and the settings are compared by the C++ guards of torch.compile: 0.1 us a tensor, where Python would
+    need a microsecond. Structures are compared, not hashed: the hash of a deep model costs more than all the rest.
+
+    Args:
+        leaves: The leaves of the arguments.
+        spec: Their structure.
+        symbols: Which tensors have any first dimension, with the value in the call at hand and its symbol.
+    """
+
+    def __init__(self, leaves: Sequence[Any], spec: Spec, symbols: dict[int, Any] | None = None) -> None:
+        self.spec = spec
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.statics = {i: static_value(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        self.shapes = [(leaf.dtype, tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+        self._count = len(leaves)
+        self._values = {i: leaves[i] for i in self.statics}
+        self._device = _default_device()
+        self._same_settings = GlobalStateGuard().check
+        self._symbols = symbols or {}
+        tensors = self.tensors(leaves)
+        sizes: Any = [list(tensor.shape) for tensor in tensors]
+        for place in self._symbols:
+            sizes[place][0] = None
+        strides: Any = [list(tensor.stride()) for tensor in tensors]
+        self._same_tensors = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self._condition = _condition(self._symbols.values())
+
+    def fits(self, leaves: list[Any], spec: Spec) -> bool:
+        """Tell whether a call with these leaves may use what was compiled for this signature."""
+        if len(leaves) != self._count:
+            return False
+        if self.statics:
+            if any(isinstance(leaves[i], Tensor) or static_value(leaves[i]) != one for i, one in self.statics.items()):
+                return False
+            leaves = self.tensors(leaves)
+        return (
+            self._same_tensors(*leaves)
+            and self._same_settings()
+            and spec == self.spec
+            and self._device == _default_device()
+            and (not self._symbols or self._condition([int(leaves[i].shape[0]) for i in self._symbols]))
+        )
+
+    def tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """Return the leaves that are tensors."""
+        return [leaves[i] for i in self.places]
+
+    def leaves(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """Return all leaves, with other tensors."""
+        values = {**self._values, **dict(zip(self.places, tensors, strict=True))}
+        return [values[i] for i in range(len(values))]
+
+    def difference(self, other: Signature) -> str:
+        """Say in words what another signature has differently."""
+        if self.spec != other.spec or self.places != other.places:
+            return "the structure of the arguments, or a Static in it"
+        for i, one in self.statics.items():
+            if one != other.statics[i]:
+                return f"an argument that is no tensor, {one[-1]!r} against {other.statics[i][-1]!r}"
+        for one, two in zip(self.shapes, other.shapes, strict=True):
+            if one != two:
+                return f"a tensor, {one[0]} {one[1]} against {two[0]} {two[1]}"
+        return "strides, requires_grad or class of a tensor, or a setting of torch"
+
+
+def static_value(leaf: Any) -> tuple[Any, ...]:
+    """Return what a leaf that is no tensor is compared by: 1, 1.0 and True are not the same, nor are 0.0 and -0.0.
+
+    Raises:
+        DTypeError: If it has no hash, as an array of NumPy.
+    """
+    if isinstance(leaf, float):
+        return float, leaf.hex()
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise DTypeError(
+            "An argument of a jitted function is neither a tensor nor a constant.",
+            expected="tensors in any pytree; besides, hashable values, of which each makes a graph of its own",
+            got=f"a {type(leaf).__name__}",
+            fix="Convert it by torch.as_tensor.",
+        ) from error
+    return type(leaf), leaf
+
+
+def _default_device() -> torch.device | None:
+    # It is set by a function mode; without any there is no need to ask.
+    return torch.get_default_device() if torch._C._len_torch_function_stack() else None
+
+
+def _condition(symbols: Iterable[Any]) -> Any:
+    """Return the test of what a trace has assumed about its symbolic sizes."""
+    sizes = list(symbols)
+    if not sizes:
+        return None
+    env = sizes[0].node.shape_env
+    text = env.produce_guards_expression(sizes)
+
+    def holds(values: list[int]) -> bool:
+        # Sizes 0 and 1 are traced apart, since they broadcast.
+        return min(values) > 1 and (text is None or bool(env.evaluate_guards_expression(text, values)))
+
+    return holds

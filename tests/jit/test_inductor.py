@@ -1,0 +1,116 @@
+"""Compiled kernels give the same numbers; in the background too, and where there is no compiler replay does."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import luxtorch as lt
+from luxtorch import optim
+from luxtorch.jit import DonatedError, _compiled, _inductor, jit
+
+from .conftest import train
+
+pytestmark = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+
+MODELS = {
+    "dropout": lambda: lt.Chain(lt.Dense(3, 16), lt.Dropout(0.5), lt.Dense(16, 2)),
+    "batchnorm": lambda: lt.Chain(lt.Dense(3, 4), lt.BatchNorm(4), lt.Dense(4, 2)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [(), "ts"], ids=["kept", "donated"])
+@pytest.mark.parametrize(("model", "tree"), [("dropout", "dict"), ("batchnorm", "vector")])
+def test_training(make_state, batch, same, model, tree, donate):
+    jitted = jit(train, donate=donate, backend="inductor")
+    ts = make_state(MODELS[model](), optim.Momentum(0.1, 0.9), tree=tree)
+    other = torch.utils._pytree.tree_map(torch.clone, ts)
+    for _ in range(3):
+        (got, ts), (expected, other) = jitted(ts, batch), train(other, batch)
+        same(got, expected)
+    same(ts, other, 1e-4)
+    assert jitted.cache_info().misses == 1
+
+
+@pytest.mark.slow
+def test_donated_memory_is_reused(batch):
+    def step(ps, x):
+        return {name: p - 0.1 * x.sum() for name, p in ps.items()}, x * 2
+
+    ps = {"a": torch.ones(4, 3), "b": torch.zeros(8, 3)}
+    places = {p.data_ptr() for p in ps.values()}
+    jitted, first = jit(step, donate="ps", backend="inductor"), ps
+    for _ in range(3):
+        ps, _ = jitted(ps, batch[0])
+        assert {p.data_ptr() for p in ps.values()} == places
+    torch.testing.assert_close(ps["a"], torch.ones(4, 3) - 0.3 * batch[0].sum())
+    with pytest.raises(DonatedError):
+        first["a"].sum()
+
+
+@pytest.mark.slow
+def test_backward(batch):
+    def function(w, x):
+        return (x @ w).tanh().square().sum()
+
+    grads, jitted = [], jit(function, backend="inductor")
+    for f in (jitted, function):
+        w = torch.ones(3, 2, requires_grad=True)
+        f(w, batch[0]).backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.slow
+def test_dynamic(rng):
+    jitted = jit(lambda x, w: (x @ w).relu().mean(0), dynamic="x", backend="inductor")
+    w = torch.randn(4, 2, generator=rng)
+    for n in (8, 9, 33, 64):
+        x = torch.randn(n, 4, generator=rng)
+        torch.testing.assert_close(jitted(x, w), (x @ w).relu().mean(0))
+    assert jitted.cache_info().misses == 1
+
+
+@pytest.mark.slow
+def test_background(batch):
+    jitted = jit(lambda x: {"y": x.sin() * 2, "x": x}, backend="inductor", background=True)
+    x, began = batch[0], time.monotonic()
+    while not jitted.lower(x).code and time.monotonic() < began + 120:
+        torch.testing.assert_close(jitted(x)["y"], x.sin() * 2)
+    assert "cpp" in jitted.lower(x).code
+    torch.testing.assert_close(jitted(x)["y"], x.sin() * 2)
+    assert jitted.cache_info().misses == 1
+
+
+def test_background_failures_are_warned_of(batch, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(_inductor, "compile_trace", fails)
+    monkeypatch.setattr(_compiled, "Thread", _AtOnce)
+    jitted = jit(torch.sin, backend="inductor", background=True)
+    with pytest.warns(RuntimeWarning, match="in the background failed.*no luck"):
+        jitted(batch[0])
+    assert torch.equal(jitted(batch[0]), batch[0].sin())
+
+
+def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch):
+    monkeypatch.setattr(_inductor, "has_compiler", lambda: False)
+    _compiled.default_backend.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler"):
+            got = jit(torch.sin)(batch[0])
+        assert torch.equal(got, batch[0].sin())
+        assert torch.equal(jit(torch.cos)(batch[0]), batch[0].cos())
+    finally:
+        _compiled.default_backend.cache_clear()
+
+
+class _AtOnce:
+    """A thread that runs when it is started."""
+
+    def __init__(self, target, args, daemon):
+        self.start = lambda: target(*args)

@@ -1,0 +1,174 @@
+"""What cannot be in a graph is an error that names the operator and the user's line."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import luxtorch as lt
+from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError
+from luxtorch.jit import TracingError, jit
+
+HERE = re.escape(__file__)
+BUFFER = torch.zeros(3)
+KEPT = []
+
+DRAWS = {
+    "rand": lambda x: x + torch.rand(3),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "normal_": lambda x: torch.empty(3).normal_() + x,
+    "bernoulli": lambda x: torch.bernoulli(x.abs().clamp(0, 1)),
+    "randperm": lambda x: x[torch.randperm(3)],
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5),
+    "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(
+        x[None, None, None], x[None, None, None], x[None, None, None], dropout_p=0.5
+    ),
+    "own generator": lambda x: x + torch.rand(3, generator=torch.Generator()),
+}
+
+READS = {
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "item": lambda x: x * x.sum().item(),
+    "float": lambda x: x * float(x[0]),
+    "tolist": lambda x: x * x.tolist()[0],
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: x if torch.equal(x, x + 1) else -x,
+    "numpy": lambda x: x.numpy(),
+}
+
+CHANGES = {
+    "add_": lambda x: x.add_(1),
+    "view": lambda x: x[:2].mul_(2),
+    "item": lambda x: x.__setitem__(0, 1.0),
+    "out": lambda x: torch.sin(x, out=x),
+    "foreach": lambda x: torch._foreach_add_([x], 1),
+    "closed over": lambda x: BUFFER.add_(x),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws(name):
+    with pytest.raises(TracingError, match=f"{HERE}:\\d+: A jitted function draws from a generator.*aten") as caught:
+        jit(DRAWS[name], backend="replay")(torch.ones(3))
+    assert "luxtorch.random" in caught.value.fix
+
+
+def test_what_could_draw_but_does_not(same):
+    x = torch.ones(1, 1, 2, 3)
+
+    def function(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x), torch.nn.functional.dropout(x, 0.5, False)
+
+    same(jit(function, backend="replay")(x), function(x))
+
+
+@pytest.mark.parametrize("name", READS)
+def test_values(name):
+    with pytest.raises(TracingError, match="A jitted function (needs the value|takes the numbers)") as caught:
+        jit(READS[name], backend="replay")(torch.ones(3))
+    assert name == "numpy" or caught.value.where.startswith(__file__)
+
+
+def test_values_of_constants_are_known(same):
+    got = jit(lambda x: x * BUFFER[0].item() + (1 if BUFFER.sum() == 0 else 2), backend="replay")(torch.ones(3))
+    assert torch.equal(got, torch.ones(3))
+
+
+def test_constants_of_the_functions_own_may_be_changed(same):
+    def function(x):
+        made, known = torch.tensor([1.0, 2.0, 3.0]), BUFFER + 1
+        known.add_(1)
+        return made.add_(x), known * x, known
+
+    jitted = jit(function, backend="replay")
+    for _ in range(3):
+        same(jitted(torch.ones(3)), function(torch.ones(3)))
+    with pytest.raises(TracingError, match="changes a tensor that it closes over"):
+        jit(lambda x: (BUFFER + 1).add_(x), backend="replay")(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("donate", [(), "x"])
+def test_changes(name, donate):
+    x = torch.ones(3)
+    with pytest.raises(TracingError, match=f"{HERE}:\\d+: A jitted function changes (an argument|a tensor that it)"):
+        jit(CHANGES[name], backend="replay", donate=donate)(x)
+    assert torch.equal(x, torch.ones(3)) and torch.equal(BUFFER, torch.zeros(3))
+
+
+def test_leaks():
+    with pytest.raises(TracingError, match=f"{HERE}:\\d+: A jitted function keeps a result of aten.sin"):
+        jit(lambda x: KEPT.append(x.sin()), backend="replay")(torch.ones(3))
+    KEPT.clear()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_closing_over_what_requires_grad(grad, direct):
+    weight = torch.ones(3, requires_grad=True)
+    jitted = jit((lambda x: x * weight) if direct else (lambda x: x * weight.flip(0)), backend="replay")
+    detached = jit(lambda x: x * weight.detach().flip(0), backend="replay")
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(detached(torch.ones(3)), torch.ones(3))
+        if grad:
+            with pytest.raises(InputError, match="closes over a tensor that requires grad"):
+                jitted(torch.ones(3))
+        else:
+            assert torch.equal(jitted(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError, ZeroDivisionError, StopIteration])
+def test_errors_of_the_function_are_its_own(error):
+    def fails(x):
+        raise error("mine")
+
+    with pytest.raises(error, match="mine") as caught:
+        jit(fails, backend="replay")(torch.ones(3))
+    assert type(caught.value) is error and caught.traceback[-1].name == "fails"
+
+
+def test_errors_of_layers_name_their_place():
+    model = lt.Chain(lt.Dense(3, 2), lt.Dense(3, 2))
+    ps, st = lt.setup(0, model)
+    with pytest.raises(LuxtorchError, match="layer_2"):
+        jit(lambda ps, x: model(x, ps, st)[0], backend="replay")(ps, torch.ones(1, 3))
+
+
+def test_after_an_error_all_is_as_before(same):
+    with pytest.raises(TracingError):
+        jit(DRAWS["rand"], backend="replay")(torch.ones(3))
+    assert not torch._C._len_torch_dispatch_stack()
+    same(jit(torch.sin, backend="replay")(torch.ones(3)), torch.sin(torch.ones(3)))
+
+
+def test_arrays_of_numpy():
+    with pytest.raises(DTypeError, match="neither a tensor nor a constant"):
+        jit(lambda x, y: x, backend="replay")(torch.ones(3), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(2).to_sparse(), lambda: FakeTensorMode().from_tensor(torch.ones(2))]
+)
+def test_other_kinds_of_tensors(make):
+    with pytest.raises(DTypeError, match="plain dense tensors"):
+        jit(lambda x: x, backend="replay")(make())
+
+
+@pytest.mark.parametrize("setting", ["donate", "static", "dynamic"])
+def test_unknown_names(setting):
+    with pytest.raises(KeyNameError, match="no argument 'parms'"):
+        jit(lambda params: params, **{setting: "parms"})
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(InputError, match="both donated and static"):
+        jit(lambda x: x, donate="x", static="x")
+    with pytest.raises(InputError, match="no such backend"):
+        jit(lambda x: x, backend="fast")
+    with pytest.raises(InputError, match="stands for many"):
+        jit(lambda *xs: xs, donate="xs")

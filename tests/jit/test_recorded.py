@@ -1,0 +1,82 @@
+"""Calls that autograd records can be differentiated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from luxtorch.jit import jit
+
+
+class Doubled(torch.autograd.Function):
+    """A function whose gradient is not its derivative: it tells whether the user's own backward is used."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def no_grad(w, x):
+    with torch.no_grad():
+        scale = w.sum()
+    return (x @ w * scale).sum()
+
+
+FUNCTIONS = {
+    "loss": lambda w, x: (x @ w).tanh().square().sum(),
+    "detach": lambda w, x: (x @ w * w.detach().sum()).sum(),
+    "no_grad": no_grad,
+    "own backward": lambda w, x: (x @ Doubled.apply(w)).sum(),
+    "inner gradient": lambda w, x: torch.func.grad(lambda w: (x @ w).sin().sum())(w).square().sum(),
+    "argument": lambda w, x: (w * x.sum()).sum() + w.sum(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_backward(batch, rng, name, kind):
+    function, x = FUNCTIONS[name], batch[0]
+    jitted = jit(function, backend="replay")
+    for _ in range(2):
+        start, grads = torch.randn(3, 2, generator=rng), []
+        for f in (jitted, function):
+            w = torch.nn.Parameter(start) if kind is torch.nn.Parameter else start.clone().requires_grad_()
+            value = f(w, x)
+            value.backward()
+            grads.append((value.detach(), w.grad))
+        torch.testing.assert_close(*grads)
+    assert jitted.cache_info()[:2] == (1, 1)
+
+
+def test_several_results_and_constants(batch):
+    x, w = batch[0].clone().requires_grad_(), torch.ones(3)
+    out = jit(lambda x, w: {"y": x * w, "x": x, "n": 3, "w": w + 1}, backend="replay")(x, w)
+    assert out["x"] is x and out["n"] == 3 and not out["w"].requires_grad
+    out["y"].square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_a_second_derivative_is_refused(batch):
+    x = batch[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(jit(lambda x: (x**3).sum(), backend="replay")(x), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_grad_mode_decides(batch):
+    x = batch[0].clone().requires_grad_()
+    jitted = jit(lambda x: x * 2, backend="replay")
+    assert jitted(x).requires_grad
+    with torch.no_grad():
+        assert not jitted(x).requires_grad
+    assert jitted.cache_info().misses == 2
+
+
+def test_what_requires_grad_is_not_donated(batch):
+    x = batch[0].clone().requires_grad_()
+    jit(lambda x: x * 2, donate="x", backend="replay")(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
