@@ -177,20 +177,8 @@ def test_models_that_drop_train_at_once_like_one_by_one(name, make, make_key):
     assert loss(adapted[0].ps, alone[0][1])[0] != values[0], "each call drops something else"
 
 
-def test_the_whole_step_compiles(name, make):
-    if name in ("ResNet18", "UNet", "ViT"):
-        pytest.skip("slow; see below")
-    _compiled(make)
-
-
 @pytest.mark.slow
-def test_the_whole_step_of_large_models_compiles(name, make):
-    if name not in ("ResNet18", "UNet", "ViT"):
-        pytest.skip("fast; see above")
-    _compiled(make)
-
-
-def _compiled(make):
+def test_the_whole_step_compiles(make):
     module, x = make(p=0.2)
     layer, ps, st = lt.from_torch(module)
     step = grad(loss_of(layer, x), has_aux=True)

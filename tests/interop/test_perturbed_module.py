@@ -80,7 +80,9 @@ def test_against_hooks_that_retain_the_gradient(model, training, tree):
     value(module(x)).backward()
     for path in paths:
         torch.testing.assert_close(outputs[path], seen[path].detach(), rtol=1e-8, atol=1e-9)
-        torch.testing.assert_close(gradients[path], seen[path].grad, rtol=1e-8, atol=1e-9)
+        # Normalised over few values, the last layers make much of a rounding error.
+        largest = float(seen[path].grad.abs().max())
+        torch.testing.assert_close(gradients[path], seen[path].grad, rtol=1e-6, atol=1e-6 * largest)
 
 
 def test_without_perturbations_it_is_the_model_and_the_module_is_left_alone(model):
@@ -95,6 +97,7 @@ def test_without_perturbations_it_is_the_model_and_the_module_is_left_alone(mode
     torch.testing.assert_close(layer(x, ps, st)[0], expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_every_law_holds(make_key, training):
     layer, _, st = from_torch(mixed().train(training))

@@ -342,6 +342,7 @@ def test_gradients_reach_through_several_calls(make_key, normal):
     same([p.grad for p in module.parameters()], [leaf.grad for _, leaf in named_leaves(ps)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False])
 def test_it_compiles(model, mode):
     layer, ps, st, x = model

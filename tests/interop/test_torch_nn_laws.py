@@ -144,6 +144,7 @@ def marked(form, quick):
     return pytest.param(form, id=repr(form), marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [marked(form, FIRST[form.call.name] is form) for form in FORMS])
 def test_laws(make_key, form):
     key = make_key()

@@ -87,6 +87,7 @@ def test_vectors_step_as_trees_do(rule, draw):
     assert all(torch.equal(a, b) for a, b in zip(flat[0][0], flat[1][0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["Momentum", "AdamW"], indirect=True)
 def test_compiled(rule, make, draw):
     torch._dynamo.reset()

@@ -138,6 +138,7 @@ def test_in_high_precision(draw):
     close(leaves(run(MixedPrecision(three(), torch.float64), ps, noises)), expected)
 
 
+@pytest.mark.slow
 def test_one_graph(make, draw):
     ps, noises = make(draw()), [make(draw()) for _ in range(10)]
     rule = OptimiserChain(AccumGrad(2), ClipNorm(1.0), three(linear(0.1, 0.0, 20)))

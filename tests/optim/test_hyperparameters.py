@@ -129,6 +129,7 @@ def test_a_rule_leaves_its_numbers_in_the_state(rule):
     assert "lr=0.15" in repr(halved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dict", "vector"], indirect=True)
 def test_one_graph_for_all_numbers(rule, kind, draw):
     torch._dynamo.reset()

@@ -196,6 +196,7 @@ def test_against_torch(case, make, draw):
     close(leaves(run(case.rule(LR), ps, noises)), [p.detach() for p in parameters])
 
 
+@pytest.mark.slow
 def test_one_graph(case, make, draw):
     ps, noises = make(draw()), [make(draw()) for _ in range(10)]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -155,6 +155,7 @@ def test_training(case, make, draw):
     close(leaves(run(optim.AdamW(schedule), ps, noises)), [p.detach() for p in parameters])
 
 
+@pytest.mark.slow
 def test_one_graph(schedule, make, draw):
     ps, noises = make(draw()), [make(draw()) for _ in range(10)]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
