@@ -14,7 +14,7 @@ from luxtorch.random import fold_in
 from ._aux import Tree, pack, unpack
 from ._checks import describe
 from ._gradient import withgradient
-from ._rows import check_chunk_size
+from ._rows import batched, check_chunk_size
 
 Randomness = Literal["different", "same"]
 
@@ -90,24 +90,17 @@ def per_sample_gradients(
         )
 
     def of_one(number: Tensor, sample: Tree) -> Tree:
-        own = tree_map(lambda leaf: fold_in(leaf, number) if _is_key(leaf) else leaf, st)
-        states = own if randomness == "different" else st
+        def own(leaf: Any) -> Any:
+            return fold_in(leaf, number) if _is_key(leaf) else leaf
+
+        states = tree_map(own, st) if randomness == "different" else st
         one = tree_map(lambda leaf: leaf[None], sample) if keep_batch_dim else sample
         value, gradients = withgradient(lambda ps: loss(ps, states, one), ps, has_aux=has_aux)
         return (gradients, pack(value[1])) if has_aux else gradients
 
     numbers = torch.arange(size, device=tree_leaves(batch)[0].device)
-    if chunk_size == 1:
-        found = _loop(of_one, numbers, batch)
-    else:
-        found = torch.func.vmap(of_one, chunk_size=chunk_size)(numbers, batch)
+    found = batched(of_one, chunk_size, numbers, batch)
     return (found[0], unpack(found[1])) if has_aux else found
-
-
-def _loop(f: Callable[[Tensor, Tree], Tree], numbers: Tensor, batch: Tree) -> Tree:
-    """Do what vmap does, one sample after another."""
-    results = [f(number, tree_map(lambda leaf, i=i: leaf[i], batch)) for i, number in enumerate(numbers)]
-    return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, tree_leaves
+from luxtorch.core import InputError, tree_leaves, tree_map
 
 from ._transforms import WithAux, jvp
 
@@ -87,10 +88,16 @@ def stack(
     check_chunk_size(chunk_size)
     if count == 0 or not like:
         return [tensor.new_zeros((count, *tensor.shape)) for tensor in like]
-    indices = torch.arange(count, device=like[0].device)
-    if chunk_size == 1:
-        return [torch.stack(products) for products in zip(*map(product, indices), strict=True)]
-    return list(torch.func.vmap(product, chunk_size=chunk_size)(indices))
+    return list(batched(product, chunk_size, torch.arange(count, device=like[0].device)))
+
+
+def batched(f: Callable[..., Any], chunk_size: int | None, *trees: Any) -> Any:
+    """Call a function along the first dimension of trees: by `vmap`, or with a chunk size of 1 by a loop without it."""
+    if chunk_size != 1:
+        return torch.func.vmap(f, chunk_size=chunk_size)(*trees)
+    numbers = range(len(tree_leaves(trees)[0]))
+    results = [f(*tree_map(lambda leaf, i=i: leaf[i], trees)) for i in numbers]
+    return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

@@ -32,6 +32,7 @@ from ._static import Static as Static
 from ._tree import count as count
 from ._tree import flatten_names as flatten_names
 from ._tree import named_leaves as named_leaves
+from ._tree import nested_dicts as nested_dicts
 from ._tree import path_name as path_name
 from ._tree import register_node as register_node
 from ._tree import subtree as subtree

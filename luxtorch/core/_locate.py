@@ -116,18 +116,32 @@ def _wrong_names(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
                 got="nothing" if tree is None else f"a {type(tree).__name__}",
                 fix="Make both with ps, st = lt.setup(0, model), then call model(x, ps, st).",
             )
-        missing, extra = names - set(tree), set(tree) - names
-        if missing or extra:
-            problems = [f"lacks the {what} {_listed(missing)}"] if missing else []
-            problems += [f"has no {what} {_listed(extra)}"] if extra else []
-            hint = suggest(min(extra), missing) if extra else ""
-            return KeyNameError(
-                f"The tree that came {problems[0]}." if missing and not extra else f"The layer {problems[-1]}.",
-                expected=_listed(names),
-                got=_listed(tree),
-                fix=f"{hint} " * bool(hint) + f"Use the {what}s that lt.setup makes for this very model.",
-            )
+        error = wrong_names(tree, names, what, f"Use the {what}s that lt.setup makes for this very model.")
+        if error is not None:
+            return error
     return None
+
+
+def wrong_names(tree: Mapping[str, Any], names: frozenset[str], what: str, fix: str) -> KeyNameError | None:
+    """Explain a tree that does not have the names that it should have, if that is so.
+
+    Args:
+        tree: The tree.
+        names: The names.
+        what: What they are the names of, such as "parameter".
+        fix: What to do about it.
+    """
+    missing, extra = names - set(tree), set(tree) - names
+    if not (missing or extra):
+        return None
+    problem = f"has no {what} {_listed(extra)}" if extra else f"lacks the {what} {_listed(missing)}"
+    hint = suggest(min(extra), missing) if extra else ""
+    return KeyNameError(
+        f"The layer {problem}." if extra else f"The tree that came {problem}.",
+        expected=_listed(names),
+        got=_listed(tree),
+        fix=f"{hint} " * bool(hint) + fix,
+    )
 
 
 def _wrong_shapes(layer: Layer, ps: Any) -> LuxtorchError | None:

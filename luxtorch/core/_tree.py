@@ -113,7 +113,7 @@ def unflatten_names(named: Mapping[str, Any], like: Mapping[str, Any] | None = N
         >>> list(lt.unflatten_names({"layer_1.bias": torch.ones(3)}, like=ps))
         ['layer_1', 'layer_2']
     """
-    tree = _nested_copy(like or {})
+    tree = nested_dicts(like or {})
     for name, value in named.items():
         *path, last = name.split(".")
         place = tree
@@ -139,8 +139,9 @@ def _both(name: str) -> InputError:
     return InputError("A name cannot be that of an entry and of a layer.", expected="names of a tree", got=f"'{name}'")
 
 
-def _nested_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _nested_copy(entry) if isinstance(entry, Mapping) else entry for name, entry in tree.items()}
+def nested_dicts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree of mappings as dicts of its own; a ComponentVector with each of its components as a leaf."""
+    return {name: nested_dicts(entry) if isinstance(entry, Mapping) else entry for name, entry in tree.items()}
 
 
 def count(tree: Any) -> int:

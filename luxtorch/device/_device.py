@@ -19,8 +19,8 @@ class Device:
     """Move trees of tensors to a device, by being called.
 
     A tensor that is there already is not copied, and one that the tree holds twice is still one tensor afterwards.
-    Whatever is no tensor is left as it is. For the batches of a data
-    loader there is `DeviceIterator`.
+    Whatever is no tensor is left as it is. For the batches of a data loader there is
+    `DeviceIterator`.
 
     Args:
         device: A torch device, or its name.

@@ -81,11 +81,7 @@ class ModuleLayer(Layer):
 
 
 def _copied(x: Any) -> Any:
-    return (
-        x.clone()
-        if isinstance(x, Tensor)
-        else tree_map(lambda leaf: _copied(leaf) if isinstance(leaf, Tensor) else leaf, x)
-    )
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
 def _place(traceback: TracebackType | None, root: Part) -> tuple[str, ...]:

@@ -57,31 +57,20 @@ def _image_and_size(input: Tensor, output_size: Sequence[int] | None = None) -> 
 
 
 def _conv(module: Any) -> Conv:
-    return Conv(
-        module.kernel_size,
-        module.in_channels,
-        module.out_channels,
-        stride=module.stride,
-        padding=module.padding,
-        padding_mode=module.padding_mode,
-        dilation=module.dilation,
-        groups=module.groups,
-        bias=module.bias is not None,
-    )
+    return Conv(*_sizes(module), padding_mode=module.padding_mode, **_options(module))
 
 
 def _conv_transpose(module: Any) -> ConvTranspose:
-    return SizedConvTranspose(
-        module.kernel_size,
-        module.in_channels,
-        module.out_channels,
-        stride=module.stride,
-        padding=module.padding,
-        output_padding=module.output_padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        bias=module.bias is not None,
-    )
+    return SizedConvTranspose(*_sizes(module), output_padding=module.output_padding, **_options(module))
+
+
+def _sizes(module: Any) -> tuple[Any, int, int]:
+    return module.kernel_size, module.in_channels, module.out_channels
+
+
+def _options(module: Any) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups")
+    return {**{name: getattr(module, name) for name in names}, "bias": module.bias is not None}
 
 
 CONVERTERS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luxtorch.core import TRAINING, InputError, KeyNameError, LuxtorchError, Parameters, States, Static, suggest
+from luxtorch.core import TRAINING, InputError, LuxtorchError, Parameters, States, Static
+from luxtorch.core._locate import wrong_names
 
 from ._branch import Branch
 
@@ -181,18 +182,9 @@ class Part:
 
     def _wrong_names(self, ps: Parameters, st: States) -> LuxtorchError:
         for tree, names, what in ((ps, self._names_of_ps, "parameter"), (st, self._names_of_st, "state")):
-            missing, extra = sorted(names - set(tree)), sorted(set(tree) - names)
-            if missing or extra:
-                problem = f"lacks the {what} '{missing[0]}'" if missing else f"has no {what} '{extra[0]}'"
-                hint = suggest(extra[0], missing) if extra else ""
-                return self._located(
-                    KeyNameError(
-                        f"The tree that came {problem}." if missing else f"The module {problem}.",
-                        expected=", ".join(sorted(names)) or "no names",
-                        got=", ".join(sorted(tree)) or "no names",
-                        fix=f"{hint} Use the trees that from_torch returned for this module.".strip(),
-                    )
-                )
+            error = wrong_names(tree, names, what, "Use the trees that from_torch returned for this module.")
+            if error is not None:
+                return self._located(error)
         raise AssertionError
 
     def _wrong_shape(self, what: str, name: str, value: Tensor) -> LuxtorchError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch.core import TRAINING, KeyNameError, Layer, Parameters, States, Static, suggest, tree_map
-from luxtorch.layers._tap import OUTPUT, PERTURBATION, added, changed
+from luxtorch.layers._tap import OUTPUT, PERTURBATION, added, changed, without_tap
 
 from ._inputs import Inputs, arguments
 from ._module_layer import ModuleLayer
@@ -71,7 +71,7 @@ class PerturbedModule(Layer):
 
             def take(st: States, path: str = path) -> States:
                 perturbations[path] = st[PERTURBATION]
-                return {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
+                return without_tap(st)
 
             own = changed(own, path.split("."), take)
         states = {"module": {name: value for name, value in own.items() if name != RNG}, TRAINING: Static(False)}

@@ -4,99 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, transformed
+from luxtorch.layers import GRUCell, LSTMCell, RNNCell
 from luxtorch.layers._dropout import dropped
-from luxtorch.layers._fused_rnn import Carry, Kernel, scanned
-from luxtorch.layers._weighted_cell import add_recurrent
+from luxtorch.layers._fused_rnn import Carry, scanned
+from luxtorch.layers._weighted_cell import WeightedCell
 
 from ._keys import Keys
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """Take the steps of a cell without gates, as `luxtorch.layers._fused_rnn` wants them."""
-
-    gates: ClassVar[int] = 1
-    carried: ClassVar[int] = 1
-
-    kernel: Kernel | None
-    activation: Callable[[Tensor], Tensor] = torch.tanh
-
-    def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return F.linear(x, weights[0], weights[2] + weights[3] if len(weights) >= 4 else None)
+class _ProjectedLSTMCell(LSTMCell):
+    """Be an LSTM whose hidden state is projected, by one weight more; it fits no kernel, and goes step by step."""
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
-        return (self.activation(add_recurrent(projected, carry[0], weights[1])),)
+        """Return the projected hidden state, and the memory."""
+        h, c = super().advance(projected, carry, weights)
+        return F.linear(h, weights[-1]), c
 
 
-@dataclass(frozen=True)
-class _GRU:
-    """Take the steps of a GRU."""
-
-    gates: ClassVar[int] = 3
-    carried: ClassVar[int] = 1
-
-    kernel: Kernel | None
-
-    def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return F.linear(x, weights[0], weights[2] if len(weights) >= 4 else None)
-
-    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
-        size = carry[0].shape[-1]
-        recurrent = F.linear(carry[0], weights[1], weights[3] if len(weights) >= 4 else None)
-        r, z = (projected[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
-        n = (projected[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
-        return (n + z * (carry[0] - n),)
+Kind: TypeAlias = Callable[..., WeightedCell]
 
 
-@dataclass(frozen=True)
-class _LSTM(_Plain):
-    """Take the steps of an LSTM, whose hidden state may be projected by one weight more."""
-
-    gates: ClassVar[int] = 4
-    carried: ClassVar[int] = 2
-
-    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
-        i, f, g, o = add_recurrent(projected, carry[0], weights[1]).chunk(4, -1)
-        c = f.sigmoid() * carry[1] + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        return (F.linear(h, weights[-1]) if len(weights) % 2 else h), c
+def _cell(kind: Kind, hidden_size: int, bias: bool) -> WeightedCell:
+    return kind(1, hidden_size, bias=bias)  # how wide its input is plays no part in the steps
 
 
-_Cell = _Plain | _GRU
-
-RNN_TANH, RNN_RELU = _Plain(torch.rnn_tanh), _Plain(torch.rnn_relu, torch.relu)
-GRU, LSTM = _GRU(torch.gru), _LSTM(torch.lstm)
-PROJECTED = _LSTM(None)
-"""An LSTM with a projection, for which there is no kernel of one layer that could serve step by step too."""
-
-
-def _over_time(cell: _Cell) -> Callable[..., tuple[Tensor, ...]]:
+def _over_time(function: Callable[..., Any], kind: Kind) -> Callable[..., tuple[Tensor, ...]]:
     """Return what is called in place of torch's function of a cell over sequences."""
 
     def over_time(keys: Keys, *args: Any) -> tuple[Tensor, ...]:
         packed = not isinstance(args[3], bool)
         data, hx, weights = (args[0], *args[2:4]) if packed else args[:3]
         biases, layers, dropout, train, bidirectional = args[4:9] if packed else args[3:8]
-        carry = tuple(hx) if cell.carried == 2 else (hx,)
+        carry = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         drops = train and dropout > 0
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (data, *carry, *weights))
         if not drops and not transformed() and (packed or not recorded):
-            return cell.kernel(*args)  # type: ignore[misc, no-any-return]
-        projects = cell.carried == 2 and carry[0].shape[-1] != carry[1].shape[-1]
+            return function(*args)  # type: ignore[no-any-return]
+        projects = len(carry) == 2 and carry[0].shape[-1] != carry[1].shape[-1]
         size = (4 if biases else 2) + projects
         each = [weights[start : start + size] for start in range(0, len(weights), size)]
         swap = not packed and args[8] and data.ndim == 3
         lengths = args[1].tolist() if packed else None
         xs, last = data.transpose(0, 1) if swap else data, []
-        run = _PackedRun(PROJECTED if projects else cell, lengths) if lengths else _Run(PROJECTED if projects else cell)
+        cell = _cell(_ProjectedLSTMCell if projects else kind, carry[-1].shape[-1], biases)
+        run = _PackedRun(cell, lengths) if lengths else _Run(cell)
         for layer in range(layers):
             if layer and drops:
                 xs = dropped(xs, keys.next(), dropout, tuple(xs.shape))
@@ -116,7 +76,7 @@ def _over_time(cell: _Cell) -> Callable[..., tuple[Tensor, ...]]:
 class _Run:
     """Run a cell over sequences of one length, (time, ..., features), in either direction."""
 
-    cell: _Cell
+    cell: WeightedCell
 
     def __call__(self, xs: Tensor, carry: Carry, weights: Sequence[Tensor], backward: bool) -> tuple[Tensor, Carry]:
         ys, carry = scanned(self.cell, xs.flip(0) if backward else xs, carry, weights)
@@ -127,7 +87,7 @@ class _Run:
 class _PackedRun:
     """Run a cell over packed sequences, (all steps, features), of which some end before others."""
 
-    cell: _Cell
+    cell: WeightedCell
     running: Sequence[int]
 
     def __call__(self, xs: Tensor, carry: Carry, weights: Sequence[Tensor], backward: bool) -> tuple[Tensor, Carry]:
@@ -145,26 +105,30 @@ class _PackedRun:
         return torch.cat(ys[::-1] if backward else ys), current
 
 
-def _one_step(cell: _Cell, function: Callable[..., Any]) -> Callable[..., Any]:
+def _one_step(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
     """Return what is called in place of torch's function of a cell for one step."""
 
     def one_step(keys: Keys, x: Tensor, hx: Any, *given: Tensor | None) -> Any:
         if not functional():
             return function(x, hx, *given)
         weights = [weight for weight in given if weight is not None]
-        carry = cell.advance(cell.project(x, weights), tuple(hx) if cell.carried == 2 else (hx,), weights)
-        return carry if cell.carried == 2 else carry[0]
+        carry = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        cell = _cell(kind, carry[0].shape[-1], len(weights) == 4)
+        after = cell.advance(cell.project(x, weights), carry, weights)
+        return after[0] if isinstance(hx, Tensor) else after
 
     return one_step
 
 
+_TANH, _RELU = partial(RNNCell, activation=torch.tanh), partial(RNNCell, activation=torch.relu)
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    torch.lstm: _over_time(LSTM),
-    torch.gru: _over_time(GRU),
-    torch.rnn_tanh: _over_time(RNN_TANH),
-    torch.rnn_relu: _over_time(RNN_RELU),
-    torch.lstm_cell: _one_step(LSTM, torch.lstm_cell),
-    torch.gru_cell: _one_step(GRU, torch.gru_cell),
-    torch.rnn_tanh_cell: _one_step(RNN_TANH, torch.rnn_tanh_cell),
-    torch.rnn_relu_cell: _one_step(RNN_RELU, torch.rnn_relu_cell),
+    torch.lstm: _over_time(torch.lstm, LSTMCell),
+    torch.gru: _over_time(torch.gru, GRUCell),
+    torch.rnn_tanh: _over_time(torch.rnn_tanh, _TANH),
+    torch.rnn_relu: _over_time(torch.rnn_relu, _RELU),
+    torch.lstm_cell: _one_step(torch.lstm_cell, LSTMCell),
+    torch.gru_cell: _one_step(torch.gru_cell, GRUCell),
+    torch.rnn_tanh_cell: _one_step(torch.rnn_tanh_cell, _TANH),
+    torch.rnn_relu_cell: _one_step(torch.rnn_relu_cell, _RELU),
 }

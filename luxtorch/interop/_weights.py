@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, path_name, tree_map
+from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, nested_dicts, path_name, tree_map
 
 from ._load_report import LoadReport
 from ._weight_files import read_weights
@@ -144,11 +144,7 @@ def _filled(tree: Any, values: Mapping[str, Tensor]) -> Any:
 
 def _opened(tree: Any) -> Any:
     """Return a tree with its vectors as dicts."""
-    return tree_map(
-        lambda node: {name: _opened(part) for name, part in node.items()} if _is_vector(node) else node,
-        tree,
-        is_leaf=_is_vector,
-    )
+    return tree_map(lambda node: nested_dicts(node) if _is_vector(node) else node, tree, is_leaf=_is_vector)
 
 
 def _is_vector(node: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -18,6 +17,7 @@ from luxtorch.core import (
     States,
     WrapperLayer,
     named_leaves,
+    nested_dicts,
     tree_map,
 )
 from luxtorch.core._nowhere import NOWHERE
@@ -92,11 +92,12 @@ class Ensemble(WrapperLayer):
         def member(_: Tensor, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
             return self.layer(x, ps, st)
 
-        # The number is told by a tensor of its own, as the trees may have none.
+        # The number is told by a tensor of its own, as the trees may have none; and the one leaf of a ComponentVector
+        # has no dimension for the members.
         dims = (0, None if self.same_input else 0, 0, 0)
         many = torch.vmap(member, dims)
         try:
-            result: tuple[Any, States] = many(torch.arange(self.n), x, _as_dict(ps), st)
+            result: tuple[Any, States] = many(torch.arange(self.n), x, nested_dicts(ps), st)
         except ValueError as error:
             # vmap itself has found a tensor that is no stack of n, unless a member's own error came through.
             unstacked = None if isinstance(error, LuxtorchError) else self._unstacked(ps, st)
@@ -108,7 +109,7 @@ class Ensemble(WrapperLayer):
     def _unstacked(self, ps: Parameters, st: States) -> LuxtorchError | None:
         """Explain trees with a tensor that is no stack of n, if that is what is wrong."""
         for kind, tree, initial in (
-            ("parameter", _as_dict(ps), self.initial_parameters),
+            ("parameter", nested_dicts(ps), self.initial_parameters),
             ("state", st, self.initial_states),
         ):
             wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(NOWHERE))}
@@ -143,8 +144,3 @@ def _members(initial: Any, key: Tensor, number: int) -> dict[str, Any]:
     made = torch.vmap(initial)(split(key, number))
     # vmap returns what is equal in all members once, as a view; a member's tensors are its own.
     return tree_map(lambda leaf: leaf.contiguous(), made)  # type: ignore[no-any-return]
-
-
-def _as_dict(ps: Parameters) -> dict[str, Any]:
-    """Return parameters as nested dicts: the one leaf of a ComponentVector has no dimension for the members."""
-    return {name: _as_dict(entry) if isinstance(entry, Mapping) else entry for name, entry in ps.items()}

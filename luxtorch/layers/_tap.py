@@ -27,8 +27,7 @@ class Tap(WrapperLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the perturbed output."""
-        own = {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
-        y, new = self.layer(x, ps, own)
+        y, new = self.layer(x, ps, without_tap(st))
         y = added(y, st[PERTURBATION])
         return y, {**new, PERTURBATION: st[PERTURBATION], OUTPUT: (y,)}
 
@@ -86,7 +85,13 @@ def changed(tree: States, names: list[str], change: Callable[[States], States]) 
     return {**tree, names[0]: changed(tree[names[0]], names[1:], change)}
 
 
+def without_tap(st: States) -> dict[str, Any]:
+    """Return the state of a layer without what a tap has in it."""
+    return {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
+
+
 def with_perturbation(perturbation: Any) -> Callable[[States], States]:
+    """Return a function that puts a perturbation into the state of a layer."""
     return lambda st: {**st, PERTURBATION: perturbation, OUTPUT: ()}
 
 
@@ -101,6 +106,6 @@ def without_output(path: str, outputs: dict[str, Any]) -> Callable[[States], Sta
                 fix="Perturb the container, or another layer.",
             )
         (outputs[path],) = st[OUTPUT]
-        return {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
+        return without_tap(st)
 
     return without

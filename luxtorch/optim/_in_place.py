@@ -7,6 +7,7 @@ the tensors are alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -42,7 +43,8 @@ def _velocity(grads: Tensors, slots: Sequence[Slots], momentum: float) -> list[T
     return [torch.add(g, v, alpha=momentum, out=v) for g, v in zip(grads, velocity, strict=True)]
 
 
-def adam(
+def _adam(
+    kernel: Callable[..., None],
     params: Tensors,
     grads: Tensors,
     slots: Sequence[Slots],
@@ -51,25 +53,19 @@ def adam(
     beta2: float,
     eps: float,
     weight_decay: float = 0.0,
+    *,
+    amsgrad: bool,
 ) -> None:
-    """Take the step of `Adam`, and with a decay that of `AdamW`: without, the two are one."""
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": False}
-    _run(torch._fused_adamw_, params, grads, slots, ("exp_avg", "exp_avg_sq", "", "step"), **options)
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": amsgrad}
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else "", "step")
+    _run(kernel, params, grads, slots, names, **options)
 
 
-def amsgrad(
-    params: Tensors,
-    grads: Tensors,
-    slots: Sequence[Slots],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Take the step of `AMSGrad`."""
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": True}
-    _run(torch._fused_adam_, params, grads, slots, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"), **options)
+adam: InPlace = partial(_adam, torch._fused_adamw_, amsgrad=False)
+"""Take the step of `Adam`, and with a decay that of `AdamW`: without, the two are one."""
+
+amsgrad: InPlace = partial(_adam, torch._fused_adam_, amsgrad=True)
+"""Take the step of `AMSGrad`."""
 
 
 def adagrad(
