@@ -5,13 +5,12 @@ are behind their own: `lt.init`, `lt.losses`, `lt.optim`, `lt.random`, `lt.train
 """
 
 from importlib import import_module as _import_module
-from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from . import init as init
 from . import losses as losses
 from . import random as random
-from . import testing as testing
 from .autodiff import HesVec as HesVec
 from .autodiff import JacVec as JacVec
 from .autodiff import batched_jacobian as batched_jacobian
@@ -66,12 +65,6 @@ from .device import f64 as f64
 from .device import get_device as get_device
 from .device import gpu_device as gpu_device
 from .device import to_device as to_device
-from .interop import Inputs as Inputs
-from .interop import LayerModule as LayerModule
-from .interop import export as export
-from .interop import from_torch as from_torch
-from .interop import load_weights as load_weights
-from .interop import to_torch as to_torch
 from .jit import jit as jit
 from .layers import GLU as GLU
 from .layers import AdaptiveLPPool as AdaptiveLPPool
@@ -171,11 +164,29 @@ from .random import replicate as replicate
 
 if _TYPE_CHECKING:
     from . import optim as optim
+    from . import testing as testing
     from . import training as training
+    from .interop import Inputs as Inputs
+    from .interop import LayerModule as LayerModule
+    from .interop import export as export
+    from .interop import from_torch as from_torch
+    from .interop import load_weights as load_weights
+    from .interop import to_torch as to_torch
 
 
-def __getattr__(name: str) -> _ModuleType:
-    # Optimizers load torchopt, half of what importing luxtorch would cost: they come when they are first asked for.
-    if name in ("optim", "training"):
+# Optimizers load torchopt, half of what importing luxtorch would cost, and not every program takes modules of torch.nn
+# in or checks laws: these come when they are first asked for.
+_LATE_FOLDERS = frozenset(("optim", "testing", "training"))
+_OF_INTEROP = frozenset(("Inputs", "LayerModule", "export", "from_torch", "load_weights", "to_torch"))
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATE_FOLDERS:
         return _import_module(f".{name}", __name__)
+    if name in _OF_INTEROP:
+        return getattr(_import_module(".interop", __name__), name)
     raise AttributeError(f"module 'luxtorch' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE_FOLDERS, *_OF_INTEROP})

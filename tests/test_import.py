@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import luxtorch as lt
+
 
 @pytest.mark.parametrize("heavy", ["torch._dynamo", "torch._inductor", "sympy", "scipy", "matplotlib", "torchopt"])
 def test_importing_luxtorch_loads_no(heavy):
@@ -24,3 +26,8 @@ def test_what_comes_late_comes_when_it_is_asked_for():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["0.5", "TrainState", "False"], run.stderr
+
+
+def test_what_comes_late_is_listed():
+    assert {"optim", "training", "testing", "from_torch", "Dense"} <= set(dir(lt))
+    assert all(hasattr(lt, name) for name in dir(lt))
