@@ -15,6 +15,10 @@ settings.register_profile("luxtorch", deadline=None, derandomize=True, max_examp
 settings.load_profile("luxtorch")
 
 
+# On a GPU, torch convolves with ten bits of each number unless it is told not to.
+torch.backends.cudnn.allow_tf32 = False
+
+
 def _seed(request: pytest.FixtureRequest) -> int:
     return zlib.crc32(request.node.nodeid.encode())
 

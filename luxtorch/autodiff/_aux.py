@@ -51,7 +51,7 @@ def unpack(aux: Tree) -> Tree:
 
 
 def split(output: Any, has_aux: bool) -> tuple[Tree, Tree]:
-    """Return a function's value and its packed auxiliary output, `()` where it has none."""
+    """Return a function's value and its auxiliary output, `()` where it has none."""
     if not has_aux:
         return output, ()
     if not (isinstance(output, tuple) and len(output) == 2):
@@ -61,9 +61,9 @@ def split(output: Any, has_aux: bool) -> tuple[Tree, Tree]:
             got=f"a tuple of {len(output)}" if isinstance(output, tuple) else f"a {type(output).__name__}",
             fix="Return (value, aux), or drop has_aux=True.",
         )
-    return output[0], pack(output[1])
+    return output
 
 
 def join(value: Tree, aux: Tree, has_aux: bool) -> Tree:
     """Return what the function itself returned: undo `split`."""
-    return (value, unpack(aux)) if has_aux else value
+    return (value, aux) if has_aux else value

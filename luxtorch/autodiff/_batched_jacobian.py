@@ -68,7 +68,7 @@ def batched_jacobian(
     else:
         y, _ = outputs(x)
         (by_column,) = stack(
-            lambda index: (jvp(outputs, (x,), (_same_for_all(index, x),))[1],), x.shape[1:].numel(), (y,), chunk_size
+            lambda index: (jvp(outputs, (x,), [_same_for_all(index, x)])[1],), x.shape[1:].numel(), (y,), chunk_size
         )
         by_sample = by_column.movedim(0, -1)
     return by_sample.reshape(len(x), y.shape[1:].numel(), x.shape[1:].numel())

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, named_leaves, suggest
 
 from ._aux import Tree
+from ._trees import leaves
 
 Mode = Literal["reverse", "forward"]
 
@@ -51,7 +53,7 @@ def check_inputs(xs: Sequence[Tree], *, real: bool = False) -> None:
             got="the function alone",
             fix="Write gradient(f, x), where torch.func has grad(f)(x).",
         )
-    if all(_differentiable(leaf, real) for leaf in pytree.tree_leaves(xs)):
+    if all(_differentiable(leaf, real) for leaf in leaves(xs)):
         return
     for i, x in enumerate(xs):
         argument = "x" if len(xs) == 1 else f"argument {i}"
@@ -65,8 +67,15 @@ def check_outputs(y: Tree, *, real: bool = False) -> None:
         y: The value.
         real: Refuse complex tensors as well.
     """
-    if not all(_differentiable(leaf, real) for leaf in pytree.tree_leaves(y)):
+    if not all(_differentiable(leaf, real) for leaf in leaves(y)):
         _raise_for_leaf(y, "f(x)", real, "Return it as auxiliary output, with has_aux=True.")
+
+
+def check_tensors(y: Tree) -> None:
+    """Raise if a leaf of a function's value is no tensor."""
+    for leaf in leaves(y):
+        if not isinstance(leaf, Tensor):
+            _raise_for_leaf(y, "f(x)", False, "Return it as auxiliary output, with has_aux=True.")
 
 
 def _raise_for_leaf(tree: Tree, whole: str, real: bool, fix: str) -> None:
@@ -111,8 +120,10 @@ def check_like(u: Tree, x: Tree, like: str) -> list[Tensor]:
         x: The tree, of floating point tensors.
         like: What the tree is called in the error.
     """
+    if _alike(u, x):
+        return leaves(u)
     vectors, vectors_spec = pytree.tree_flatten(u)
-    leaves, spec = pytree.tree_flatten(x)
+    expected, spec = pytree.tree_flatten(x)
     if vectors_spec != spec:
         raise InputError(
             f"The vector has another structure than {like}.",
@@ -120,10 +131,24 @@ def check_like(u: Tree, x: Tree, like: str) -> list[Tensor]:
             got=_describe_tree(u),
             fix=f"Build it from {like}, as tree_map(torch.ones_like, ...) does.",
         )
-    for vector, leaf in zip(vectors, leaves, strict=True):
+    for vector, leaf in zip(vectors, expected, strict=True):
         if not (isinstance(vector, Tensor) and vector.shape == leaf.shape and vector.dtype == leaf.dtype):
             _raise_for_vector(u, x, like)
     return vectors
+
+
+def _alike(u: Tree, x: Tree) -> bool:
+    """Say quickly whether two trees of dicts, tuples and vectors are alike; False also where it takes a closer look."""
+    if isinstance(x, Tensor):
+        return isinstance(u, Tensor) and u.shape == x.shape and u.dtype == x.dtype
+    kind = type(x)
+    if type(u) is not kind:
+        return False
+    if kind is dict:
+        return list(u) == list(x) and all(map(_alike, u.values(), x.values()))
+    if kind is tuple or kind is list:
+        return len(u) == len(x) and all(map(_alike, u, x))
+    return kind is ComponentVector and u.axes is x.axes and _alike(u.flat, x.flat)
 
 
 def _describe_tree(tree: Tree) -> str:

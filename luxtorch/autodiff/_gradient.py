@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ._aux import Tree, join, split
 from ._checks import Mode, check_inputs, check_mode, check_scalar
 from ._rows import columns
+from ._transforms import value_and_gradients
 
 
 def withgradient(
@@ -43,7 +43,7 @@ def withgradient(
         (tensor(5.), {'w': tensor([2., 4.])})
 
     Source:
-        `Zygote.withgradient`; `torch.func.grad_and_value`, which this is.
+        `Zygote.withgradient`; `torch.func.grad_and_value`, whose meaning and numbers this has.
     """
     check_mode(mode)
     if mode == "forward":
@@ -53,13 +53,12 @@ def withgradient(
         value, aux = split(f(*args), has_aux)
         return check_scalar(value), aux
 
-    argnums = 0 if len(xs) == 1 else tuple(range(len(xs)))
     try:
-        gradients, (value, aux) = torch.func.grad_and_value(loss, argnums, has_aux=True)(*xs)
+        value, aux, gradients = value_and_gradients(loss, xs)
     except Exception:
         check_inputs(xs)
         raise
-    return join(value, aux, has_aux), gradients
+    return join(value, aux, has_aux), gradients[0] if len(xs) == 1 else gradients
 
 
 def gradient(

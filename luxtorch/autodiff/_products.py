@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.utils._pytree as pytree
-from torch import Tensor
-
 from ._aux import Tree, join, split
-from ._checks import Mode, check_inputs, check_like, check_mode, check_outputs
+from ._checks import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors
 from ._gradient import gradient
 from ._transforms import jvp, vjp
 
@@ -38,29 +35,22 @@ def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[A
         (tensor([0.5000, 2.0000]), tensor([1., 2.]))
 
     Source:
-        `Zygote.pullback`; `torch.func.vjp`, which this is.
+        `Zygote.pullback`; `torch.func.vjp`, whose meaning and numbers this has.
     """
     return record(f, xs, has_aux, like="f(x)")
 
 
 def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str) -> tuple[Any, Callable[[Tree], Any]]:
     """Do the work of `pullback`; `like` is what its value is called in errors."""
-    leaves, spec = pytree.tree_flatten(xs)
-
-    def outputs(*args: Tensor) -> tuple[Tree, Tree]:
-        value, aux = split(f(*pytree.tree_unflatten(args, spec)), has_aux)
-        check_outputs(value)
-        return value, aux
-
     try:
-        value, transposed, aux = vjp(outputs, tuple(leaves))
+        value, transposed, aux = vjp(_checked(f, has_aux, check_outputs), xs)
     except Exception:
         check_inputs(xs)
         raise
 
     def back(u: Tree) -> Any:
         check_like(u, value, like)
-        products = pytree.tree_unflatten(transposed(u), spec)
+        products = transposed(u)
         return products[0] if len(xs) == 1 else products
 
     return join(value, aux, has_aux), back
@@ -90,22 +80,28 @@ def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Call
         (tensor([0.5000, 2.0000]), tensor([1., 2.]))
 
     Source:
-        `torch.func.jvp`, which this is; the name is that of ForwardDiff's and Zygote's users.
+        `torch.func.jvp`, whose meaning and numbers this has; the name is that of ForwardDiff's and Zygote's users.
     """
     check_inputs(xs)
-    leaves, spec = pytree.tree_flatten(xs)
 
     def forward(*us: Tree) -> tuple[Any, Any]:
         alone = len(xs) == len(us) == 1
         tangents = check_like(us[0] if alone else us, xs[0] if alone else xs, like="x")
-
-        def outputs(*args: Tensor) -> tuple[Tree, Tree]:
-            return split(f(*pytree.tree_unflatten(args, spec)), has_aux)
-
-        value, product, aux = jvp(outputs, tuple(leaves), tuple(tangents))
+        value, product, aux = jvp(_checked(f, has_aux, check_tensors), xs, tangents)
         return join(value, aux, has_aux), product
 
     return forward
+
+
+def _checked(f: Callable[..., Any], has_aux: bool, check: Callable[[Tree], None]) -> Callable[..., tuple[Tree, Tree]]:
+    """Return the function of `f` and its auxiliary output, `()` if there is none, that checks its value."""
+
+    def outputs(*args: Tree) -> tuple[Tree, Tree]:
+        value, aux = split(f(*args), has_aux)
+        check(value)
+        return value, aux
+
+    return outputs
 
 
 def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from luxtorch.core import InputError, tree_leaves, tree_map
 
-from ._transforms import WithAux, jvp
+from ._level import WithAux
+from ._transforms import jvp
 
 Blocks = list[list[Tensor]]
 

@@ -1,35 +1,59 @@
-"""The two products of torch.func that all else is made of: over lists of tensors, with auxiliary output."""
+"""The three products of torch.func that all else is made of, over any trees, with any auxiliary output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ._aux import Tree
+from . import _level
+from ._aux import Tree, pack, unpack
+from ._level import Trees, WithAux
 
-WithAux = Callable[..., tuple[Tree, Tree]]
-Tensors = tuple[Tensor, ...]
+
+def value_and_gradients(f: WithAux, xs: Trees) -> tuple[Tensor, Tree, Trees]:
+    """Return the scalar value of `f(*xs)`, its auxiliary output, and the gradients: trees like the arguments."""
+    if _level.usable():
+        return _level.value_and_gradients(f, xs)
+    transform: Callable[..., Any] = torch.func.grad_and_value(_packed(f), tuple(range(len(xs))), has_aux=True)
+    gradients, (value, aux) = transform(*xs)
+    return value, unpack(aux), gradients
 
 
-def vjp(f: WithAux, xs: Tensors) -> tuple[Tree, Callable[[Tree], Tensors], Tree]:
+def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
     """Return the value of `f(*xs)`, its pullback, and the auxiliary output."""
-    if not xs:
-        value, aux = f()
-        return value, lambda u: (), aux
+    if _level.usable():
+        return _level.vjp(f, xs)
+    leaves, spec = pytree.tree_flatten(xs)
+    if not leaves:
+        value, aux = f(*xs)
+        return value, lambda u: xs, aux
     transform: Callable[..., Any] = torch.func.vjp
-    value, back, aux = transform(f, *xs, has_aux=True)
-    return value, back, aux
+    value, back, aux = transform(_packed(f, spec), *leaves, has_aux=True)
+    return value, lambda u: pytree.tree_unflatten(back(u), spec), unpack(aux)
 
 
-def jvp(f: WithAux, xs: Tensors, us: Tensors) -> tuple[Tree, Tree, Tree]:
-    """Return the value of `f(*xs)`, the product of its Jacobian with `us`, and the auxiliary output."""
-    if not xs:
-        value, aux = f()
+def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+    """Return the value of `f(*xs)`, the product of its Jacobian with vectors, one for each leaf, and the aux."""
+    if _level.usable():
+        return _level.jvp(f, xs, us)
+    leaves, spec = pytree.tree_flatten(xs)
+    if not leaves:
+        value, aux = f(*xs)
         return value, pytree.tree_map(torch.zeros_like, value), aux
     transform: Callable[..., Any] = torch.func.jvp
-    value, product, aux = transform(f, xs, us, has_aux=True)
-    return value, product, aux
+    value, product, aux = transform(_packed(f, spec), tuple(leaves), tuple(us), has_aux=True)
+    return value, product, unpack(aux)
+
+
+def _packed(f: WithAux, spec: pytree.TreeSpec | None = None) -> WithAux:
+    """Return a function whose auxiliary output torch.func lets through; of leaves, where their structure is given."""
+
+    def packed(*args: Any) -> tuple[Tree, Tree]:
+        value, aux = f(*args) if spec is None else f(*pytree.tree_unflatten(args, spec))
+        return value, pack(aux)
+
+    return packed

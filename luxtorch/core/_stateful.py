@@ -74,7 +74,7 @@ class StatefulLayer:
         """
         used: Any = self.parameters if ps is None else ps
         y, st = self.layer(x, used, self.states)
-        if st is not self.states and transform_level() == self._level:
+        if transform_level() == self._level:
             self.states = st
         return y
 

@@ -27,7 +27,8 @@ class Parts:
     """
 
     def __init__(self, model: Compact, ps: Parameters, st: States) -> None:
-        self.__dict__.update(model.opened(ps, st), _model=model, _level=transform_level())
+        for name, part in {**model.opened(ps, st), "_model": model, "_level": transform_level()}.items():
+            object.__setattr__(self, name, part)
 
     def __getattr__(self, name: str) -> Any:
         # Python asks here only for what it has not found.
@@ -87,7 +88,10 @@ def _difference(new: Any, old: Any) -> tuple[str, str] | None:
         new_items, old_items = _items(new), _items(old)
         if type(new) is not type(old) or new_items.keys() != old_items.keys():
             return _described(old), _described(new)
-        return next((found for name in old_items if (found := _difference(new_items[name], old_items[name]))), None)
+        for name in old_items:
+            if found := _difference(new_items[name], old_items[name]):
+                return found
+        return None
     return None if new == old else (f"{old}, which no call changes", f"{new}")
 
 

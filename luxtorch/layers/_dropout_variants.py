@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import TRAINING, InputError, Parameters, States, Static
-from luxtorch.random import bernoulli, split
+from luxtorch.random import bernoulli, split, where
 
 from ._dropout import Dropout, RandomMask, dropped
 
@@ -162,6 +162,6 @@ class VariationalHiddenDropout(Dropout):
         rng, update = st["rng"], st["update_mask"]
         if isinstance(update, Static):
             update = torch.full((), bool(update), device=rng.device)
-        rng = torch.where(update, split(rng)[1], rng)
+        rng = where(update, split(rng)[1], rng)
         y = dropped(x, split(rng)[0], self.p, self._mask_shape(x))
         return y, {"rng": rng, "update_mask": torch.zeros_like(update), TRAINING: st[TRAINING]}

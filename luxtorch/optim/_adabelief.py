@@ -43,7 +43,7 @@ class AdaBelief(LeafwiseRule):
         return counted(p, "exp_avg", "exp_avg_var")
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        step, (beta1, beta2), (filled1, filled2) = advance(slots["step"], h["betas"])
+        (beta1, beta2), (step, (filled1, filled2)) = h["betas"], advance(slots["step"], h["betas"])
         exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
         surprise = g - exp_avg
         exp_avg_var = beta2 * slots["exp_avg_var"] + (1 - beta2) * surprise * surprise + h["eps"]

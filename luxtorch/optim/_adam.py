@@ -61,16 +61,15 @@ def adam_direction(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Te
 
 def adam_averages(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Slots, Tensor]:
     """Return the new step count and averages, and by how much each average is filled."""
-    step, betas, filled = advance(slots["step"], h["betas"])
-    beta1, beta2 = betas
+    step, filled = advance(slots["step"], h["betas"])
+    beta1, beta2 = h["betas"]
     exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
     exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * g * g
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, filled
 
 
-def advance(step: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the next step count, beside it the betas, and by how much their averages, once zero, are filled then."""
+def advance(step: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next step count, and by how much the averages, once zero, are filled then."""
     step = step + 1
-    betas = betas.to(step.device, non_blocking=True)  # two numbers on the CPU could not meet a step on a GPU
     # 1 - betas**step, written so that inductor computes both once, and not anew for each element: three times as fast.
-    return step, betas, 1 - torch.exp(step.to(betas.dtype) * betas.log())
+    return step, 1 - torch.exp(step.to(betas.dtype) * betas.log())

@@ -49,7 +49,7 @@ class AdaMax(LeafwiseRule):
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         g = decayed(g, p, h)
-        step, (beta1, beta2), (filled1, _) = advance(slots["step"], h["betas"])
+        (beta1, beta2), (step, (filled1, _)) = h["betas"], advance(slots["step"], h["betas"])
         exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
         exp_inf = torch.maximum(beta2 * slots["exp_inf"], g.abs() + h["eps"])
         return -h["lr"] / filled1 * exp_avg / exp_inf, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from luxtorch.core import InputError, KeyNameError, suggest
+from luxtorch.core._paths import Path, select
 
 from ._by_component import by_component
 from ._hyperparameters import Number, Numbers, replace
 from ._list_rule import ListRule
 from ._opt_state import OptState, map_rules
-from ._paths import Path, select
 from ._rule_state import RuleState, map_hyper
 
 

@@ -33,11 +33,11 @@ class ClipGrad(ListRule):
 
     def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
         check_names(leaves.names, state.leaves)
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, leaves.names)
-        grads = zip(leaves.names, leaves.grads, strict=True)
-        return [None if g is None else _clip(g, hyper[name]["delta"]) for name, g in grads], state.after(state.leaves)
+        given = {name: g for name, g in zip(leaves.names, leaves.grads, strict=True) if g is not None}
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, given)
+        clipped = {name: _clip(g, hyper[name]["delta"].to(g.dtype)) for name, g in given.items()}
+        return [clipped.get(name) for name in leaves.names], state.after(state.leaves)
 
 
-def _clip(g: Tensor, delta: Tensor) -> Tensor:
-    limit = delta.to(g.device, g.dtype, non_blocking=True)  # a number on the CPU could not meet a gradient on a GPU
+def _clip(g: Tensor, limit: Tensor) -> Tensor:
     return g.clamp(-limit, limit)

@@ -63,7 +63,7 @@ class ClipNorm(ListRule):
         given = {name: g for name, g in zip(leaves.names, leaves.grads, strict=True) if g is not None}
         if not given:
             return list(leaves.grads), state
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, list(given))
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, given)
         if self.per_array:
             clipped = {
                 name: _scale([g], [_norm(g, self.p)], self.p, hyper[name]["max_norm"])[0] for name, g in given.items()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from luxtorch.core._paths import Path, select
+
 from ._by_component import by_component
 from ._opt_state import OptState
-from ._paths import Path, select
 
 
 def freeze(opt_state: OptState, path: Path = None) -> OptState:

@@ -10,11 +10,11 @@ from torchopt.base import GradientTransformation
 from typing_extensions import Self
 
 from luxtorch.core import InputError, Static
+from luxtorch.core._paths import select
 
 from ._leaves import Leaves, pair, to_components
 from ._list_rule import ChangeState, ListRule, Updates
 from ._optimiserchain import list_rule, negative
-from ._paths import select
 from ._rule_state import check_names
 
 

@@ -44,7 +44,6 @@ def _velocity(grads: Tensors, slots: Sequence[Slots], momentum: float) -> list[T
 
 
 def _adam(
-    kernel: Callable[..., None],
     params: Tensors,
     grads: Tensors,
     slots: Sequence[Slots],
@@ -58,13 +57,13 @@ def _adam(
 ) -> None:
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": amsgrad}
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else "", "step")
-    _run(kernel, params, grads, slots, names, **options)
+    _run(torch._fused_adam_ if amsgrad else torch._fused_adamw_, params, grads, slots, names, **options)
 
 
-adam: InPlace = partial(_adam, torch._fused_adamw_, amsgrad=False)
+adam: InPlace = partial(_adam, amsgrad=False)
 """Take the step of `Adam`, and with a decay that of `AdamW`: without, the two are one."""
 
-amsgrad: InPlace = partial(_adam, torch._fused_adam_, amsgrad=True)
+amsgrad: InPlace = partial(_adam, amsgrad=True)
 """Take the step of `AMSGrad`."""
 
 

@@ -121,6 +121,7 @@ class LBFGS(ListRule):
         lr, first = hyper.squeeze(-1), state.steps == 0
         if as_numbers and not first:
             return lr
+        lr = lr.to(g.device, non_blocking=True)
         # The smaller of 1 and 1 / sum, but with a derivative where the sum is zero.
         return lr * torch.where(first.to(g.device), g.abs().sum().clamp(min=1.0).reciprocal(), 1.0)
 

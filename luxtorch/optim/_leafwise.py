@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -76,7 +76,8 @@ class LeafwiseRule(ListRule):
         check_names(leaves.names, state.leaves)
         updates: Updates = []
         new_slots = dict(state.leaves)
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, leaves.names)
+        params = dict(zip(leaves.names, leaves.params, strict=True))
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
         for name, p, g in zip(*leaves, strict=True):
             if g is None:
                 updates.append(None)
@@ -93,29 +94,35 @@ class LeafwiseRule(ListRule):
     def _fused_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState] | None:
         if self.kernel is None or not _fused.unobserved():
             return None
-        params, slots = dict(zip(leaves.names, leaves.params, strict=True)), dict(state.leaves)
-        for hyper, members in _groups(leaves, self.hyper_now(state)):
+        names, params, grads = leaves.names, list(leaves.params), leaves.grads
+        slots = dict(state.leaves)
+        for hyper, places in _groups(leaves, self.hyper_now(state)):
             numbers = _fused.numbers(hyper)
             if numbers is None:
                 return None
-            names, old_params, grads = zip(*members, strict=True)
-            step = self.kernel(old_params, grads, [slots[name] for name in names], *numbers)
+            step = self.kernel(
+                [params[i] for i in places],
+                [grads[i] for i in places],
+                [slots[names[i]] for i in places],
+                *numbers,
+            )
             if step is None:
                 return None
-            new_params, new_slots = step
-            params.update(zip(names, new_params, strict=True))
-            slots.update(zip(names, new_slots, strict=True))
-        return list(params.values()), state.after(slots)
+            for i, param, new in zip(places, *step, strict=True):
+                params[i], slots[names[i]] = param, new
+        return params, state.after(slots)
 
 
-def _groups(leaves: Leaves, hyper: Hyper) -> list[tuple[Tensor, list[tuple[str, Tensor, Tensor]]]]:
-    """Part the leaves that have a gradient by the vector of hyperparameters that they share."""
-    groups: dict[int, tuple[Tensor, list[tuple[str, Tensor, Tensor]]]] = {}
-    for name, p, g in zip(*leaves, strict=True):
-        if g is not None:
-            vector = hyper[name] if isinstance(hyper, dict) else hyper
-            groups.setdefault(id(vector), (vector, []))[1].append((name, p, g))
-    return list(groups.values())
+def _groups(leaves: Leaves, hyper: Hyper) -> Iterable[tuple[Tensor, list[int]]]:
+    """Part the places of the leaves that have a gradient by the vector of hyperparameters that they share."""
+    places = [i for i, g in enumerate(leaves.grads) if g is not None]
+    if isinstance(hyper, Tensor):
+        return [(hyper, places)]
+    groups: dict[int, tuple[Tensor, list[int]]] = {}
+    for i in places:
+        vector = hyper[leaves.names[i]]
+        groups.setdefault(id(vector), (vector, []))[1].append(i)
+    return groups.values()
 
 
 def _check_shapes(rule: LeafwiseRule, leaves: Leaves, state: RuleState) -> None:

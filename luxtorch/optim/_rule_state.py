@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -59,16 +59,24 @@ def map_hyper(change: Callable[[Tensor], Tensor], hyper: Hyper, chosen: set[str]
     return changed
 
 
-def by_leaf(hyper: Hyper, shapes: Shapes, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the hyperparameters of each leaf by their names."""
-    if isinstance(hyper, Tensor):
-        return dict.fromkeys(names, unpack(hyper, shapes))
-    return {name: unpack(hyper[name], shapes) for name in names}
+def by_leaf(hyper: Hyper, shapes: Shapes, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the hyperparameters of each leaf by their names, on the leaf's device.
+
+    Inductor would read a number on the CPU out of a vector there from within a kernel of a GPU, and fail.
+    """
+    if not isinstance(hyper, Tensor):
+        return {name: unpack(_beside(leaf, hyper[name]), shapes) for name, leaf in leaves.items()}
+    by_device = {leaf.device: unpack(_beside(leaf, hyper), shapes) for leaf in leaves.values()}
+    return {name: by_device[leaf.device] for name, leaf in leaves.items()}
+
+
+def _beside(leaf: Tensor, vector: Tensor) -> Tensor:
+    return vector.to(leaf.device, non_blocking=True)
 
 
 def check_names(names: Sequence[str], known: Collection[str]) -> None:
     """Raise unless the names of the parameters are those that a state knows."""
-    if len(names) != len(known) or set(names) != set(known):
+    if list(names) != list(known) and sorted(names) != sorted(known):
         missing = [name for name in known if name not in names]
         extra = [name for name in names if name not in known]
         raise KeyNameError(

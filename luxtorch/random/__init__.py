@@ -12,3 +12,4 @@ from ._key import fold_in as fold_in
 from ._key import key as key
 from ._key import replicate as replicate
 from ._key import split as split
+from ._key import where as where

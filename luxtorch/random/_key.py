@@ -93,6 +93,26 @@ def split(key: Tensor, number: int = 2) -> Tensor:
     return _ops.call(_ops.split, "split", checked(key), number)
 
 
+def where(condition: Tensor, key: Tensor, other: Tensor) -> Tensor:
+    """Choose between two keys by a condition, without a branch.
+
+    `torch.where` does not know the dtype of keys on a GPU.
+
+    Args:
+        condition: A boolean tensor.
+        key: The key where it is true.
+        other: The key where it is false.
+
+    Example:
+        >>> import torch, luxtorch.random as lr
+        >>> chosen = lr.where(torch.tensor(False), lr.key(0), lr.key(1))
+        >>> torch.equal(chosen, lr.key(1))
+        True
+    """
+    bits = torch.where(condition, key.view(torch.int64), other.view(torch.int64))
+    return bits.view(torch.uint64)
+
+
 def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     """Derive one key from a key and a name, a number, or a counter on the device.
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
+from luxtorch.autodiff._level import gradients
+from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.core import InputError
 
 from ._observed import on_other_tapes
-from ._trees import map_tensors
 
 Objective = Callable[[Any], tuple[Tensor, Any]]
 
@@ -40,22 +41,15 @@ def _by_tape(f: Objective, ps: Any) -> tuple[Any, Tensor, Any] | None:
     if torch.is_inference_mode_enabled():
         raise InputError("There are no gradients in inference mode.", fix="Use torch.no_grad() instead.")
     outer = torch.is_grad_enabled()
-    leaves: list[Tensor] = []
-    fits = True
-
-    def detached(p: Tensor) -> Tensor:
-        nonlocal fits
-        fits = fits and (p.is_floating_point() or p.is_complex()) and not (outer and p.requires_grad)
-        leaf = p.detach()
-        leaves.append(leaf)
-        return leaf.requires_grad_() if fits else leaf
-
-    tree = map_tensors(detached, ps)
-    if not leaves or not fits:
+    if not all(_fits(p, outer) for p in tensors(ps)):
+        return None
+    tree = map_tensors(lambda p: p.detach().requires_grad_(), ps)
+    inputs = tensors(tree)
+    if not inputs:
         return None
     with torch.enable_grad():
         value, aux = f(tree)
-    recorded = [value] if value.requires_grad else []
+    recorded = [value]
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
@@ -64,11 +58,12 @@ def _by_tape(f: Objective, ps: Any) -> tuple[Any, Tensor, Any] | None:
         return tensor
 
     aux = map_tensors(cut, aux)
-    if outer and on_other_tapes(recorded, leaves):
+    if outer and on_other_tapes(recorded, inputs):
         return None
-    if value.requires_grad:
-        grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    else:
-        grads = tuple(map(torch.zeros_like, leaves))
-    remaining = iter(grads)
+    remaining = iter(gradients((value,), None, inputs, retain=False, create=False))
     return map_tensors(lambda _: next(remaining), tree), value.detach(), aux
+
+
+def _fits(p: Tensor, outer: bool) -> bool:
+    """Say whether the plain tape may be used for a parameter, which is on no outer tape then."""
+    return (p.is_floating_point() or p.is_complex()) and not (outer and p.requires_grad)

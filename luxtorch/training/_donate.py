@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from luxtorch import optim
+from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.optim._fused import numbers, unobserved
 from luxtorch.optim._leaves import pair
 
 from ._train_state import TrainState, Trees, make, peek, spend
-from ._trees import map_tensors, tensors
 
 
 def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainState | None:

@@ -8,9 +8,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch import random
+from luxtorch.autodiff._trees import tensors
 from luxtorch.core import InputError
-
-from ._trees import tensors
 
 
 def all_finite(*trees: Any) -> Tensor:
@@ -30,5 +30,9 @@ def select(ok: Tensor, new: Any, old: Any) -> Any:
             got=str(spec),
             fix="Start from states that are made by one call of the model, or leave skip_nonfinite=True out.",
         )
-    chosen = [b if a is b else torch.where(ok.to(a.device), a, b) for a, b in zip(after, before, strict=True)]
+    chosen = [b if a is b else _chosen(ok.to(a.device), a, b) for a, b in zip(after, before, strict=True)]
     return pytree.tree_unflatten(chosen, spec)
+
+
+def _chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return random.where(ok, new, old) if new.dtype == old.dtype == torch.uint64 else torch.where(ok, new, old)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch.autodiff._trees import map_tensors
 from luxtorch.core import InputError
 
 from ._differentiate import differentiate
@@ -15,7 +16,6 @@ from ._microbatches import accumulated
 from ._objective import Objective, check_objective, check_result
 from ._precision import in_precision
 from ._train_state import TrainState, Trees, make, peek
-from ._trees import map_tensors
 
 
 def compute_gradients(

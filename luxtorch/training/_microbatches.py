@@ -9,9 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.core import InputError, named_leaves
-
-from ._trees import map_tensors, tensors
 
 
 def split_data(data: Any, n: int) -> list[Any]:

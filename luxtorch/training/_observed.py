@@ -16,22 +16,19 @@ def on_other_tapes(tensors: Iterable[Tensor], leaves: Iterable[Tensor]) -> bool:
     tape, and no need for it.
     """
     own = {id(leaf) for leaf in leaves}
-    pending: list[Any] = []
+    nodes: list[Any] = []
     for tensor in tensors:
         if tensor.grad_fn is not None:
-            pending.append(tensor.grad_fn)
+            nodes.append(tensor.grad_fn)
         elif tensor.requires_grad and id(tensor) not in own:
             return True
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        inputs = node.next_functions
-        for source, _ in inputs:
-            if source is not None:
-                pending.append(source)
-        if not inputs and id(getattr(node, "variable", None)) not in own:
+    seen = set(nodes)
+    for node in nodes:  # which grows meanwhile
+        sources = node.next_functions
+        if not sources and id(getattr(node, "variable", None)) not in own:
             return True
+        for source, _ in sources:
+            if source is not None and source not in seen:
+                seen.add(source)
+                nodes.append(source)
     return False

@@ -8,9 +8,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch.autodiff._trees import map_tensors
 from luxtorch.core import DTypeError, tree_leaves
-
-from ._trees import map_tensors
 
 
 class InPrecision:

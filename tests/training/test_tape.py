@@ -1,0 +1,134 @@
+"""The cheap gradient of an eager step: the numbers of torch's own tape bit for bit, and the faithful one elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+import luxtorch as lt
+from luxtorch import optim, training
+from luxtorch.autodiff import _level
+from luxtorch.training import _differentiate
+
+OBJECTIVES: dict[str, Callable[..., Any]] = {
+    "all": lambda model, ps, st, data: (model(data[0], ps, st)[0].square().mean(), st, {}),
+    "one unused": lambda model, ps, st, data: (ps["layer_1"]["weight"].sin().sum(), st, {}),
+    "independent": lambda model, ps, st, data: (data[0].sum(), st, {}),
+    "a constant": lambda model, ps, st, data: (torch.ones(()), st, {}),
+    "stats": lambda model, ps, st, data: (ps["layer_2"]["bias"].exp().sum(), st, {"ps": ps, "n": 3}),
+    "new states": lambda model, ps, st, data: (model(data[0], ps, st)[0].sum(), {"seen": (data[0] * 2,)}, {}),
+}
+RULES = {"Descent": optim.Descent(0.1), "Adam": optim.Adam(0.1), "RMSProp": optim.RMSProp(0.1)}
+MODEL = lt.Chain(lt.Dense(3, 4, torch.tanh), lt.Dense(4, 2))
+
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+every_mode = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+
+
+def _by_hand(objective: Callable, ts: training.TrainState, data: Any) -> tuple[Tensor, list[Tensor]]:
+    leaves, spec = pytree.tree_flatten(ts.parameters)
+    with torch.enable_grad():
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
+        loss, _, _ = objective(ts.model, pytree.tree_unflatten(own, spec), ts.states, data)
+        if not loss.requires_grad:
+            return loss, [torch.zeros_like(leaf) for leaf in leaves]
+        return loss.detach(), list(torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True))
+
+
+@every_mode
+@every_objective
+def test_the_bits_are_those_of_autograd(new, tree, data, equal, name, mode) -> None:
+    ts = new(tree, model=MODEL)
+    expected = _by_hand(OBJECTIVES[name], ts, data)
+    with mode():
+        grads, loss, stats, after = training.compute_gradients(OBJECTIVES[name], data, ts)
+    equal((loss, pytree.tree_leaves(grads)), expected)
+    assert pytree.tree_structure(grads) == pytree.tree_structure(ts.parameters)
+    tensors = [leaf for leaf in pytree.tree_leaves((grads, loss, stats, after)) if isinstance(leaf, Tensor)]
+    assert not any(leaf.requires_grad for leaf in tensors)
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves((ts, data)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_is_autograd_and_an_update(new, tree, data, equal, rule, donate) -> None:
+    ts = new(tree, RULES[rule], MODEL)
+    opt_state, ps, spec = ts.optimizer_state, ts.parameters, pytree.tree_structure(ts.parameters)
+    for _ in range(4):
+        loss, grads = _by_hand(OBJECTIVES["all"], ts.replace(parameters=ps), data)
+        opt_state, ps = optim.update(opt_state, ps, pytree.tree_unflatten(grads, spec))
+        ours = training.single_train_step(OBJECTIVES["all"], data, ts, donate=donate)
+        equal((ours[1], ours[3].parameters, ours[3].optimizer_state), (loss, ps, opt_state))
+        ts = ours[3]
+
+
+@every_objective
+def test_another_torch_is_served_by_its_public_names(new, tree, data, equal, name, monkeypatch) -> None:
+    ts = new(tree, model=MODEL)
+    expected = training.compute_gradients(OBJECTIVES[name], data, ts)
+    monkeypatch.setattr(_level, "_AVAILABLE", False)
+    equal(training.compute_gradients(OBJECTIVES[name], data, ts), expected)
+
+
+CONTEXTS = {
+    "vmap": lambda step, ts, data: torch.func.vmap(lambda x: step((x, data[1]), ts))(torch.stack([data[0]] * 2)),
+    "grad": lambda step, ts, data: torch.func.grad(lambda x: step((x, data[1]), ts)[1])(data[0]),
+    "jvp": lambda step, ts, data: torch.func.jvp(lambda x: step((x, data[1]), ts)[1], (data[0],), (data[0],)),
+    "data on a tape": lambda step, ts, data: step((data[0].clone().requires_grad_(), data[1]), ts),
+    "parameters on a tape": lambda step, ts, data: step(
+        data, ts.replace(parameters=pytree.tree_map(lambda p: p.clone().requires_grad_(), ts.parameters))
+    ),
+}
+
+
+@pytest.mark.parametrize("context", [*CONTEXTS, "dual"])
+def test_the_tape_stays_away_from_those_who_look_on(new, tree, data, context, monkeypatch) -> None:
+    faithful: list[bool] = []
+    original = _differentiate.withgradient
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        faithful.append(True)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(_differentiate, "withgradient", counted)
+    ts = new(tree, optim.Descent(0.1), MODEL)
+
+    def step(data: Any, ts: Any) -> Any:
+        return training.single_train_step(OBJECTIVES["all"], data, ts)
+
+    step(data, ts)
+    assert not faithful
+    if context == "dual":
+        with forward_ad.dual_level():
+            loss = step((forward_ad.make_dual(data[0], data[0]), data[1]), ts)[1]
+            assert forward_ad.unpack_dual(loss).tangent is not None
+    else:
+        CONTEXTS[context](step, ts, data)
+    assert faithful
+
+
+@pytest.mark.parametrize("hooks", [nullcontext, lambda: torch.autograd.graph.save_on_cpu()])
+def test_hooks_on_saved_tensors_are_honoured(new, data, equal, hooks) -> None:
+    ts = new(model=MODEL)
+    expected = _by_hand(OBJECTIVES["all"], ts, data)
+    with hooks():
+        grads, loss, _, _ = training.compute_gradients(OBJECTIVES["all"], data, ts)
+    equal((loss, pytree.tree_leaves(grads)), expected)
+
+
+def test_steps_compose_with_jit(new, tree, data, equal) -> None:
+    def step(data: Any, ts: Any) -> Any:
+        return training.single_train_step(OBJECTIVES["all"], data, ts)
+
+    jitted = lt.jit(step, backend="replay")
+    ts = eager = new(tree, model=MODEL)
+    for _ in range(3):
+        ts, eager = jitted(data, ts)[3], step(data, eager)[3]
+    equal(ts, eager, rtol=1e-10, atol=1e-12)
