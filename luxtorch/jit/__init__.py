@@ -1,5 +1,6 @@
 """Compiling pure functions: traced once for each kind of arguments, then called without guards."""
 
+from ._cuda_graph import CudaGraph as CudaGraph
 from ._donate import DonatedError as DonatedError
 from ._jit import jit as jit
 from ._jitted import CacheInfo as CacheInfo

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from luxtorch.core import DTypeError
 
+from ._cuda_graph import CudaGraph
 from ._donate import Donated, Pair, give_up, own, pairs, refuse
 from ._flatten import Spec
 from ._replay import Program, replay
@@ -117,10 +118,13 @@ class Compiled:
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
 
-        chosen = pairs(self.trace, self._donated) if self._donated else []
+        options = dict(options)
+        as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
+        # A CUDA graph has memory of its own, so nothing is written into what was donated.
+        chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
         with _COMPILING:
             program, self.code = compile_trace(self.trace, chosen, options)
-        self._set(program, chosen)
+        self._set(CudaGraph(program) if as_graph else program, chosen)
 
     def _compile_later(self, options: Mapping[str, Any]) -> None:
         try:
@@ -139,6 +143,20 @@ class Compiled:
 def _called(backend: Any, trace: Trace) -> Program:
     compiled = backend(trace.graph, trace.fakes)
     return lambda inputs: compiled(*inputs)
+
+
+def _is_on_one_gpu(trace: Trace) -> bool:
+    """Tell whether a CUDA graph can be made; if not, warn."""
+    devices = {fake.device for fake in (*trace.fakes, *trace.outputs())}
+    if len(devices) == 1 and devices.pop().type == "cuda" and not trace.symbolic:
+        return True
+    warnings.warn(
+        "No CUDA graph is made: it takes tensors of fixed shapes on one GPU. `lt.to_device(ts, ...)` moves all of a "
+        "training state, the optimizer's numbers too.",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+    return False
 
 
 def _without_autocast(program: Program) -> Program:

@@ -84,7 +84,9 @@ def jit(
             it is ready in milliseconds. A function is called with the graph and its inputs, and returns what to run
             (calls that autograd records are replayed then).
             None is inductor if there is a C++ compiler, and otherwise replay, with a warning.
-        options: Settings of inductor, as for `torch.compile`.
+        options: Settings of inductor, as for `torch.compile`. With `{"triton.cudagraphs": True}` on one GPU, all
+            kernels are started by one call, a CUDA graph: for many small ones. Results are copied out of the graph, so
+            they stay what they are, unlike those of `torch.compile(mode="reduce-overhead")`.
         background: Whether to replay at first, and compile in another thread meanwhile.
         maxsize: How many graphs to keep; the one unused for longest goes first.
 

@@ -29,7 +29,7 @@ def check_layer(
 
     In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
     its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `second_order`,
-    `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `compile`.
+    `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `jit`, `compile`.
 
     Args:
         layer: The layer.

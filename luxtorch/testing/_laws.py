@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luxtorch.components import ComponentVector
 from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
+from luxtorch.jit import jit
 from luxtorch.random import split
 
 from ._compare import LawError, close, same_structure, same_values
@@ -107,12 +108,36 @@ def vmap_models_law(s: Subject) -> None:
         same_values("vmap_models", got, _stacked(expected), tolerance=_LOOSE)
 
 
+def jit_law(s: Subject) -> None:
+    """The jitted layer, and its jitted gradient, are traced once and equal to the eager ones, under transforms too."""
+    for function in s.calls():
+        jitted = jit(jit(function, backend="replay"), backend="replay")
+        st = s.st
+        for _ in range(2):
+            got, expected = jitted(s.x, s.ps, st), function(s.x, s.ps, st)
+            same_values("jit", got, expected, tolerance=_LOOSE)
+            st = expected[1]
+        if (misses := jitted.cache_info().misses) > 1:
+            raise LawError("jit: the second call is traced anew.", expected="1 graph", got=f"{misses}")
+        xs = _stacked(s.inputs(2))
+        got, expected = (torch.vmap(f, in_dims=(0, None, None))(xs, s.ps, s.st) for f in (jitted, function))
+        same_values("jit, vmap", got, expected, tolerance=_LOOSE)
+    if variables := s.variables():
+        direction, objective = s.direction(variables), jit(s.of_variables, backend="replay")
+        for name, transform in (
+            ("gradient", lambda f: torch.func.grad(f, has_aux=True)(variables)),
+            ("forward", lambda f: torch.func.jvp(f, (variables,), (direction,), has_aux=True)),
+        ):
+            same_values(f"jit, {name}", transform(objective), transform(s.of_variables), tolerance=_LOOSE)
+
+
 def compile_law(s: Subject) -> None:
-    """The compiled layer, and its compiled gradient, are one graph each and equal to the eager ones."""
+    """The compiled layer, and its compiled gradient, are one graph each and equal to the eager ones, jitted or not."""
     for function in s.calls():
         graphs: list[Any] = []
         torch.compiler.reset()  # or the graphs of other layers count towards this one's limit
-        compiled = torch.compile(function, fullgraph=True, backend=_counting(s.backend, graphs))
+        # A jitted function steps aside here, so this is the function itself.
+        compiled = torch.compile(jit(function), fullgraph=True, backend=_counting(s.backend, graphs))
         st = s.st
         for _ in range(2):
             got, expected = compiled(s.x, s.ps, st), function(s.x, s.ps, st)
@@ -219,5 +244,6 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "component_vector": component_vector_law,
     "value": value_law,
     "names": names_law,
+    "jit": jit_law,
     "compile": compile_law,
 }

@@ -30,10 +30,11 @@ def draw(make_key):
 
 
 @pytest.fixture
-def check_laws(make_key, draw):
-    """Return a function that checks a form."""
+def check_laws(make_key, draw, device):
+    """Return a function that checks a form, on each device."""
 
     def check_laws(layer, inputs, exceptions=()):
-        lt.testing.check_layer(layer, *map(draw, inputs), rng=make_key(), skip=exceptions)
+        inputs = lt.to_device(list(map(draw, inputs)), device)
+        lt.testing.check_layer(layer, *inputs, rng=make_key().to(device), skip=exceptions)
 
     return check_laws
