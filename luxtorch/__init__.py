@@ -163,6 +163,7 @@ from .losses import TripletMarginLoss as TripletMarginLoss
 from .random import replicate as replicate
 
 if _TYPE_CHECKING:
+    from . import distributed as distributed
     from . import optim as optim
     from . import testing as testing
     from . import training as training
@@ -172,21 +173,70 @@ if _TYPE_CHECKING:
     from .interop import from_torch as from_torch
     from .interop import load_weights as load_weights
     from .interop import to_torch as to_torch
+    from .surgery import EMA as EMA
+    from .surgery import Frozen as Frozen
+    from .surgery import LoRA as LoRA
+    from .surgery import NonFiniteError as NonFiniteError
+    from .surgery import Shared as Shared
+    from .surgery import capture as capture
+    from .surgery import check_purity as check_purity
+    from .surgery import combine as combine
+    from .surgery import debug_mode as debug_mode
+    from .surgery import freeze as freeze
+    from .surgery import get_layer as get_layer
+    from .surgery import layer_map as layer_map
+    from .surgery import lora as lora
+    from .surgery import merge_lora as merge_lora
+    from .surgery import partition as partition
+    from .surgery import remove_weight_norm as remove_weight_norm
+    from .surgery import replace_layer as replace_layer
+    from .surgery import share_parameters as share_parameters
+    from .surgery import summary as summary
+    from .surgery import unfreeze as unfreeze
+    from .surgery import unshare_parameters as unshare_parameters
+    from .surgery import weight_norm as weight_norm
 
 
 # Optimizers load torchopt, half of what importing luxtorch would cost, and not every program takes modules of torch.nn
-# in or checks laws: these come when they are first asked for.
-_LATE_FOLDERS = frozenset(("optim", "testing", "training"))
-_OF_INTEROP = frozenset(("Inputs", "LayerModule", "export", "from_torch", "load_weights", "to_torch"))
+# in, takes models apart, or checks laws: these come when they are first asked for.
+_LATE_FOLDERS = frozenset(("distributed", "optim", "testing", "training"))
+_LATE_NAMES = {
+    "interop": ("Inputs", "LayerModule", "export", "from_torch", "load_weights", "to_torch"),
+    "surgery": (
+        "EMA",
+        "Frozen",
+        "LoRA",
+        "NonFiniteError",
+        "Shared",
+        "capture",
+        "check_purity",
+        "combine",
+        "debug_mode",
+        "freeze",
+        "get_layer",
+        "layer_map",
+        "lora",
+        "merge_lora",
+        "partition",
+        "remove_weight_norm",
+        "replace_layer",
+        "share_parameters",
+        "summary",
+        "unfreeze",
+        "unshare_parameters",
+        "weight_norm",
+    ),
+}
+_FOLDER_OF = {name: folder for folder, names in _LATE_NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> _Any:
     if name in _LATE_FOLDERS:
         return _import_module(f".{name}", __name__)
-    if name in _OF_INTEROP:
-        return getattr(_import_module(".interop", __name__), name)
+    if name in _FOLDER_OF:
+        return getattr(_import_module(f".{_FOLDER_OF[name]}", __name__), name)
     raise AttributeError(f"module 'luxtorch' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE_FOLDERS, *_OF_INTEROP})
+    return sorted({*globals(), *_LATE_FOLDERS, *_FOLDER_OF})

@@ -46,23 +46,28 @@ def _lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: int) ->
         return
     arguments = layer.extra_repr()
     yield f"{head}{arguments}," if arguments else head, ""
-    for first, shown, child, repeats in _folded(children):
+    for first, shown, child, repeats in _folded(children, ps, st):
         yield from _lines(shown, child, subtree(ps, first), subtree(st, first), depth + 1, repeats)
     yield f"{_INDENT * depth}),", ""
 
 
-def _folded(children: Mapping[str, Layer]) -> Iterator[tuple[str, str, Layer, int]]:
+def _folded(children: Mapping[str, Layer], ps: Any, st: Any) -> Iterator[tuple[str, str, Layer, int]]:
     """Yield each run of equal layers once: its first name, the name to show, the layer, the length of the run."""
-    items = list(children.items())
+    # Where some parameters are frozen or shared, equal layers may have different trees.
+    items = [(name, (child, _shapes(ps, name), _shapes(st, name))) for name, child in children.items()]
     while items:
-        first, layer = items[0]
+        first, (layer, *shapes) = items[0]
         stem, _, number = first.rpartition("_")
         length = 1
         if number.isdigit():
-            while items[length : length + 1] == [(f"{stem}_{int(number) + length}", layer)]:
+            while items[length : length + 1] == [(f"{stem}_{int(number) + length}", (layer, *shapes))]:
                 length += 1
         yield first, first if length == 1 else f"{stem}_({number}-{int(number) + length - 1})", layer, length
         items = items[length:]
+
+
+def _shapes(tree: Any, name: str) -> list[Any]:
+    return [(path, getattr(leaf, "shape", ())) for path, leaf in named_leaves(subtree(tree, name))]
 
 
 def _note(ps: Any, st: Any, times: int) -> str:

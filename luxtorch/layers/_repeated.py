@@ -187,8 +187,10 @@ class AlternatePrecision(WrapperLayer):
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the output in the input's precision, and the states in theirs."""
         own = next((leaf.dtype for leaf in tree_leaves(x) if _is_real(leaf)), None)
-        y, new = self.layer(*(_all_cast(tree, self.dtype) for tree in (x, ps, st)))
-        new = tree_map(lambda leaf, old: _cast(leaf, old.dtype), new, st)
+        low_x, low_ps, low_st = (_all_cast(tree, self.dtype) for tree in (x, ps, st))
+        y, new = self.layer(low_x, low_ps, low_st)
+        # What the layer has left alone, such as frozen parameters, keeps its digits.
+        new = tree_map(lambda leaf, low, old: old if leaf is low else _cast(leaf, old.dtype), new, low_st, st)
         return (y if own is None else _all_cast(y, own)), new
 
     def extra_repr(self) -> str:

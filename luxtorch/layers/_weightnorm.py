@@ -57,8 +57,11 @@ class WeightNorm(Reparametrized):
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return the layer's own, taken apart."""
-        ps = dict(self.layer.initial_parameters(key))
-        normalized = {}
+        return self.taken_apart(self.layer.initial_parameters(key))
+
+    def taken_apart(self, ps: Parameters) -> dict[str, Any]:
+        """Return parameters of the layer as lengths, directions and others."""
+        ps, normalized = dict(ps), {}
         for name in self.names:
             normalized[f"{name}_g"] = _norm(ps[name], self.dim)
             normalized[f"{name}_v"] = ps.pop(name)
@@ -75,11 +78,15 @@ class WeightNorm(Reparametrized):
         if not torch.compiler.is_compiling():
             self._require_names("normalized", normalized, self._wanted[0])
             self._require_names("unnormalized", unnormalized, self._wanted[1])
-        whole = dict(unnormalized)
+        return self.layer(x, self.put_together(ps), st)
+
+    def put_together(self, ps: Parameters) -> dict[str, Any]:
+        """Return the parameters of the layer."""
+        normalized, whole = ps["normalized"], dict(ps["unnormalized"])
         for name in self.names:
             v = normalized[f"{name}_v"]
             whole[name] = v * (normalized[f"{name}_g"] / _norm(v, self.dim))
-        return self.layer(x, whole, st)
+        return whole
 
     @cached_property
     def _wanted(self) -> tuple[frozenset[str], frozenset[str]]:

@@ -1,0 +1,114 @@
+"""Trees of parameters in parts: `partition` and `combine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luxtorch.core import DTypeError, InputError, flatten_names, nested_dicts
+from luxtorch.core._paths import select
+
+from ._trees import closed, merged, ordered, taken
+
+
+def partition(tree: Mapping[str, Any], *paths: str | Callable[[str], bool]) -> tuple[Any, ...]:
+    """Divide a tree of tensors into parts: one for each path, and the rest.
+
+    Each part is a tree by itself, to be differentiated, optimized or put into a `ComponentVector`; `combine` puts them
+    together again. To leave parameters out of the training of a model for good, `freeze` is simpler.
+
+    Args:
+        tree: Parameters, states or gradients; nested dicts or a ComponentVector.
+        *paths: Dotted paths such as `"layer_1"`, which stand for everything below them, or predicates on dotted names.
+
+    Returns:
+        A tuple of trees, the rest last. Every part has all groups, empty ones too. What is no tensor, such as the mode
+        of a layer, belongs to the rest. Parts of a ComponentVector are ComponentVectors.
+
+    Raises:
+        KeyNameError: If a path stands for no tensor.
+        InputError: If there is no path, or a tensor belongs to two parts.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.Chain(lt.Dense(2, 8, torch.tanh), lt.Dense(8, 1))
+        >>> ps, st = lt.setup(0, model)
+        >>> head, biases, rest = lt.partition(ps, "layer_2", lambda name: name == "layer_1.bias")
+        >>> [list(lt.flatten_names(part)) for part in (head, biases, rest)]
+        [['layer_2.weight', 'layer_2.bias'], ['layer_1.bias'], ['layer_1.weight']]
+        >>> x = torch.ones(4, 2)
+        >>> grads = torch.func.grad(lambda head: model(x, lt.combine(head, biases, rest), st)[0].sum())(head)
+        >>> grads["layer_2"]["bias"]
+        tensor([4.])
+
+    Source: `partition` of Equinox, for any number of parts.
+    """
+    if not paths:
+        raise InputError(
+            "There is nothing to divide by.", expected='partition(ps, "layer_1"), or several paths', got=""
+        )
+    rest = _tree("partition", tree)
+    owner: dict[str, Any] = {}
+    parts = []
+    for path in paths:
+        chosen = select(path, list(flatten_names(tree)), "tensor")
+        for name in chosen & owner.keys():
+            raise InputError(
+                "A tensor belongs to two parts.",
+                expected="paths that have nothing in common",
+                got=f"'{owner[name]}' and '{path}'",
+                where=name,
+            )
+        owner.update(dict.fromkeys(chosen, path))
+        rest, part = taken(rest, chosen)
+        parts.append(part)
+    return tuple(closed(part, tree) for part in (*parts, rest))
+
+
+def combine(*trees: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Any:
+    """Put the parts of a tree together again: the inverse of `partition`.
+
+    Args:
+        *trees: The parts, in any order.
+        like: A tree whose order of names the result is to have. Layers do not care for the order, but the layout of a
+            ComponentVector is in it.
+
+    Returns:
+        One tree; a ComponentVector if the first part is one.
+
+    Raises:
+        InputError: If there are no parts, or something stands in two of them.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> ps = {"layer_1": {"weight": torch.ones(1), "bias": torch.zeros(1)}}
+        >>> bias, rest = lt.partition(ps, "layer_1.bias")
+        >>> lt.combine(bias, rest, like=ps)
+        {'layer_1': {'weight': tensor([1.]), 'bias': tensor([0.])}}
+
+    Source: `combine` of Equinox.
+    """
+    if not trees:
+        raise InputError("There is nothing to combine.", expected="combine(part, rest)", got="no trees")
+    whole = _tree("combine", trees[0])
+    for tree in trees[1:]:
+        try:
+            whole = merged(whole, _tree("combine", tree), new_groups=True)
+        except KeyError as error:
+            raise InputError(
+                f"'{error.args[0]}' stands in two of the trees.",
+                expected="parts that have nothing in common, as lt.partition makes them",
+                fix="To put new values in place of old ones, combine them with the rest alone.",
+            ) from None
+    return closed(whole if like is None else ordered(whole, like), trees[0])
+
+
+def _tree(function: str, tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise DTypeError(
+            f"{function} takes trees of tensors.",
+            expected="nested dicts, or a ComponentVector",
+            got=f"a {type(tree).__name__}",
+            fix="Paths come after the tree: lt.partition(ps, 'layer_1')." * (function == "partition"),
+        )
+    return nested_dicts(tree)

@@ -1,0 +1,216 @@
+"""Finding layers that are no pure functions: `check_purity`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import (
+    InputError,
+    Layer,
+    Parameters,
+    States,
+    initial_parameters,
+    initial_states,
+    nested_dicts,
+    tree_map,
+)
+from luxtorch.random import Rng, as_key
+
+from ._global_random import generators, moved, reseed, restored
+from ._purity_snapshot import Snapshot, same
+from ._watch import Call, Path, describe, watched
+
+
+@dataclass(frozen=True)
+class Impurity:
+    """Hold in what a layer is no pure function.
+
+    Attributes:
+        path: The path of the layer, such as `"encoder.layer_2"`; empty for the model itself.
+        layer: The layer on one line.
+        kind: `"mutates"`, `"random"`, `"state"` or `"unrepeatable"`.
+        what: What it does.
+    """
+
+    path: str
+    layer: str
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(filter(None, ('model', self.path)))} ({self.layer}) {self.what}"
+
+
+@dataclass(frozen=True)
+class PurityReport:
+    """Hold what `check_purity` has found; it is true if that is nothing."""
+
+    findings: tuple[Impurity, ...]
+
+    def __bool__(self) -> bool:
+        return not self.findings
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return "Every layer is a pure function."
+        lines = [f"- {finding}\n  fix: {_FIXES[finding.kind]}" for finding in self.findings]
+        return "\n".join([f"{len(lines)} found:", *lines])
+
+
+_FIXES = {
+    "mutates": "Make a new tensor or dict, such as x + 1 for x.add_(1), and {**st, name: value} for st[name] = value.",
+    "random": "Keep a key in the states, and draw from it: key, rng = lt.random.split(st['rng']).",
+    "state": "Return {**st, name: value.detach()}: the names that came, and of layers inside what they returned.",
+    "unrepeatable": "Keep what changes from call to call in the states.",
+}
+
+
+def check_purity(
+    layer: Layer, x: Any, ps: Parameters | None = None, st: States | None = None, *, rng: Rng = 0
+) -> PurityReport:
+    """Find the layers inside a model that are no pure functions, and say what they do.
+
+    The model is called twice, and every layer inside is watched: whether it changes its input, its parameters or its
+    states; whether it reads or moves on the global random numbers of torch, NumPy or Python; whether the states that it
+    returns have the names, shapes and dtypes of those that came, are detached, and hold what the layers inside have
+    returned; and whether it returns the same for the same arguments. The arguments are copied before, and the global
+    random numbers are put back.
+
+    Args:
+        layer: The model.
+        x: An input.
+        ps: Its parameters; the initial ones if None.
+        st: Its states; the initial ones if None.
+        rng: A seed, a key or a generator for the initial ones.
+
+    Returns:
+        A report, to print. Of a fault of one kind, the innermost layer is named, and not those around it: look again
+        after mending it.
+
+    Raises:
+        InputError: If the first argument is no layer.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> def noisy(x):
+        ...     return x + torch.randn(3)
+        >>> print(lt.check_purity(lt.Chain(lt.Dense(2, 3), noisy), torch.ones(4, 2)))
+        1 found:
+        - model.layer_2 (WrappedFunction noisy) uses the global random numbers of torch.
+          fix: Keep a key in the states, and draw from it: key, rng = lt.random.split(st['rng']).
+
+    To check a layer of one's own by all laws of luxtorch, transforms included, there is `lt.testing.check_layer`.
+    """
+    if not isinstance(layer, Layer):
+        raise InputError(
+            "Only a layer can be checked.",
+            expected="check_purity(model, x)",
+            got=f"{layer!r:.80} of type {type(layer).__name__}",
+        )
+    key = as_key(rng)
+    ps = initial_parameters(key, layer) if ps is None else ps
+    st = initial_states(key, layer) if st is None else st
+    runs = []
+    for seed in range(2):
+        watch = _Watch()
+        model = watched(layer, watch)
+        with restored(), torch.enable_grad():
+            reseed(seed)
+            model(_copied(x), _followed(nested_dicts(ps)), _copied(st))
+        runs.append(watch)
+    first, second = runs
+    return PurityReport((*first.findings, *_unrepeated(first, second)))
+
+
+@dataclass(frozen=True)
+class _Called:
+    """Hold a call: copies of what went in and came out, so far as these are tensors."""
+
+    path: Path
+    layer: Layer
+    given: list[dict[str, Any]]
+    returned: list[dict[str, Any]]
+
+
+@dataclass(eq=False)
+class _Watch:
+    """Watch the calls of layers.
+
+    Attributes:
+        findings: What was found.
+        calls: The calls, inner ones before those around them.
+        states: The states that each layer has returned last.
+    """
+
+    findings: list[Impurity] = field(default_factory=list)
+    calls: list[_Called] = field(default_factory=list)
+    states: dict[Path, Any] = field(default_factory=dict)
+
+    def __call__(self, call: Call, layer: Layer, path: Path, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+        before = [Snapshot("input", x), Snapshot("parameter", ps), Snapshot("state", st)]
+        random, known = generators(), len(self.findings)
+        y, new = call(x, ps, st)
+        found = [("mutates", line) for snapshot in before for line in snapshot.changes()]
+        found += [("random", f"uses the global random numbers of {name}.") for name in moved(random, generators())]
+        found += [("state", line) for line in before[2].faults(new)]
+        found += [("state", line) for line in self._dropped(layer, path, new)]
+        inside = {finding.kind for finding in self.findings[known:]}
+        for kind, what in found:
+            finding = _finding(path, layer, kind, what)
+            if kind not in inside and finding not in self.findings:
+                self.findings.append(finding)
+        self.states[path] = new
+        given = [snapshot.copies for snapshot in before]
+        self.calls.append(_Called(path, layer, given, [Snapshot("output", (y, new)).copies]))
+        return y, new
+
+    def _dropped(self, layer: Layer, path: Path, new: Any) -> Iterator[str]:
+        """Say which states that layers inside have returned are not among those returned."""
+        for name in layer.children():
+            inner = self.states.get((*path, name))
+            if not name or inner is None or not isinstance(new, Mapping) or name not in new:
+                continue
+            if not same([Snapshot("state", new[name]).copies], [Snapshot("state", inner).copies]):
+                yield f"does not return the new states of '{name}'."
+
+
+def _unrepeated(first: _Watch, second: _Watch) -> Iterator[Impurity]:
+    """Yield the layers that returned something else for the same arguments, unless why is known already."""
+    known = {finding.path for finding in first.findings if finding.kind == "random"}
+    for one, other in zip(first.calls, second.calls, strict=False):
+        if one.path != other.path:  # it has gone another way, for a reason that was found before
+            return
+        if not same(one.given, other.given) or same(one.returned, other.returned):
+            continue
+        finding = _finding(one.path, one.layer, "unrepeatable", "returns something else when it is called again.")
+        if not any(_within(path, finding.path) for path in known):
+            known.add(finding.path)
+            yield finding
+
+
+def _within(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _finding(path: Path, layer: Layer, kind: str, what: str) -> Impurity:
+    return Impurity(".".join(filter(None, path)), describe(layer), kind, what)
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _followed(tree: Any) -> Any:
+    """Return a copy whose tensors autograd records, and which may be written to nevertheless."""
+
+    def follow(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf
+        return leaf.requires_grad_().clone()
+
+    return tree_map(follow, _copied(tree))
