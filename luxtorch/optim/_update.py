@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torchopt
+from torchopt.base import ChainedGradientTransformation
 
 from ._leaves import Leaves, from_components, pair, rebuild, to_components
 from ._list_rule import ListRule
@@ -61,6 +62,16 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
 
 
 def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[Any, Any]:
+    rule, state = opt_state.layout.rule, opt_state.state
     grads = rebuild(ps, iter(leaves.grads))
-    updates, state = opt_state.layout.rule.update(grads, opt_state.state, params=ps, inplace=False)
+    if isinstance(rule, ChainedGradientTransformation):
+        *firsts, last = rule.transformations
+        if isinstance(last, ListRule) and last.descends:
+            # As `rule.update` would do, but the last step is ours, with its kernel.
+            *states, last_state = state
+            for i, first in enumerate(firsts):
+                grads, states[i] = first.update(grads, states[i], params=ps, inplace=False)
+            params, last_state = last.step(pair(ps, grads), last_state)
+            return rebuild(ps, iter(params)), (*states, last_state)
+    updates, state = rule.update(grads, state, params=ps, inplace=False)
     return torchopt.apply_updates(ps, updates, inplace=False), state

@@ -1,0 +1,116 @@
+"""The share of the data that belongs to this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils.data import Subset
+
+from luxtorch.core import DTypeError, InputError, named_leaves
+
+from ._world import rank, world_size
+
+
+def shard_data(dataset: Any, *, uneven: Literal["error", "drop", "repeat"] = "error") -> Any:
+    """Return this rank's share of the data: a contiguous part, of the same size on every rank.
+
+    Share out either the whole dataset once, or every batch: the shares of a batch, joined, are the batch, so that
+    data-parallel training sees what a single process sees.
+
+    Args:
+        dataset: Tensors or NumPy arrays with a common first dimension, alone or in a tree such as `(x, y)`; or a
+            dataset with a length, such as those of torch. A list of tensors is taken for a tree.
+        uneven: What to do where the ranks do not divide the items. With shares of different sizes one rank would take
+            more steps than the others, which would wait for it: so "error", "drop" the last items, or "repeat" the
+            first ones.
+
+    Returns:
+        The share: a tree of slices, or a `torch.utils.data.Subset`. On a single process, what came.
+
+    Raises:
+        InputError: If the items are not shared out evenly and `uneven` is "error", if there are too few for a share,
+            or if the first dimensions differ.
+        DTypeError: If the dataset has no length.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import distributed
+        >>> x, y = distributed.shard_data((torch.zeros(8, 3), torch.zeros(8)))
+        >>> x.shape[0] * distributed.world_size()
+        8
+
+    Source: `DistributedDataContainer` of Lux's DistributedUtils; `torch.utils.data.DistributedSampler`.
+    """
+    if uneven not in ("error", "drop", "repeat"):
+        raise InputError(
+            "There is no such way to share out uneven data.",
+            expected="'error', 'drop' or 'repeat'",
+            got=repr(uneven),
+        )
+    arrays = [(name, leaf) for name, leaf in named_leaves(dataset) if _is_array(leaf)]
+    in_tree = bool(arrays) and len(arrays) == len(pytree.tree_leaves(dataset))
+    indices = _share(_common_size(arrays) if in_tree else _length(dataset), uneven)
+    if world_size() == 1:
+        return dataset
+    return pytree.tree_map(lambda leaf: _rows(leaf, indices), dataset) if in_tree else Subset(dataset, indices)
+
+
+def _share(total: int, uneven: str) -> Sequence[int]:
+    """Return the indices of this rank's items."""
+    ranks = world_size()
+    size, rest = divmod(total, ranks)
+    if rest and uneven == "error":
+        raise InputError(
+            f"{total} items cannot be shared out evenly.",
+            expected=f"a multiple of {ranks}, the number of ranks",
+            got=str(total),
+            fix='Pass uneven="drop" to leave out the last ones, or uneven="repeat" to use the first ones twice.',
+        )
+    if rest and uneven == "repeat":
+        start = rank() * (size + 1)
+        return [i % total for i in range(start, start + size + 1)]
+    if size == 0 and ranks > 1:
+        raise InputError(
+            "There are fewer items than ranks.",
+            expected=f"at least {ranks} items",
+            got=str(total),
+            fix="Start fewer processes.",
+        )
+    return range(rank() * size, (rank() + 1) * size)
+
+
+def _is_array(leaf: Any) -> bool:
+    return bool(getattr(leaf, "shape", None)) and hasattr(leaf, "dtype")
+
+
+def _common_size(arrays: list[tuple[str, Any]]) -> int:
+    sizes = {name or "it": int(leaf.shape[0]) for name, leaf in arrays}
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            "The tensors do not hold the same number of items.",
+            expected="a common first dimension",
+            got=", ".join(f"'{name}' has {size}" for name, size in sizes.items()),
+        )
+    return next(iter(sizes.values()))
+
+
+def _length(dataset: Any) -> int:
+    has_items = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not has_items or isinstance(dataset, (dict, Tensor)):
+        raise DTypeError(
+            "The data cannot be shared out.",
+            expected="tensors with a common first dimension, or a dataset with a length and with indices",
+            got=type(dataset).__name__,
+            fix="Let each rank read its own part of a stream, by distributed.rank() and distributed.world_size().",
+        )
+    return len(dataset)
+
+
+def _rows(leaf: Any, indices: Sequence[int]) -> Any:
+    if isinstance(indices, range):
+        return leaf[indices.start : indices.stop]
+    return leaf[torch.tensor(indices, device=leaf.device) if isinstance(leaf, Tensor) else list(indices)]

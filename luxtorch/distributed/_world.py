@@ -1,0 +1,158 @@
+"""Which process this is, and of how many."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from luxtorch.core import InputError
+
+from ._failure import collective
+
+
+def initialize(
+    backend: str | None = None,
+    *,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout: float = 600.0,
+) -> None:
+    """Join the other processes of this run.
+
+    Under `torchrun` no argument is needed. A script that was started without it is a world of one, in which all of
+    `luxtorch.distributed` leaves what it is given as it is: the same script runs alone. A second call does nothing,
+    nor does one after `torch.distributed.init_process_group`.
+
+    Where there are GPUs, the current one becomes that of the process: the first process of a machine takes the first
+    GPU, and so on, from the beginning again where there are too few. `lt.gpu_device()` is that GPU.
+
+    Args:
+        backend: "gloo", "nccl" or another backend of torch. By default gloo, and NCCL for tensors on GPUs; both are
+            needed there, for an optimizer's hyperparameters stay on the CPU.
+        init_method: Where the processes meet, such as "file:///shared/meet"; by default where torchrun says.
+        rank: The number of this process, if there is an `init_method`.
+        world_size: The number of processes, if there is an `init_method`.
+        timeout: After how many seconds a collective that a rank does not join is an error. With gloo, every rank
+            that waits then raises a `DistributedError`; with NCCL, which does not let the CPU wait, torch ends the
+            process, unless the environment variable TORCH_NCCL_BLOCKING_WAIT is 1.
+
+    Raises:
+        InputError: If the arguments do not belong together.
+        DistributedError: If the processes do not meet.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.initialize()
+        >>> distributed.rank(), distributed.world_size()
+        (0, 1)
+
+    Source: `DistributedUtils.initialize` of Lux; `torch.distributed.init_process_group`.
+    """
+    _check(init_method, rank, world_size, timeout)
+    if initialized() or (init_method is None and "RANK" not in os.environ):
+        return
+    if torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", rank or 0))
+        torch.cuda.set_device(number % torch.cuda.device_count())
+        backend = backend or "cpu:gloo,cuda:nccl"
+    with collective("meeting"):
+        try:
+            dist.init_process_group(
+                backend or "gloo",
+                init_method=init_method,
+                rank=-1 if rank is None else rank,
+                world_size=-1 if world_size is None else world_size,
+                timeout=timedelta(seconds=timeout),
+            )
+        except ValueError as error:  # a part of torchrun's environment is missing, or a backend is unknown
+            raise InputError(
+                "The processes cannot meet.",
+                expected="a start by torchrun, or init_method, rank and world_size",
+                got=str(error),
+                fix="Start by `torchrun --nproc-per-node 2 script.py`.",
+            ) from error
+
+
+def _check(init_method: str | None, rank: int | None, world_size: int | None, timeout: float) -> None:
+    given = [value is not None for value in (init_method, rank, world_size)]
+    if any(given) != all(given):
+        raise InputError(
+            "A place to meet, a rank and a number of processes belong together.",
+            expected="all of init_method, rank and world_size, or under torchrun none of them",
+            got=f"init_method={init_method!r}, rank={rank}, world_size={world_size}",
+        )
+    if rank is not None and world_size is not None and not 0 <= rank < world_size:
+        raise InputError("There is no such rank.", expected=f"0 <= rank < {world_size}", got=f"rank={rank}")
+    if not timeout > 0:
+        raise InputError("The time-out is not positive.", expected="seconds, timeout > 0", got=f"timeout={timeout}")
+
+
+def shutdown() -> None:
+    """Leave the other processes; without `initialize` before, nothing happens.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.shutdown()
+        >>> distributed.initialized()
+        False
+
+    Source: `torch.distributed.destroy_process_group`.
+    """
+    if initialized():
+        dist.destroy_process_group()
+
+
+def initialized() -> bool:
+    """Return whether this process has joined others, by `initialize` or by torch's own means.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.initialized()
+        False
+
+    Source: `DistributedUtils.initialized` of Lux.
+    """
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0; it is 0 in a process of its own.
+
+    Only one rank should print, draw and save what all have: `if distributed.rank() == 0: ...`.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.rank()
+        0
+
+    Source: `local_rank` of Lux's DistributedUtils, which is the rank among all processes.
+    """
+    return dist.get_rank() if initialized() else 0
+
+
+def local_rank() -> int:
+    """Return the number of this process on its own machine, as torchrun says; without torchrun, its rank.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.local_rank()
+        0
+    """
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def world_size() -> int:
+    """Return the number of processes; it is 1 in a process of its own.
+
+    Example:
+        >>> from luxtorch import distributed
+        >>> distributed.world_size()
+        1
+
+    Source: `total_workers` of Lux's DistributedUtils.
+    """
+    return dist.get_world_size() if initialized() else 1
