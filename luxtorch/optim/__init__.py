@@ -48,5 +48,7 @@ from ._schedules import one_cycle as one_cycle
 from ._schedules import piecewise as piecewise
 from ._schedules import polynomial as polynomial
 from ._schedules import warmup_cosine as warmup_cosine
+from ._scipy import scipy_least_squares as scipy_least_squares
+from ._scipy import scipy_minimize as scipy_minimize
 from ._setup import setup as setup
 from ._update import update as update

@@ -194,7 +194,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return a new vector of the elements of all tensors."""
     if len({tensor.device for tensor in tensors}) > 1:
         raise InputError(
-            "LBFGS needs all parameters on one device.",
+            "All parameters have to be on one device.",
             got=", ".join(dict.fromkeys(str(tensor.device) for tensor in tensors)),
         )
     return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
