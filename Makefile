@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest fuzz doctest lint types format wheel ci clean
+.PHONY: help venv demo test test-slow test-oldest fuzz doctest lint types format wheel bench ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -57,11 +57,16 @@ wheel: .venv/.stamp .venv-oldest/constraints.txt ## build the wheel, install it 
 		&& $(CURDIR)/.venv-wheel/bin/python -c "import luxtorch; assert 'site-packages' in luxtorch.__file__" \
 		&& $(CURDIR)/.venv-wheel/bin/pytest tests $(WITHOUT_SLOW)
 
+# Torch's candidates run also where JAX cannot be installed; the report says so then.
+bench: .venv/.stamp ## time luxtorch and its rivals, on some problems with ONLY="W1 W3"
+	$(MAKE) --no-print-directory .venv-jax/.stamp || echo "JAX could not be installed; its rows are left out."
+	.venv/bin/python -m benchmarks $(ONLY)
+
 ci: ## run all that CI runs
 	.ci/run
 
 clean: ## remove the environments and all that the tools left
-	rm -rf .venv .venv-oldest .venv-wheel build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-wheel .venv-jax build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.stamp: pyproject.toml constraints.txt
@@ -76,4 +81,9 @@ clean: ## remove the environments and all that the tools left
 .venv-oldest/.stamp: pyproject.toml .venv-oldest/constraints.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-jax/.stamp: benchmarks/constraints-jax.txt
+	test -x .venv-jax/bin/python || $(PYTHON) -m venv .venv-jax
+	.venv-jax/bin/python $(PIP_INSTALL) -r benchmarks/constraints-jax.txt
 	touch $@

@@ -1,0 +1,86 @@
+"""The command: `python -m benchmarks [problems]`; `make bench` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import platform
+import sys
+from pathlib import Path
+
+from .problems import PROBLEMS
+from .report import draw, markdown, replace_between, summary
+from .turns import ROOT, Row, Settings, candidates, interpreters, measure
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("problems", nargs="*", help="names or patterns, such as W1 'B1-*'; the main ones by default")
+    parser.add_argument("--candidates", nargs="*", help="names or patterns, such as 'lt.jit*'; all by default")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=len(_cores()), help="threads of each candidate")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.15, help="the length of a turn")
+    parser.add_argument("--jax", default=str(ROOT / ".venv-jax/bin/python"), help="the interpreter that has JAX")
+    parser.add_argument("--out", type=Path, help="the folder for report.md and report.png")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure and report; the exit status is 1 if candidates disagree."""
+    options = arguments()
+    patterns = options.problems
+    chosen = [p for p in PROBLEMS.values() if _matches(p.name, patterns) or (not patterns and p.main)]
+    if not chosen:
+        print(f"There is no such problem; these are there: {' '.join(PROBLEMS)}", file=sys.stderr)
+        return 2
+    pythons, missing = interpreters(options.jax)
+    if options.device != "cpu":
+        pythons, missing = {"torch": sys.executable}, "on a GPU only torch is timed"
+    settings = Settings(pythons, options.device, options.threads, options.rounds, options.seconds)
+    results: dict[str, list[Row]] = {}
+    versions: dict[str, str] = {}
+    out = options.out or (HERE / "results" if patterns or options.candidates else HERE)
+    out.mkdir(parents=True, exist_ok=True)
+    names = candidates(chosen, pythons)
+    for problem in chosen:
+        print(f"{problem.name}: {problem.title}", flush=True)
+        wanted = [one for one in names[problem.name] if not options.candidates or _matches(one[1], options.candidates)]
+        results[problem.name], found = measure(problem, wanted, settings)
+        versions |= found
+        _write(results, settings, versions, missing, out)  # as far as it is: a long run may be stopped
+    if not (patterns or options.candidates) and options.device == "cpu":
+        page = ROOT / "docs/performance.md"
+        page.write_text(replace_between(page.read_text(), summary(results)))
+    print(f"Written to {out}/report.md")
+    return any(row.error.startswith("disagrees") for rows in results.values() for row in rows)
+
+
+def _write(
+    results: dict[str, list[Row]], settings: Settings, versions: dict[str, str], missing: str, out: Path
+) -> None:
+    about = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {settings.threads} threads for each candidate, Python "
+        f"{platform.python_version()}, device {settings.device}",
+        f"{settings.rounds} shuffled rounds of {settings.seconds} s, a process for each candidate, one at a time",
+        *versions.values(),
+        *([f"No JAX: {missing}."] if missing else []),
+    ]
+    (out / "report.md").write_text(markdown(results, about, "report.png"))
+    draw(results, out / "report.png")
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}-") for pattern in patterns)
+
+
+def _cores() -> range:
+    return range(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

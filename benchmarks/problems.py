@@ -1,0 +1,219 @@
+"""The problems: what they are called, and their data and initial values as arrays, the same in every process.
+
+This file needs numpy alone, since both environments read it. Parameters have the names that luxtorch gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+LR = 1e-5
+"""Small, so that rounding decides nothing in four steps, and no loss is at zero after thousands."""
+
+
+class Data(NamedTuple):
+    """Hold initial parameters by name, inputs and targets."""
+
+    ps: Arrays
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Problem(NamedTuple):
+    """Describe a problem.
+
+    Attributes:
+        name: What `ONLY` selects it by.
+        title: One line for the report.
+        family: Which file of `torch_rows` and `jax_rows` has its candidates.
+        model: Which model in `models.py` it takes.
+        make: Draws its data from a generator.
+        loss: "cross entropy", "mean square" or "sum of squares".
+        optimizer: "Adam" or "SGD", with the learning rate `LR`.
+        activation: The activation of layers that leave it open.
+        main: Whether it runs when nothing was selected.
+    """
+
+    name: str
+    title: str
+    family: str
+    model: str
+    make: Callable[[np.random.Generator], Data]
+    loss: str = "cross entropy"
+    optimizer: str = "Adam"
+    activation: str = "relu"
+    main: bool = True
+
+    def data(self) -> Data:
+        """Return the data and initial values, always the same."""
+        return self.make(np.random.default_rng(0))
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _glorot(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    kernel = int(np.prod(shape[2:]))
+    bound = (6 / (kernel * (shape[0] + shape[1]))) ** 0.5
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _weights(rng: np.random.Generator, name: str, *shape: int) -> Arrays:
+    return {f"{name}.weight": _glorot(rng, shape), f"{name}.bias": 0.1 * _normal(rng, shape[0])}
+
+
+def _norm(name: str, size: int) -> Arrays:
+    return {f"{name}.scale": np.ones(size, np.float32), f"{name}.bias": np.zeros(size, np.float32)}
+
+
+def _mlp(rng: np.random.Generator, *widths: int) -> Arrays:
+    ps: Arrays = {}
+    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), 1):
+        ps |= _weights(rng, f"layer_{number}", outputs, inputs)
+    return ps
+
+
+def _classes(rng: np.random.Generator, batch: int, classes: int = 10) -> np.ndarray:
+    return rng.integers(classes, size=batch)
+
+
+def _tiny(rng: np.random.Generator) -> Data:
+    return Data(_weights(rng, "layer_1", 5, 10), _normal(rng, 20, 10), _normal(rng, 20, 5))
+
+
+def _perceptron(batch: int, *widths: int) -> Callable[[np.random.Generator], Data]:
+    return lambda rng: Data(_mlp(rng, *widths), _normal(rng, batch, widths[0]), _classes(rng, batch))
+
+
+def _deep(rng: np.random.Generator) -> Data:
+    return Data(_mlp(rng, *[32] * 51), _normal(rng, 32, 32), _normal(rng, 32, 32))
+
+
+def _cnn(rng: np.random.Generator) -> Data:
+    ps = _weights(rng, "layer_1", 32, 3, 3, 3) | _norm("layer_2", 32)
+    ps |= _weights(rng, "layer_4", 64, 32, 3, 3) | _norm("layer_5", 64)
+    ps |= _weights(rng, "layer_7", 64, 64, 3, 3) | _norm("layer_8", 64)
+    return Data(ps | _weights(rng, "layer_10", 10, 64), _normal(rng, 32, 3, 32, 32), _classes(rng, 32))
+
+
+def _lstm(rng: np.random.Generator) -> Data:
+    ps = {"layer_1.weight_ih": _glorot(rng, (256, 32)), "layer_1.weight_hh": _glorot(rng, (256, 64))}
+    ps |= {"layer_1.bias_ih": 0.1 * _normal(rng, 256), "layer_1.bias_hh": 0.1 * _normal(rng, 256)}
+    return Data(ps | _weights(rng, "layer_2", 10, 64), _normal(rng, 32, 100, 32), _classes(rng, 32))
+
+
+def _transformer(rng: np.random.Generator) -> Data:
+    ps = _weights(rng, "layer_1", 128, 32)
+    for layer in ("layer_2", "layer_3"):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            ps |= _weights(rng, f"{layer}.self_attn.{name}", 128, 128)
+        ps |= _weights(rng, f"{layer}.linear1", 512, 128) | _weights(rng, f"{layer}.linear2", 128, 512)
+        ps |= _norm(f"{layer}.norm1", 128) | _norm(f"{layer}.norm2", 128)
+    return Data(ps | _weights(rng, "layer_5", 10, 128), _normal(rng, 16, 64, 32), _classes(rng, 16))
+
+
+def _ensemble(rng: np.random.Generator) -> Data:
+    members = [_mlp(rng, 20, 64, 64, 1) for _ in range(32)]
+    ps = {name: np.stack([member[name] for member in members]) for name in members[0]}
+    return Data(ps, _normal(rng, 64, 20), _normal(rng, 64, 1))
+
+
+def _many_tensors(rng: np.random.Generator) -> Data:
+    ps = {f"tensor_{i}": _normal(rng, 1_000 if i < 300 else 1_000_000) for i in range(304)}
+    return Data(ps, np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def _normed_mlp(rng: np.random.Generator) -> Data:
+    ps: Arrays = {}
+    for number in range(6):
+        ps |= _weights(rng, f"layer_{2 * number + 1}", 256, 256 if number else 32) | _norm(
+            f"layer_{2 * number + 2}", 256
+        )
+    return Data(ps | _weights(rng, "layer_13", 10, 256), _normal(rng, 256, 32), _classes(rng, 256))
+
+
+def _lenet(batch: int) -> Callable[[np.random.Generator], Data]:
+    def make(rng: np.random.Generator) -> Data:
+        ps = _weights(rng, "layer_1", 6, 1, 5, 5) | _weights(rng, "layer_3", 16, 6, 5, 5)
+        for name, outputs, inputs in (("layer_6", 120, 256), ("layer_7", 84, 120), ("layer_8", 10, 84)):
+            ps |= _weights(rng, name, outputs, inputs)
+        return Data(ps, _normal(rng, batch, 1, 28, 28), _classes(rng, batch))
+
+    return make
+
+
+def _layer(inputs: tuple[int, ...], *weight: int) -> Callable[[np.random.Generator], Data]:
+    return lambda rng: Data(_weights(rng, "layer_1", *weight), _normal(rng, *inputs), np.zeros(0, np.float32))
+
+
+_SMALL = _perceptron(64, 784, 256, 10)
+_ACTIVATIONS = ("identity", "relu", "gelu")
+
+_ALL = [
+    Problem("W1", "tiny: Dense(10, 5), 20 samples, SGD", "training", "tiny", _tiny, "sum of squares", "SGD"),
+    Problem("W2", "MLP 784-512-512-10, batch 128, Adam", "training", "mlp", _perceptron(128, 784, 512, 512, 10)),
+    Problem("W3", "deep and narrow: 50 x Dense(32, 32), batch 32, Adam", "training", "deep", _deep, "mean square"),
+    Problem("W4", "CNN with BatchNorm, 3x32x32, batch 32, Adam", "training", "cnn", _cnn),
+    Problem("W5", "LSTM 64, 100 steps, batch 32, Adam", "training", "lstm", _lstm),
+    Problem("W6", "ensemble of 32 MLPs 20-64-64-1, Adam", "ensemble", "member", _ensemble, "mean square"),
+    Problem("W7", "per-sample gradients, MLP 784-256-10, batch 64", "per_sample", "small", _SMALL),
+    Problem("W8", "Hessian-vector product, MLP 784-256-10, batch 64", "hvp", "smooth", _SMALL),
+    Problem("W9", "Adam's update alone: 300 tensors of 1e3, 4 of 1e6", "adam", "", _many_tensors),
+    Problem(
+        "W10", "transformer: 2 layers, 128 wide, 4 heads, 64 tokens, batch 16", "training", "transformer", _transformer
+    ),
+    *(
+        Problem(
+            f"B1-{width}-{activation}-{part}",
+            f"Lux's Dense({width}, {width}, {activation}), batch 128, {part}",
+            f"layer_{part}",
+            "dense",
+            _layer((128, width), width, width),
+            activation=activation,
+            main=activation == "relu",
+        )
+        for width in (16, 128, 512)
+        for activation in _ACTIVATIONS
+        for part in ("forward", "gradient")
+    ),
+    *(
+        Problem(
+            f"B2-{channels}-{activation}-{part}",
+            f"Lux's Conv((3, 3), {channels}, {channels}, {activation}), 64x64, batch 128, {part}",
+            f"layer_{part}",
+            "conv",
+            _layer((128, channels, 64, 64), channels, channels, 3, 3),
+            activation=activation,
+            main=activation == "relu" and channels in (2, 32),
+        )
+        for channels in (2, 4, 32, 64)
+        for activation in _ACTIVATIONS
+        for part in ("forward", "gradient")
+    ),
+    *(
+        Problem(
+            f"B4-{activation}",
+            f"Lux's MLP of 7 layers with BatchNorm, {activation}, 32x256, Adam",
+            "training",
+            "normed_mlp",
+            _normed_mlp,
+            activation=activation,
+            main=activation == "relu",
+        )
+        for activation in ("tanh", "relu", "gelu")
+    ),
+    *(
+        Problem(
+            f"B5-{batch}", f"Lux's LeNet, batch {batch}, Adam", "training", "lenet", _lenet(batch), main=batch == 64
+        )
+        for batch in (32, 64, 128)
+    ),
+]
+
+PROBLEMS = {problem.name: problem for problem in _ALL}

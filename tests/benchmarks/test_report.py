@@ -1,0 +1,83 @@
+"""The runner and its report."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+problems = pytest.importorskip("benchmarks.problems")  # the wheel has no benchmarks
+report = pytest.importorskip("benchmarks.report")
+turns = pytest.importorskip("benchmarks.turns")
+
+ROWS = [
+    turns.Row("torch.nn + torch.optim", (2.0, 4.0, 3.0), 0.0, 10.0),
+    turns.Row("torch.compile of torch.nn, fused", error="fails: Unsupported: a | b"),
+    turns.Row("luxtorch, dict", (6.0, 6.0, 6.0)),
+    turns.Row("luxtorch, ComponentVector", (1.5, 1.5, 9.0)),
+    turns.Row("lt.jit, dict, donated", (0.3, 0.3, 0.3)),
+    turns.Row("equinox, jax.jit, donated", (0.6, 0.6, 0.6)),
+]
+
+
+def test_best_takes_the_least_median_of_each_kind() -> None:
+    expected = {"best eager torch": 1.0, "luxtorch eager": 0.5, "lt.jit, donated": 0.1, "best JAX": 0.2}
+    assert report.best(ROWS) == pytest.approx(expected)
+
+
+def test_every_candidate_is_of_one_kind() -> None:
+    rows = pytest.importorskip("benchmarks.torch_rows")
+    for problem in problems.PROBLEMS.values():
+        for name in rows.candidates(problem):
+            assert sum(of(name) for of in report.KINDS.values()) == 1, name
+
+
+def test_tables_have_a_cell_for_each_column() -> None:
+    for table in (report.table(ROWS), report.summary({"W1": ROWS})):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "a / b" in report.table(ROWS)
+    assert "| luxtorch, ComponentVector | 1.5e+06 | 0.500 | 0.500 to 3.000 | 0.0 | 0 |" in report.table(ROWS)
+
+
+def test_picture(tmp_path: Path) -> None:
+    report.draw({"W1": ROWS, "B5-64": ROWS}, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_keeps_what_is_around_the_table() -> None:
+    page = f"before\n{report.START}\nold\n{report.END}\nafter\n"
+    assert report.replace_between(page, "new") == f"before\n{report.START}\n\nnew\n\n{report.END}\nafter\n"
+    with pytest.raises(ValueError, match="no lines"):
+        report.replace_between("before", "new")
+
+
+@pytest.mark.parametrize(("value", "agrees"), [(1.0, True), (1.000004, True), (1.00001, False), (math.nan, False)])
+def test_disagreement(value: float, agrees: bool) -> None:
+    assert (turns.disagreement([value], [1.0]) == "") is agrees
+    assert (turns.disagreement([0.001 * value], [0.001]) == "") is agrees
+
+
+@pytest.mark.slow
+def test_candidates_take_turns_in_processes_of_their_own() -> None:
+    settings = turns.Settings({"torch": sys.executable}, "cpu", threads=1, rounds=3, seconds=0.01)
+    chosen = [("torch", name) for name in ("torch.nn + torch.optim", "luxtorch, dict", "no such candidate")]
+    (first, second, third), versions = turns.measure(problems.PROBLEMS["W1"], chosen, settings)
+    assert len(first.seconds) == len(second.seconds) == 3
+    assert min(first.seconds) > 0 and 0 < first.peak < 4096
+    assert "KeyError" in third.error and not third.seconds
+    assert "luxtorch" in versions["torch"]
+
+
+@pytest.mark.slow
+def test_jax_agrees() -> None:
+    pythons, missing = turns.interpreters(str(turns.ROOT / ".venv-jax/bin/python"))
+    if missing:
+        pytest.skip(missing)
+    settings = turns.Settings(pythons, "cpu", threads=1, rounds=1, seconds=0.01)
+    main = [problem for problem in problems.PROBLEMS.values() if problem.main]
+    for problem, names in zip(main, turns.candidates(main, pythons).values(), strict=True):
+        of_jax = [(side, name) for side, name in names if side == "jax"]
+        rows, _ = turns.measure(problem, [names[0], *of_jax], settings)
+        assert [row.error for row in rows] == [""] * len(rows), problem.name
