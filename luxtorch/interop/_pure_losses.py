@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import transformed, watched
 
 from ._keys import Keys
 
@@ -20,12 +20,12 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum":
 
 
 def under_transforms(function: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Return what makes a replacement of a torch function that serves under transforms alone."""
+    """Return what makes a replacement of a torch function that serves under transforms, and while tracing, alone."""
 
     def decorate(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(replacement)
         def chosen(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
-            return replacement(*args, **kwargs) if transformed() else function(*args, **kwargs)
+            return (replacement if transformed() or watched() else function)(*args, **kwargs)
 
         return chosen
 

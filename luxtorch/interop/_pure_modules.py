@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import transformed, watched
 from luxtorch.core import InputError
 from luxtorch.layers._batchnorm import batch_normalised, moments
 from luxtorch.layers._instancenorm import instance_statistics
@@ -101,7 +101,7 @@ class PureLookup(Pure):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""
-        if not transformed() and getattr(self, "max_norm", None) is None:
+        if not (transformed() or watched()) and getattr(self, "max_norm", None) is None:
             return super().forward(*args, **kwargs)
         with PureMode(Keys(torch.zeros(2, dtype=torch.uint64))):
             return super().forward(*args, **kwargs)

@@ -14,7 +14,7 @@ import torch
 from torch.compiler import is_compiling
 from typing_extensions import ParamSpec
 
-from luxtorch._transforms import functional
+from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, KeyNameError, Static, suggest
 
 from ._compiled import Backend, Compiled, default_backend
@@ -83,7 +83,7 @@ class Jitted(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # Whoever transforms or traces this call sees the function itself.
-        if is_compiling() or functional() or torch._C._len_torch_dispatch_stack():
+        if is_compiling() or functional() or watched():
             return self._fn(*args, **kwargs)
         leaves, spec = flatten(self._fixed(args, kwargs) if self._static else (args, kwargs))
         for compiled in self._known:

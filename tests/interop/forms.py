@@ -30,21 +30,23 @@ from .grid import (
 TRAIN, ALWAYS = (True,), (True, False)
 
 # Why torch cannot do what a law asks for.
-PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models"), "a PackedSequence is no tree of tensors")
+PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a PackedSequence is no tree of tensors")
 SCALED = dict.fromkeys(("forward",), "the gradient that scale_grad_by_freq scales is no derivative")
 OLD = {
     **dict.fromkeys(
-        ("gradient", "forward", "second_order", "vmap_inputs"),
+        ("gradient", "forward", "second_order", "vmap_inputs", "jit"),
         "an autograd.Function without setup_context, which no transform takes",
     ),
     "compile": "the compiler has no resize_as_",
 }
 EMPTY = {"second_order": "torch cannot reshape the gradient of no rows"}
-READ = dict.fromkeys(("vmap_inputs",), "torch reads the mask, to see whether it is causal")
-CLUSTERS = dict.fromkeys(("vmap_inputs", "vmap_models"), "how many targets lie in a cluster decides about shapes")
+READ = dict.fromkeys(("vmap_inputs", "jit"), "torch reads the mask, to see whether it is causal")
+CLUSTERS = dict.fromkeys(
+    ("vmap_inputs", "vmap_models", "jit"), "how many targets lie in a cluster decides about shapes"
+)
 CLUSTERS |= {"compile": CLUSTERS["vmap_inputs"]}
 CTC = {
-    "compile": "the shape of what _ctc_loss returns depends on the numbers in its input",
+    **dict.fromkeys(("jit", "compile"), "the shape of what _ctc_loss returns depends on the numbers in its input"),
     **dict.fromkeys(("forward", "second_order"), "_ctc_loss has no derivative in forward mode"),
 }
 UNPICKLED = {"copy": "torch refuses to pickle parametrized modules"}

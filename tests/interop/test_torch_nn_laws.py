@@ -114,7 +114,7 @@ def check(law, form, module, subject):
 SHORT = {"second_order": "hessian", "component_vector": "vector", "vmap_inputs": "vmap x", "vmap_models": "vmap ps, st"}
 CHECKED = (
     *("setup", "purity", "state", "gradient", "forward", "second_order", "vmap_inputs", "vmap_models"),
-    *("component_vector", "copy", "names", "compile"),
+    *("component_vector", "copy", "names", "jit", "compile"),
 )
 OF_INPUTS = ("purity", "gradient", "forward", "second_order", "vmap_inputs", "vmap_models")
 NEEDS = {

@@ -1,0 +1,75 @@
+"""From the docstrings of luxtorch, which are plain text with sections, to reStructuredText."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+SECTION = re.compile(r"^(Args|Attributes|Parameters|States|Shape|Returns|Yields|Raises|Example|Source):$")
+ITEM = re.compile(r"^`?([*\w.]+(?:(?:, | and )[*\w.]+)*)`?: (.*)$")
+CODE = re.compile(r"`([^`]+)`")
+
+
+def to_rest(lines: list[str]) -> list[str]:
+    """Convert a docstring: sections become fields, items of a section list items, and backquoted text the role `lux`."""
+    result: list[str] = []
+    text: list[str] = []
+    for line in [*lines, "Source:"]:  # the last one only ends what comes before it
+        if SECTION.match(line):
+            result += block(text)
+            text = []
+        text.append(line)
+    return result
+
+
+def block(lines: list[str]) -> list[str]:
+    """Convert what stands before the first section, or one section with all that follows it."""
+    head = SECTION.match(lines[0]) if lines else None
+    if head is None:
+        return marked(lines)
+    size = next((i for i, line in enumerate(lines[1:], 1) if line and not line.startswith(" ")), len(lines))
+    body = textwrap.dedent("\n".join(lines[1:size])).strip("\n").splitlines()
+    if head[1] == "Example":
+        section = [".. rubric:: Example", "", *marked(body)]
+    else:
+        section = [f":{head[1]}:", *(f"    {line}" for line in marked(items(body)))]
+    return ["", *section, "", *marked(lines[size:])]
+
+
+def items(body: list[str]) -> list[str]:
+    """Make list items of lines such as `name: text`, with the lines that are indented below them."""
+    result: list[str] = []
+    in_item = False
+    for line in body:
+        item = ITEM.match(line)
+        if item:
+            result += ["", f"- `{item[1]}`: {item[2]}"]
+            in_item = True
+        elif line[:1] == " ":
+            result.append(f"  {line[4:]}" if in_item else line.strip())
+        else:
+            result += [""] * in_item + [line]
+            in_item = in_item and not line
+    return result
+
+
+def marked(lines: list[str]) -> list[str]:
+    """Escape the stars of plain text, and give backquoted text its role; sessions of Python stay as they are."""
+    chunks = re.split(r"((?:^ *>>> .*\n(?:.*\S.*\n)*))", "".join(f"{line}\n" for line in lines), flags=re.M)
+    return "".join(chunk if i % 2 else plain(chunk) for i, chunk in enumerate(chunks)).splitlines()
+
+
+def plain(text: str) -> str:
+    """Mark up plain text. What is named as a source is somebody else's, and no link."""
+    paragraphs = re.split(r"(\n\s*\n)", text)
+    return "".join(inline(part, "code" if part.lstrip().startswith("Source:") else "lux") for part in paragraphs)
+
+
+def inline(text: str, role: str) -> str:
+    """Escape what is special to reStructuredText, and give backquoted text its role."""
+    parts = CODE.split(text)
+    for i, part in enumerate(parts):
+        escaped = part.replace("\\", "\\\\")
+        # Escaped spaces end a role where a letter follows, as in "`x`s".
+        parts[i] = rf"\ :{role}:`{escaped}`\ " if i % 2 else re.sub(r"([*|]|_(?!\w))", r"\\\1", escaped)
+    return "".join(parts)

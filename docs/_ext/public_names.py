@@ -1,0 +1,105 @@
+"""The public names of luxtorch, found by reading the re-exports, and in which order the reference shows them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import luxtorch
+
+ROOT = Path(luxtorch.__file__).parent
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+
+# Headings for the longest pages, and the files whose names come under each; other files come last, under "More".
+SECTIONS = {
+    "core": {
+        "Making and calling models": "setup mode stateful layer container static stack",
+        "Errors": "errors",
+        "Trees, for those who write layers": "tree value",
+    },
+    "layers": {
+        "Containers": "chain parallel branches repeated ensemble checkpointed",
+        "Models as functions": "compact compact_layer compact_scope basic",
+        "Linear": "linear bilinear embedding glu",
+        "Convolution and pooling": "conv padding upsample pooling adaptive_pooling global_pooling",
+        "Normalisation": "batchnorm groupnorm instancenorm layernorm weightnorm spectralnorm",
+        "Dropout": "dropout dropout_variants",
+        "Recurrent": "cell rnn_cell lstm_cell gru_cell stacked_cell stateful_cell recurrence bidirectional",
+        "Attention and positions": "attention multihead transformer positional rotary",
+        "Shapes": "shape",
+        "Derivatives by what happens inside": "perturbed tap",
+    },
+    "losses": {
+        "Classification": "classification binary ctc divergence",
+        "Regression": "regression",
+        "Margins and embeddings": "margin embedding",
+        "Losses of your own": "generic loss",
+    },
+    "optim": {
+        "One step": "setup update adjust freeze opt_state",
+        "Rules": "adabelief adadelta adafactor adagrad adam adamax adamw amsgrad descent lamb lion momentum muon nadam "
+        "nesterov oadam radam rmsprop rprop",
+        "Rules made of rules": "accumgrad clipgrad clipnorm decay groups mixedprecision optimiserchain",
+        "Schedules": "schedule schedules",
+        "Going to the minimum": "lbfgs minimize scipy",
+        "Rules of your own": "rule list_rule leafwise rule_state",
+    },
+}
+
+
+class Public(NamedTuple):
+    """A public name: what users write, where it is defined, and what it stands for."""
+
+    path: str
+    home: str
+    value: Any
+
+
+def re_exports(package: str) -> dict[str, str]:
+    """Return the names that a folder's `__init__.py` re-exports as `X as X`, with the module each comes from."""
+    tree = ast.parse(Path(importlib.import_module(package).__file__ or "").read_text())
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                if alias.asname == alias.name:
+                    found[alias.name] = importlib.util.resolve_name(module, package) if node.level else module
+    return found
+
+
+def of_folder(folder: str) -> dict[str, Public]:
+    """Return the public names of a folder, each by the shortest path that leads to it."""
+    package = f"luxtorch.{folder}"
+    top = re_exports("luxtorch")
+    found = {}
+    for name, home in re_exports(package).items():
+        value = getattr(importlib.import_module(package), name)
+        at_top = name in top and getattr(luxtorch, name) is value
+        found[name] = Public(f"luxtorch.{name}" if at_top else f"{package}.{name}", home, value)
+    return found
+
+
+def everything() -> dict[str, Public]:
+    """Return all public names by the path that users write; what two folders share comes once."""
+    return {public.path: public for folder in FOLDERS for public in of_folder(folder).values()}
+
+
+def in_sections(folder: str) -> dict[str, list[Public]]:
+    """Return the public names of a folder under the headings of its page; without headings, all under an empty one."""
+    names = of_folder(folder).values()
+    headings = SECTIONS.get(folder)
+    if headings is None:
+        return {"": sorted(names, key=lambda public: public.path.lower())}
+    order = {file: (heading, place) for heading, files in headings.items() for place, file in enumerate(files.split())}
+    found: dict[str, list[tuple[int, Public]]] = {heading: [] for heading in [*headings, "More"]}
+    for public in names:
+        heading, place = order.get(public.home.rsplit(".", 1)[-1].lstrip("_"), ("More", 0))
+        found[heading].append((place, public))
+    return {
+        heading: [public for _, public in sorted(entries, key=lambda entry: (entry[0], entry[1].path.lower()))]
+        for heading, entries in found.items()
+        if entries
+    }
