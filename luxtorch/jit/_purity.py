@@ -102,12 +102,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, args: Any, result: Any) -> Any:
         """Return a result that is known while tracing; the function may write to it as long as that is so."""
-        given = {storage(tensor) for tensor in _tensors(args)} - self._constants.keys()
-        self._constants |= {storage(tensor): tensor for tensor in _tensors([result]) if storage(tensor) not in given}
+        given = {storage(tensor) for tensor in tensors_in(args)} - self._constants.keys()
+        self._constants |= {storage(tensor): tensor for tensor in tensors_in([result]) if storage(tensor) not in given}
         return result
 
     def _check_written(self, func: Any, written: Any, known: bool) -> None:
-        for tensor in _tensors([written]):
+        for tensor in tensors_in([written]):
             if known and storage(tensor) in self._constants:
                 continue
             outside = not isinstance(tensor, FakeTensor)
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
 
     def _remember(self, func: Any, result: Any) -> None:
-        for tensor in _tensors([result]):
+        for tensor in tensors_in([result]):
             if isinstance(tensor, FakeTensor):
                 self._made.append((weakref.ref(tensor), str(func), user_line()))
 
@@ -148,7 +148,7 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 def _check_recorded(values: Iterable[Any]) -> None:
     """Raise where a derivative would silently be lost: tensors that are closed over are constants."""
-    for tensor in _tensors(values):
+    for tensor in tensors_in(values):
         if tensor.requires_grad and not isinstance(tensor, FakeTensor):
             raise InputError(
                 "A jitted function closes over a tensor that requires grad, which would be a constant to it.",
@@ -160,11 +160,11 @@ def _check_recorded(values: Iterable[Any]) -> None:
 
 def _is_known(args: Any, kwargs: Any) -> bool:
     """Tell whether an operator works on what is closed over alone: its result is a constant then."""
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_in([*args, *kwargs.values()])
     return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among the arguments of an operator, also those in lists."""
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
     return [item for item in flat if isinstance(item, Tensor)]

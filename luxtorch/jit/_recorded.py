@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ._inductor import DEFAULTS, compile_graph
+from ._purity import tensors_in
 from ._replay import Program, replay
 from ._trace import Trace
 
@@ -21,7 +23,22 @@ class _Function(torch.nn.Module):
         self._function = function
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._function(*tensors))
+        with _Known():  # type: ignore[no-untyped-call]
+            return tuple(self._function(*tensors))
+
+
+class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Compute what depends on closed-over tensors alone, as in the first trace, so that its value can be read."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tensors_in([*args, *kwargs.values()])
+        if given and all(type(tensor) is Tensor for tensor in given) and not any(t.requires_grad for t in given):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]) -> Program:

@@ -131,6 +131,11 @@ def _tidy(graph: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if not node.users and node.op == "call_function" and isinstance(value, Tensor) and value.is_meta:
             graph.graph.erase_node(node)
+    for node in graph.graph.find_nodes(op="call_function", target=_WITH_STRIDES):
+        # It takes the strides of its argument, and is written to; what was expanded while tracing cannot be written.
+        if all(isinstance(size, int) for size in node.meta["val"].shape):
+            node.target = torch.ops.aten.new_zeros.default
+            node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
     graph.graph.eliminate_dead_code()
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     constants = [name for name, _ in (*graph.named_buffers(), *graph.named_parameters())]
@@ -138,6 +143,9 @@ def _tidy(graph: fx.GraphModule) -> None:
         if name not in used:
             delattr(graph, name)
     graph.recompile()
+
+
+_WITH_STRIDES = torch.ops.aten._new_zeros_with_same_feature_meta.default
 
 
 def aliases(trace: Trace) -> tuple[list[set[int]], list[set[int]]]:

@@ -161,3 +161,22 @@ def test_order_of_a_dict_counts(batch):
     jitted = jit(first, backend="replay")
     assert torch.equal(jitted({"a": x, "b": y}), x * 2)
     assert torch.equal(jitted({"b": y, "a": x}), y * 2)
+
+
+@pytest.mark.parametrize("backend", ["replay", stub], ids=["replay", "stub"])
+def test_the_gradient_of_nested_forward_mode(rng, same, backend):
+    def solution(ps, t, x):
+        return torch.exp(-ps["a"] * t) * torch.sin(ps["b"] * x)
+
+    def curvature(ps, t, x):
+        def slope(x):
+            return torch.func.jvp(lambda x: solution(ps, t, x), (x,), (torch.ones_like(x),))[1]
+
+        return torch.func.jvp(slope, (x,), (torch.ones_like(x),))[1]
+
+    def gradient(ps, t, x):
+        return torch.func.grad(lambda ps: curvature(ps, t, x).square().sum())(ps)
+
+    t, x = torch.rand(2, 5, generator=rng)
+    ps = {"a": torch.tensor(0.5), "b": torch.tensor(0.7)}
+    same(jit(gradient, backend=backend)(ps, t, x), gradient(ps, t, x))

@@ -80,3 +80,10 @@ def test_what_requires_grad_is_not_donated(batch):
     x = batch[0].clone().requires_grad_()
     jit(lambda x: x * 2, donate="x", backend="replay")(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_is_closed_over_may_be_read(requires_grad):
+    rates = torch.tensor([1.0, 2.0])
+    jitted = jit(lambda x: (x * 3).sum() if bool((rates > 0).all()) else x.sum(), backend="replay")
+    assert jitted(torch.ones(2, requires_grad=requires_grad)) == 6
