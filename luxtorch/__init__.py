@@ -40,6 +40,7 @@ from .core import StatefulLayer as StatefulLayer
 from .core import Static as Static
 from .core import WrapperLayer as WrapperLayer
 from .core import apply as apply
+from .core import describe as describe
 from .core import flatten_names as flatten_names
 from .core import initial_parameters as initial_parameters
 from .core import initial_states as initial_states

@@ -205,6 +205,11 @@ class ComponentMatrix(Named):
     def __repr__(self) -> str:
         return matrix_text(self.data, self.row_axes, self.col_axes)
 
+    def _repr_html_(self) -> str:
+        from ._html import matrix_html
+
+        return matrix_html(self)
+
 
 def _new(data: Any, row_axes: Axes | None, col_axes: Axes | None) -> ComponentMatrix:
     """Return the matrix of this data and these names, without a look at either."""

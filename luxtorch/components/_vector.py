@@ -307,6 +307,11 @@ class ComponentVector(Reading):
     def __repr__(self) -> str:
         return vector_text(self.flat, self.axes)
 
+    def _repr_html_(self) -> str:
+        from ._html import vector_html
+
+        return vector_html(self)
+
 
 def named(flat: Any, axes: Axes) -> ComponentVector:
     """Return the vector of these elements and names, without a look at either."""

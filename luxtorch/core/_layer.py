@@ -117,6 +117,11 @@ class Layer(Value, ABC):
 
         return show(self)
 
+    def _repr_html_(self) -> str:
+        from ._layer_html import layer_html
+
+        return layer_html(self)
+
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:
         """The names at the top of the layer's parameters and of its states, found without computing anything."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ._layer import Layer
+from ._lines import runs
 from ._nowhere import NOWHERE
 from ._tree import count, named_leaves, subtree
 
@@ -46,24 +47,18 @@ def _lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: int) ->
         return
     arguments = layer.extra_repr()
     yield f"{head}{arguments}," if arguments else head, ""
-    for first, shown, child, repeats in _folded(children, ps, st):
+    for first, shown, child, repeats in folded(children, ps, st):
         yield from _lines(shown, child, subtree(ps, first), subtree(st, first), depth + 1, repeats)
     yield f"{_INDENT * depth}),", ""
 
 
-def _folded(children: Mapping[str, Layer], ps: Any, st: Any) -> Iterator[tuple[str, str, Layer, int]]:
+def folded(children: Mapping[str, Layer], ps: Any, st: Any) -> Iterator[tuple[str, str, Layer, int]]:
     """Yield each run of equal layers once: its first name, the name to show, the layer, the length of the run."""
     # Where some parameters are frozen or shared, equal layers may have different trees.
     items = [(name, (child, _shapes(ps, name), _shapes(st, name))) for name, child in children.items()]
-    while items:
-        first, (layer, *shapes) = items[0]
-        stem, _, number = first.rpartition("_")
-        length = 1
-        if number.isdigit():
-            while items[length : length + 1] == [(f"{stem}_{int(number) + length}", (layer, *shapes))]:
-                length += 1
-        yield first, first if length == 1 else f"{stem}_({number}-{int(number) + length - 1})", layer, length
-        items = items[length:]
+    for shown, start, length in runs(items):
+        first, (layer, *_) = items[start]
+        yield first, shown, layer, length
 
 
 def _shapes(tree: Any, name: str) -> list[Any]:
@@ -71,7 +66,7 @@ def _shapes(tree: Any, name: str) -> list[Any]:
 
 
 def _note(ps: Any, st: Any, times: int) -> str:
-    shapes = [f"{name} {_shape(leaf)}" for name, leaf in named_leaves(ps)]
+    shapes = [f"{name} {shape(leaf)}" for name, leaf in named_leaves(ps)]
     counts = _counts(ps, st, shapes=", ".join(shapes) if len(shapes) <= 8 else "")
     return f"{times} x {counts}" if counts and times > 1 else counts
 
@@ -83,5 +78,5 @@ def _counts(ps: Any, st: Any, shapes: str = "") -> str:
     return ("; " if shapes else ", ").join(parts)
 
 
-def _shape(leaf: Any) -> str:
+def shape(leaf: Any) -> str:
     return str(tuple(leaf.shape))

@@ -104,3 +104,11 @@ class StatefulLayer:
 
     def __repr__(self) -> str:
         return f"StatefulLayer of {self.layer!r}"
+
+    def _repr_html_(self) -> str:
+        from ._html import section, shown
+        from ._outline import tree_html
+
+        trees = {"parameters": self.parameters, "states": self.states}
+        parts = [tree_html(tree, name) for name, tree in trees.items() if tree is not None]
+        return section("StatefulLayer", [shown(self.layer), *parts])

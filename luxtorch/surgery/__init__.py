@@ -1,5 +1,7 @@
 """Taking models apart: replacing, freezing, sharing, adapting, looking inside, finding faults."""
 
+from luxtorch.core._values import Statistics as Statistics
+
 from ._capture import capture as capture
 from ._debug import DebugModel as DebugModel
 from ._debug import debug_mode as debug_mode
@@ -26,6 +28,5 @@ from ._shared import unshare_parameters as unshare_parameters
 from ._summary import summary as summary
 from ._summary_table import Summary as Summary
 from ._summary_table import SummaryRow as SummaryRow
-from ._values import Statistics as Statistics
 from ._weight_norm import remove_weight_norm as remove_weight_norm
 from ._weight_norm import weight_norm as weight_norm

@@ -13,11 +13,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from luxtorch.core import Layer, Value, path_name
+from luxtorch.core._values import Statistics, physical, readable
 
 from ._debug_error import NonFiniteError, Observation, Place, note
 from ._debug_tap import tap
 from ._modules import holds_modules, watched_modules
-from ._values import Statistics, physical, readable
 from ._watch import Call, Path, map_own
 
 Titled: TypeAlias = list[tuple[str, Tensor]]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from luxtorch.core import Layer, LuxtorchError
+from luxtorch.core._values import Statistics
 
-from ._values import Statistics
 from ._watch import Path, describe
 
 

@@ -10,8 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.core import named_leaves
-
-from ._values import physical, unwrapped
+from luxtorch.core._values import physical, unwrapped
 
 
 class _Kept(NamedTuple):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from luxtorch.core import InputError, Layer, setup, tree_leaves, tree_map
 from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._values import unwrapped
 
 from ._modules import holds_modules, watched_modules
 from ._summary_table import Summary, SummaryRow
-from ._values import unwrapped
 from ._watch import Call, Path, watched
 
 if TYPE_CHECKING:

@@ -221,13 +221,17 @@ class TrainState:
         trees = self._trees
         if trees is None:
             return "TrainState(given away by donate=True)"
-        skipped = "" if _show(trees.skipped) == "0" else f" ({_show(trees.skipped)} skipped)"
         lines = [
-            f"step {_show(trees.step)}{skipped}, {count(trees.parameters):,} parameters",
+            progress(trees),
             repr(trees.optimizer_state),
             *repr(self._statics.model).splitlines(),
         ]
         return "\n".join(("TrainState(", *(f"    {line}" for line in lines), ")"))
+
+    def _repr_html_(self) -> str:
+        from ._train_state_html import train_state_html
+
+        return train_state_html(self)
 
 
 def make(statics: Statics, trees: Trees, own: frozenset[int] | None = None) -> TrainState:
@@ -264,6 +268,12 @@ def _fill(ts: TrainState, statics: Statics, trees: Trees, own: frozenset[int] | 
     object.__setattr__(ts, "_statics", statics)
     object.__setattr__(ts, "_trees", trees)
     object.__setattr__(ts, "_own", own)
+
+
+def progress(trees: Trees) -> str:
+    """Say in words how far a training state has come, and of how many parameters."""
+    skipped = "" if _show(trees.skipped) == "0" else f" ({_show(trees.skipped)} skipped)"
+    return f"step {_show(trees.step)}{skipped}, {count(trees.parameters):,} parameters"
 
 
 def _show(number: Any) -> str:

@@ -111,7 +111,7 @@ def test_an_initialized_world_of_one_is_the_identity_too(tmp_path):
         torchopt.sgd(0.1, momentum=0.9),
         torchopt.adam(0.1),
     ],
-    ids=str,
+    ids=lambda rule: str(rule) if isinstance(rule, optim.ListRule) else None,
 )
 def test_alone_the_rule_is_the_one_inside(rule, form):
     ps = form(PS)

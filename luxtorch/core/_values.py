@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot, isfinite, isnan, prod, sqrt
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch._errors import InputError
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -76,12 +78,38 @@ class Statistics:
     def of(tensor: Tensor) -> Statistics:
         """Compute the statistics of a tensor."""
         plain = physical(tensor)
-        nan, inf = int(plain.isnan().sum()), int(plain.isinf().sum())
-        values = plain[plain.isfinite()]
         # In double precision, so that the sums of what is finite are.
-        real = (values.abs() if values.is_complex() else values).double()
-        numbers = (real.min(), real.max(), real.mean(), real.std(correction=0)) if real.numel() else (torch.nan,) * 4
-        return Statistics(tuple(plain.shape), plain.dtype, nan, inf, *map(float, numbers))
+        numbers = (plain.abs() if plain.is_complex() else plain).double()
+        nan = inf = 0
+        # The extremes tell in one pass whether all are finite. To look for those that are not takes ten times as long.
+        if not (plain.numel() and all(map(isfinite, map(float, numbers.aminmax())))):
+            given = plain if plain.is_complex() else numbers
+            nan, inf = int(given.isnan().sum()), int(given.isinf().sum())
+            numbers = numbers[given.isfinite()]
+        if not numbers.numel():
+            return Statistics(tuple(plain.shape), plain.dtype, nan, inf, *(torch.nan,) * 4)
+        found = (*numbers.aminmax(), numbers.mean(), numbers.std(correction=0))
+        return Statistics(tuple(plain.shape), plain.dtype, nan, inf, *map(float, found))
+
+    @staticmethod
+    def pooled(parts: Sequence[Statistics]) -> Statistics:
+        """Return the statistics of several tensors as if they were one, of the dtype of the first.
+
+        Example:
+            >>> import torch
+            >>> print(Statistics.pooled([Statistics.of(torch.tensor([1.0])), Statistics.of(torch.tensor([3.0, 5.0]))]))
+            torch.float32 (3,): from 1 to 5, mean 3, std 1.633
+        """
+        dtype, nan, inf = parts[0].dtype, sum(part.nan for part in parts), sum(part.inf for part in parts)
+        shape = (sum(prod(part.shape) for part in parts),)
+        known = [(prod(part.shape) - part.nan - part.inf, part) for part in parts if not isnan(part.mean)]
+        number = sum(n for n, _ in known)
+        if not number:
+            return Statistics(shape, dtype, nan, inf, *(torch.nan,) * 4)
+        mean = sum(n / number * part.mean for n, part in known)
+        std = hypot(*(sqrt(n / number) * d for n, part in known for d in (part.std, part.mean - mean)))
+        smallest, largest = min(part.minimum for _, part in known), max(part.maximum for _, part in known)
+        return Statistics(shape, dtype, nan, inf, smallest, largest, mean, std)
 
     @property
     def finite(self) -> bool:
