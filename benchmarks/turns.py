@@ -16,6 +16,7 @@ from .problems import Problem
 from .worker import CHECKED
 
 ROOT = Path(__file__).resolve().parent.parent
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 TOLERANCE = 5e-6
 """How much the first results may differ, relative to those of the first candidate."""
 
@@ -64,7 +65,7 @@ class Process:
         own = tempfile.mkdtemp(dir=folder)  # no candidate finds what another has compiled
         environment = os.environ | {
             "OMP_NUM_THREADS": str(settings.threads),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PATH,
             "TORCHINDUCTOR_CACHE_DIR": own,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers beside each candidate
         }
@@ -120,7 +121,7 @@ def candidates(problems: Iterable[Problem], pythons: dict[str, str]) -> dict[str
             f"import json; from benchmarks import {side}_rows as rows, problems; "
             f"print(json.dumps({{name: [*rows.candidates(problems.PROBLEMS[name])] for name in {[*found]!r}}}))"
         )
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": PATH}
         run = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
         for problem, names in json.loads(run.stdout).items():
             found[problem] += [(side, name) for name in names]

@@ -34,7 +34,7 @@ PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a Packe
 SCALED = dict.fromkeys(("forward",), "the gradient that scale_grad_by_freq scales is no derivative")
 OLD = {
     **dict.fromkeys(
-        ("gradient", "forward", "second_order", "vmap_inputs", "jit"),
+        ("gradient", "forward", "second_order", "vmap_inputs"),
         "an autograd.Function without setup_context, which no transform takes",
     ),
     "compile": "the compiler has no resize_as_",
