@@ -1,4 +1,4 @@
-"""A cell over a whole sequence: by torch's fused kernel where it may be used, step by step elsewhere."""
+"""A cell over a whole sequence: by a fused kernel or one operator where these may be used, step by step elsewhere."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import functional, reverse_alone, traced, transformed
 
-Carry: TypeAlias = tuple[Tensor, ...]
+from ._rnn_derivatives import keep_opaque, recurrent_layer
+from ._rnn_steps import Carry as Carry
+
 Kernel: TypeAlias = Callable[..., Any]
 
 
@@ -35,7 +37,11 @@ def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) ->
         weights: weight_ih, weight_hh and, if there are any, bias_ih and bias_hh.
     """
     kernel, tensors = cell.kernel, (xs, *carry, *weights)
-    if kernel is None or transformed() or not _fits(cell.gates, xs, carry, weights):
+    if kernel is None or not _fits(cell.gates, xs, carry, weights):
+        return stepwise(cell, xs, carry, weights)
+    if (traced() or functional()) and reverse_alone():
+        return _operator(kernel, xs, carry, weights)
+    if transformed():
         return stepwise(cell, xs, carry, weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         ys, *last = _Fused.apply(cell, kernel, len(carry), *tensors)
@@ -71,6 +77,32 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
         carry = cell.advance(step, carry, weights)
         ys.append(carry[0])
     return torch.stack(ys), carry
+
+
+def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
+    """Return the same by the operator, which is one node of a graph and knows the reverse mode alone."""
+    if torch.is_autocast_enabled(xs.device.type):
+        dtype = torch.get_autocast_dtype(xs.device.type)
+        xs, carry, weights = xs.to(dtype), tuple(h.to(dtype) for h in carry), [weight.to(dtype) for weight in weights]
+    if xs.ndim == 2:
+        ys, last = _operator(kernel, xs[:, None], tuple(part[None] for part in carry), weights)
+        return ys[:, 0], tuple(part[0] for part in last)
+    if torch.compiler.is_compiling():
+        keep_opaque()
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (xs, *carry, *weights))
+    h, c = carry if len(carry) > 1 else (*carry, None)
+    biases = weights[2:] if len(weights) > 2 else (None, None)
+    ys, h, c, _ = recurrent_layer(_unit(kernel), train, xs, h, c, *weights[:2], *biases)
+    return ys, (h, c)[: len(carry)]
+
+
+def _unit(kernel: Kernel) -> str:
+    """Name what the operator runs."""
+    if kernel is torch.lstm:
+        return "lstm"
+    if kernel is torch.gru:
+        return "gru"
+    return "tanh" if kernel is torch.rnn_tanh else "relu"
 
 
 def _fused(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:

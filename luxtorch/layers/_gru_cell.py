@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._fused_rnn import Carry, Kernel
+from ._rnn_steps import gru_step, project_gru
 from ._weighted_cell import WeightedCell
 
 
@@ -61,15 +61,11 @@ class GRUCell(WeightedCell):
 
     def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Return the part of the input; `bias_hh` has to wait, as one gate multiplies a part of it."""
-        return F.linear(x, weights[0], weights[2] if self.bias else None)
+        return project_gru(x, weights)
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
         """Return the next hidden state."""
-        size = self.hidden_size
-        recurrent = F.linear(carry[0], weights[1], weights[3] if self.bias else None)
-        r, z = (projected[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
-        n = (projected[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
-        return (n + z * (carry[0] - n),)
+        return gru_step(projected, carry, weights)
 
     @property
     def kernel(self) -> Kernel:

@@ -12,7 +12,8 @@ from torch import Tensor
 from luxtorch.init import Initializer, zeros
 
 from ._fused_rnn import Carry, Kernel
-from ._weighted_cell import WeightedCell, add_recurrent
+from ._rnn_steps import lstm_step
+from ._weighted_cell import WeightedCell
 
 
 class LSTMCell(WeightedCell):
@@ -72,9 +73,7 @@ class LSTMCell(WeightedCell):
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
         """Return the next hidden state and memory."""
-        i, f, g, o = add_recurrent(projected, carry[0], weights[1]).chunk(4, -1)
-        c = f.sigmoid() * carry[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+        return lstm_step(projected, carry, weights)
 
     @property
     def kernel(self) -> Kernel:

@@ -15,8 +15,9 @@ from ._cell import Cell
 class Recurrence(WrapperLayer):
     """Run a cell over a sequence, and return its last output, or all of them.
 
-    The cells of luxtorch run in torch's fused kernels, and step by step where these do not go: inside transforms of
-    torch.func, forward-mode differentiation and compiled functions. Both give the same numbers.
+    The cells of luxtorch run in torch's fused kernels, also inside of a gradient of torch.func. In a compiled function
+    a sequence is one operator, however long. Inside of other transforms (vmap, forward mode, a gradient of a gradient)
+    they go step by step, and there a long sequence takes long to compile. All give the same numbers.
 
     Args:
         cell: The cell.

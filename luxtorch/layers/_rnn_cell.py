@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ._activations import Activation, activated, as_activation
 from ._fused_rnn import Carry, Kernel
-from ._weighted_cell import WeightedCell, add_recurrent
+from ._rnn_steps import add_recurrent
+from ._weighted_cell import WeightedCell
 
 
 class RNNCell(WeightedCell):

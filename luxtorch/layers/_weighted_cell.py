@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch.core import InputError, Parameters, States, show_value
@@ -17,6 +16,7 @@ from luxtorch.random import fold_in, split
 
 from ._cell import Cell, first_of
 from ._fused_rnn import Carry, Kernel, scanned
+from ._rnn_steps import project
 
 GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]
 """An initializer for each gate by itself, or a tuple with one for each."""
@@ -65,7 +65,7 @@ class WeightedCell(Cell):
 
     def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Return all that a step adds up before it looks at the carry, for one step or for many at once."""
-        return F.linear(x, weights[0], weights[2] + weights[3] if self.bias else None)
+        return project(x, weights)
 
     @abstractmethod
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
@@ -172,12 +172,6 @@ class WeightedCell(Cell):
         shown += [] if self.bias else ["bias=False"]
         flags = ("train_state", "train_memory")
         return ", ".join(shown + [f"{name}=True" for name in flags if getattr(self, name, False)])
-
-
-def add_recurrent(projected: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """Add what the weight makes of the hidden state."""
-    # In one operation where there is one: it is what a step spends its time in.
-    return torch.addmm(projected, h, weight.t()) if h.ndim == 2 else projected + F.linear(h, weight)
 
 
 def _described(part: Any) -> str:

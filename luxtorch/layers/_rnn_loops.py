@@ -1,0 +1,186 @@
+"""Recurrent units over a whole sequence and back, by loops over few operations that write where they are told to.
+
+A forward loop keeps what its derivative needs, and the derivative of each unit is linear in what comes from the step
+after: its factors are computed for all steps at once, so that the loop back has a product of matrices and two to four
+small operations. On a processor this takes a third to half of the time of `torch.gru` and `torch.rnn_tanh` with their
+gradients. (oneDNN's LSTM is faster still.)
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kept: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Hidden states of all steps, the last memory, and what the derivative needs; empty where there is none."""
+
+KEPT = {"lstm": 5, "gru": 4, "tanh": 0, "relu": 0}
+"""How many times the hidden size a loop keeps of each step."""
+
+
+def given(*parts: Tensor | None) -> list[Tensor]:
+    """Return those that are there."""
+    return [part for part in parts if part is not None]
+
+
+def lstm_forward(projected: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, the last memory, and (time, batch, 5 * hidden): the four gates and the memories."""
+    size, weight = h.shape[-1], weight_hh.t()
+    saved = projected.new_empty(*projected.shape[:-1], 5 * size)
+    saved[..., : 4 * size] = projected
+    ys = projected.new_empty(*projected.shape[:-1], size)
+    tanh = torch.empty_like(h)
+    sums, sigmoids = saved[..., : 4 * size].unbind(), saved[..., : 2 * size].unbind()
+    parts = zip(sums, sigmoids, *(part.unbind() for part in torch.split(saved, size, -1)), ys.unbind(), strict=True)
+    for total, i_and_f, i, f, g, o, memory, y in parts:
+        total.addmm_(h, weight)
+        i_and_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        torch.mul(f, c, out=memory)
+        memory.addcmul_(i, g)
+        torch.tanh(memory, out=tanh)
+        torch.mul(o, tanh, out=y)
+        h, c = y, memory
+    return ys, c.clone(), saved
+
+
+def lstm_backward(
+    gy: Tensor, gh: Tensor, gc: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what the gates add up, of the first hidden state and of the first memory."""
+    size = h.shape[-1]
+    i, f, g, o, memory = torch.split(saved, size, -1)
+    tanh = memory.tanh()
+    into_memory = o * (1 - tanh * tanh)
+    before = torch.cat((c[None], memory[:-1]))
+    factors = saved.new_empty(*saved.shape[:-1], 4, size)
+    torch.mul(i * (1 - i), g, out=factors[..., 0, :])
+    torch.mul(f * (1 - f), before, out=factors[..., 1, :])
+    torch.mul(1 - g * g, i, out=factors[..., 2, :])
+    torch.mul(o * (1 - o), tanh, out=factors[..., 3, :])
+    sums = factors.flatten(-2)
+    of_memory, of_output = factors[..., :3, :].unbind(), factors[..., 3, :].unbind()
+    gys, forgets, flat, inwards = gy.unbind(), f.unbind(), sums.unbind(), into_memory.unbind()
+    gh, gc = gh + gys[-1], gc.clone()
+    for t in reversed(range(len(gys))):
+        gc.addcmul_(gh, inwards[t])
+        of_memory[t].mul_(gc.unsqueeze(1))
+        of_output[t].mul_(gh)
+        gc.mul_(forgets[t])
+        gh = torch.addmm(gys[t - 1], flat[t], weight_hh) if t else flat[t] @ weight_hh
+    return sums, gh, gc
+
+
+def gru_forward(projected: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return hidden states, and (time, batch, 4 * hidden): the three gates and what the reset gate multiplies."""
+    size, weight = h.shape[-1], weight_hh.t()
+    saved = projected.new_empty(*projected.shape[:-1], 4 * size)
+    saved[..., : 3 * size] = projected
+    ys = projected.new_empty(*projected.shape[:-1], size)
+    bias = weight_hh.new_zeros(3 * size) if bias_hh is None else bias_hh
+    recurrent = torch.empty_like(projected[0])
+    of_gates, of_new = torch.split(recurrent, [2 * size, size], -1)
+    parts = zip(
+        saved[..., : 2 * size].unbind(),
+        *(part.unbind() for part in torch.split(saved, size, -1)),
+        ys.unbind(),
+        strict=True,
+    )
+    for gates, r, z, n, candidate, y in parts:
+        torch.addmm(bias, h, weight, out=recurrent)
+        gates.add_(of_gates).sigmoid_()
+        candidate.copy_(of_new)
+        n.addcmul_(r, of_new).tanh_()
+        torch.lerp(n, h, z, out=y)
+        h = y
+    return ys, saved
+
+
+def gru_backward(
+    gy: Tensor, gh: Tensor, h: Tensor, weight_hh: Tensor, ys: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of both projections, that of the input and that of the hidden state, and of the first."""
+    size = h.shape[-1]
+    r, z, n, candidate = torch.split(saved, size, -1)
+    before = torch.cat((h[None], ys[:-1]))
+    factors = saved.new_empty(*saved.shape[:-1], 3, size)
+    of_new = (1 - z) * (1 - n * n)
+    torch.mul(of_new, r, out=factors[..., 2, :])
+    torch.mul(factors[..., 2, :] * (1 - r), candidate, out=factors[..., 0, :])
+    torch.mul((before - n) * z, 1 - z, out=factors[..., 1, :])
+    sums, kept = factors.flatten(-2), torch.empty_like(ys)
+    gys, keeps, steps, flat, all_kept = gy.unbind(), z.unbind(), factors.unbind(), sums.unbind(), kept.unbind()
+    torch.add(gh, gys[-1], out=all_kept[-1])
+    for t in reversed(range(len(gys))):
+        gh = all_kept[t]
+        steps[t].mul_(gh.unsqueeze(1))
+        gh = torch.addcmul(gys[t - 1], gh, keeps[t], out=all_kept[t - 1]) if t else gh * keeps[t]
+        gh.addmm_(flat[t], weight_hh)
+    return torch.cat((sums[..., : 2 * size], kept * of_new), -1), sums, gh
+
+
+def rnn_forward(projected: Tensor, h: Tensor, weight_hh: Tensor, unit: str) -> Tensor:
+    """Return hidden states; it writes over what it gets."""
+    weight = weight_hh.t()
+    activate = torch.tanh_ if unit == "tanh" else torch.relu_
+    for y in projected.unbind():
+        h = activate(y.addmm_(h, weight))
+    return projected
+
+
+def rnn_backward(gy: Tensor, gh: Tensor, weight_hh: Tensor, ys: Tensor, unit: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of what is added up, and of the first hidden state."""
+    sums = 1 - ys * ys if unit == "tanh" else (ys > 0).to(ys.dtype)
+    gys, steps = gy.unbind(), sums.unbind()
+    gh = gh + gys[-1]
+    for t in reversed(range(len(gys))):
+        steps[t].mul_(gh)
+        gh = torch.addmm(gys[t - 1], steps[t], weight_hh) if t else steps[t] @ weight_hh
+    return sums, gh
+
+
+def forward(unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Kept:
+    """Return hidden states of all steps, the last memory and what the derivative needs."""
+    weight_ih, weight_hh, *biases = weights
+    bias = None if not biases else biases[0] if unit == "gru" else biases[0] + biases[1]
+    projected, last, saved = F.linear(xs, weight_ih, bias), xs.new_empty(0), xs.new_empty(0)
+    if c is not None:
+        ys, last, saved = lstm_forward(projected, h, c, weight_hh)
+    elif unit == "gru":
+        ys, saved = gru_forward(projected, h, weight_hh, biases[1] if biases else None)
+    else:
+        ys = rnn_forward(projected, h, weight_hh, unit)
+    return ys, last, saved if train else xs.new_empty(0)
+
+
+def backward(
+    unit: str,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    xs: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: list[Tensor],
+    kept: Kept,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of xs, h, c (empty if there is none), and of the weights."""
+    weight_ih, weight_hh, *biases = weights
+    ys, _, saved = kept
+    gy, gh, gc = (torch.zeros_like(like) if g is None else g for g, like in zip(grads, (ys, h, h), strict=True))
+    of_memory = xs.new_empty(0)
+    if c is not None:
+        of_input, gh, of_memory = lstm_backward(gy, gh, gc, h, c, weight_hh, saved)
+        of_hidden = of_input
+    elif unit == "gru":
+        of_input, of_hidden, gh = gru_backward(gy, gh, h, weight_hh, ys, saved)
+    else:
+        of_input, gh = rnn_backward(gy, gh, weight_hh, ys, unit)
+        of_hidden = of_input
+    rows, hidden_rows = of_input.flatten(0, 1), of_hidden.flatten(0, 1)
+    before = torch.cat((h[None], ys[:-1])).flatten(0, 1)
+    products = (rows.t() @ xs.flatten(0, 1), hidden_rows.t() @ before)
+    sums = (rows.sum(0), hidden_rows.sum(0)) if biases else ()
+    return of_input @ weight_ih, gh, of_memory, *products, *sums
