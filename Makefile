@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest fuzz doctest lint types format wheel bench ci clean
+.PHONY: help venv demo test test-slow test-oldest fuzz doctest docs lint types format wheel bench ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -34,6 +34,13 @@ fuzz: .venv/.stamp ## check the laws on FUZZ_MODELS random models, 10000 if not 
 doctest: .venv/.stamp ## run the examples in the docstrings
 	.venv/bin/pytest --doctest-modules luxtorch
 
+# The blocks in the guides run in tests, the examples while the site is built.
+docs: .venv/.stamp ## build the site in build/docs, running every example; with ONLY=basics that one alone
+	.venv/bin/pytest -q tests/docs/test_guides.py tests/interop/test_guide.py tests/benchmarks/test_performance_page.py
+	.venv/bin/python -m sphinx -b html -d build/doctrees -W --keep-going \
+		$(if $(ONLY),-D sphinx_gallery_conf.filename_pattern='/$(ONLY)\.py$$') docs build/docs
+	@echo "The site begins at build/docs/index.html."
+
 lint: .venv/.stamp ## check format, lint rules and the arrows between folders
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -47,7 +54,7 @@ format: .venv/.stamp ## format, and mend what ruff can mend
 	.venv/bin/ruff format .
 
 # In a new environment, from a folder where the source tree cannot be imported.
-wheel: .venv/.stamp .venv-oldest/constraints.txt ## build the wheel, install it elsewhere and test it there
+wheel: .venv/.stamp .venv-oldest/constraints.txt ## build the wheel, and test it in a new environment on the oldest torch
 	rm -rf dist
 	.venv/bin/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv --clear .venv-wheel
@@ -67,6 +74,7 @@ ci: ## run all that CI runs
 
 clean: ## remove the environments and all that the tools left
 	rm -rf .venv .venv-oldest .venv-wheel .venv-jax build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf docs/tutorials
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.stamp: pyproject.toml constraints.txt

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS / "_ext"))
+
+# What examples print is on their pages: no column of progress bars, and nothing about torch and this machine.
+os.environ["TQDM_DISABLE"] = "1"
+warnings.filterwarnings("ignore", message="`torch.jit", category=FutureWarning)
+warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 project = "luxtorch"
 author = "The luxtorch authors"
@@ -43,8 +52,8 @@ toc_object_entries_show_parents = "hide"
 
 # Tutorials: the examples, run. The one for several processes needs torchrun, so it is shown only.
 sphinx_gallery_conf = {
-    "examples_dirs": "../examples",
-    "gallery_dirs": "tutorials",
+    "examples_dirs": ["../examples"],
+    "gallery_dirs": ["tutorials"],
     "filename_pattern": r"/(?!ddp_)\w+\.py$",
     "within_subsection_order": "luxtorch_reference.TutorialOrder",
     "reset_modules": ("matplotlib", "luxtorch_reference.name_file"),

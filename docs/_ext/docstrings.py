@@ -11,7 +11,7 @@ CODE = re.compile(r"`([^`]+)`")
 
 
 def to_rest(lines: list[str]) -> list[str]:
-    """Convert a docstring: sections become fields, items of a section list items, and backquoted text the role `lux`."""
+    """Convert a docstring: sections become fields, items a list, and backquoted text gets the role `lux`."""
     result: list[str] = []
     text: list[str] = []
     for line in [*lines, "Source:"]:  # the last one only ends what comes before it
@@ -70,6 +70,7 @@ def inline(text: str, role: str) -> str:
     parts = CODE.split(text)
     for i, part in enumerate(parts):
         escaped = part.replace("\\", "\\\\")
-        # Escaped spaces end a role where a letter follows, as in "`x`s".
-        parts[i] = rf"\ :{role}:`{escaped}`\ " if i % 2 else re.sub(r"([*|]|_(?!\w))", r"\\\1", escaped)
+        # Escaped spaces end a role where a letter follows, as in "`x`s"; a file's URL would become a link to nowhere.
+        special = re.sub(r"([*|]|_(?!\w)|(?<=\bfile):)", r"\\\1", escaped)
+        parts[i] = rf"\ :{role}:`{escaped}`\ " if i % 2 else special
     return "".join(parts)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import os
 import re
 from collections import Counter
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from docstrings import to_rest
 from docutils import nodes
-from public_names import ROOT, Public, everything, in_sections
+from public_names import Public, documentation, everything, in_sections, own_members
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.pycode import ModuleAnalyzer
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 PUBLIC = everything()
 LAST = Counter(path.rsplit(".", 1)[-1] for path in PUBLIC)
 # By the last part alone where only one name ends so, and where it is spelt as no argument is.
 UNIQUE = {name: path for path in PUBLIC if (name := path.rsplit(".", 1)[-1])[0].isupper() and LAST[name] == 1}
 
-METHODS = (property, cached_property, classmethod, staticmethod)
+LINKS = (nodes.reference, addnodes.pending_xref, nodes.title)
 
 
 class Reference(SphinxDirective):
@@ -48,16 +49,6 @@ class Reference(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
-def documentation(public: Public) -> list[str]:
-    """Return the docstring of a name; of one that is no class or function, the string below its assignment."""
-    name = public.path.rsplit(".", 1)[-1]
-    if inspect.isclass(public.value) or inspect.isroutine(public.value):
-        lines = inspect.cleandoc(public.value.__doc__).splitlines()
-        return lines if public.value.__module__.startswith("luxtorch") else [*lines[:1], "", "A function of torch."]
-    found = ModuleAnalyzer.for_module(public.home).find_attr_docs().get(("", name))
-    return [line for line in found or [public.value.__doc__] if line]
-
-
 def entry(public: Public) -> list[str]:
     """Return the directive that documents a name."""
     if inspect.isclass(public.value):
@@ -72,30 +63,32 @@ def entry(public: Public) -> list[str]:
     return [f".. py:{kind}:: {public.path}{signature.replace(chr(39), '')}", "", *text, ""]
 
 
-def own_members(cls: type) -> list[str]:
-    """Return the public methods and properties of a class that are documented, but where it is in a base class."""
-    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("luxtorch")]
-    return [
-        name
-        for name, value in vars(cls).items()
-        if not name.startswith("_")
-        and (isinstance(value, METHODS) or getattr(value, "__qualname__", "") == f"{cls.__qualname__}.{name}")
-        and value.__doc__
-        and not any(name in vars(base) for base in bases)
-    ]
-
-
 class Code(SphinxRole):
     """Text in single backquotes: code, and a link where it is the name of something public."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Return the code, and if it is a name a reference around it."""
-        code = nodes.literal(self.rawtext, self.text, classes=["code"])
-        path = target(self.text)
-        if path is None:
-            return [code], []
-        reference = addnodes.pending_xref("", code, refdomain="py", reftype="obj", reftarget=path, refexplicit=True)
-        return [reference], []
+        return [linked(nodes.literal(self.rawtext, self.text, classes=["code"]))], []
+
+
+class LinkNames(SphinxTransform):
+    """The same in Markdown, which has no roles for single backquotes, for names with a dot, such as `lt.Dense`."""
+
+    default_priority = 400
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put references around the names of one page."""
+        for code in list(self.document.findall(nodes.literal)):
+            if "code" not in code["classes"] and "." in code.astext() and not isinstance(code.parent, LINKS):
+                code.replace_self(linked(code.deepcopy()))
+
+
+def linked(code: nodes.literal) -> nodes.Element:
+    """Return a piece of code, with a reference around it if it is the name of something public."""
+    path = target(code.astext())
+    if path is None:
+        return code
+    return addnodes.pending_xref("", code, refdomain="py", reftype="obj", reftarget=path, refexplicit=True)
 
 
 def target(text: str) -> str | None:
@@ -113,6 +106,16 @@ def convert(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = to_rest(lines)
 
 
+def sign(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Show the constructor of a class whose `__new__` takes anything, and functions as defaults by their names."""
+    if what == "class" and re.fullmatch(r"\(\*args: \S+, \*\*kwargs: \S+\)", signature or ""):
+        found = signature_of(obj.__init__, bound_method=True)
+        signature = stringify_signature(found, show_return_annotation=False, unqualified_typehints=True)
+    return signature and re.sub(r"<function (\w+)[^>]*>", r"\1", signature), returns
+
+
 def link_types(app: Sphinx, env: Any, node: addnodes.pending_xref, contnode: nodes.Element) -> nodes.Node | None:
     """Resolve the types in signatures, which name the private file that a class is in."""
     path = UNIQUE.get(node.get("reftarget", "").rsplit(".", 1)[-1])
@@ -124,34 +127,38 @@ def link_types(app: Sphinx, env: Any, node: addnodes.pending_xref, contnode: nod
 
 def mend_paths(app: Sphinx, docname: str, source: list[str]) -> None:
     """Say `examples/output/x.png` where an example printed a whole path; of files outside of the site say the name."""
-    source[0] = source[0].replace(f"{ROOT.parent}/", "")
+    source[0] = source[0].replace(f"{app.srcdir.parent}/", "")
     source[0] = re.sub(r"\[[^\]]*\]\(\.\./([\w./]+)\)", r"`\1`", source[0])
 
 
 class TutorialOrder:
-    """Sort the tutorials: those to begin with first, those that are not named here after them, by name."""
+    """Sort the tutorials: those to begin with first, then those that are not named here, the one for clusters last."""
 
     FIRST = ("basics", "polynomial_fitting", "digits", "lbfgs", "ensemble_digits", "neural_ode", "pinn_heat")
+    LAST = ("ddp_digits",)
 
     def __init__(self, src_dir: str) -> None:
         pass
 
-    def __call__(self, filename: str) -> tuple[int, str]:
+    def __call__(self, filename: str) -> tuple[int, int, str]:
         """Return what to sort a file by."""
         name = filename.removesuffix(".py")
-        return self.FIRST.index(name) if name in self.FIRST else len(self.FIRST), name
+        return name in self.LAST, self.FIRST.index(name) if name in self.FIRST else len(self.FIRST), name
 
 
 def name_file(gallery_conf: dict[str, Any], fname: str) -> None:
     """Let the next example find its folder by `__file__`, which sphinx-gallery does not define."""
-    builtins.__file__ = os.path.abspath(fname)  # type: ignore[attr-defined]
+    folder = Path(gallery_conf["src_dir"], gallery_conf["examples_dirs"][0])
+    builtins.__file__ = str((folder / fname).resolve())
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register all of it."""
     app.add_directive("reference", Reference)
     app.add_role("lux", Code())
+    app.add_transform(LinkNames)
     app.connect("autodoc-process-docstring", convert)
+    app.connect("autodoc-process-signature", sign)
     app.connect("missing-reference", link_types)
     app.connect("source-read", mend_paths)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

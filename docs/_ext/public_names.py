@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import luxtorch
 
+METHODS = (property, cached_property, classmethod, staticmethod)
 ROOT = Path(luxtorch.__file__).parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
@@ -16,6 +19,7 @@ FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 SECTIONS = {
     "core": {
         "Making and calling models": "setup mode stateful layer container static stack",
+        "Looking at trees": "describe",
         "Errors": "errors",
         "Trees, for those who write layers": "tree value",
     },
@@ -103,3 +107,33 @@ def in_sections(folder: str) -> dict[str, list[Public]]:
         for heading, entries in found.items()
         if entries
     }
+
+
+def documentation(public: Public) -> list[str]:
+    """Return the docstring of a name; of one that is no class or function, the string below its assignment."""
+    if inspect.isclass(public.value) or inspect.isroutine(public.value):
+        lines = inspect.cleandoc(public.value.__doc__ or "").splitlines()
+        return lines if public.value.__module__.startswith("luxtorch") else [*lines[:1], "", "A function of torch."]
+    name = public.path.rsplit(".", 1)[-1]
+    body = ast.parse(Path(importlib.import_module(public.home).__file__ or "").read_text()).body
+    for node, below in zip(body, body[1:], strict=False):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        is_name = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+        if is_name and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            return inspect.cleandoc(str(below.value.value)).splitlines()
+    return [""]
+
+
+def own_members(cls: type) -> list[str]:
+    """Return the public methods and properties that a class defines itself, and no base class before it."""
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("luxtorch")]
+
+    def is_method(name: str, value: Any) -> bool:
+        # A function of another name is the default of a field.
+        return isinstance(value, METHODS) or inspect.isfunction(value) and value.__name__ == name
+
+    return [
+        name
+        for name, value in vars(cls).items()
+        if not name.startswith("_") and is_method(name, value) and not any(name in vars(base) for base in bases)
+    ]
