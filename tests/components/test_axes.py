@@ -57,6 +57,7 @@ def test_axes_differ_in_order_shape_and_nesting(other):
 def test_axes_that_nobody_uses_are_forgotten():
     import luxtorch.components._axes as module
 
+    gc.collect()  # what other tests have left behind goes first
     before = len(module._INTERNED)
     layout = axes({"a_name_of_this_test": torch.zeros(17)})
     assert len(module._INTERNED) == before + 1
