@@ -10,7 +10,6 @@ from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, traced, transformed
 
-from ._rnn_derivatives import keep_opaque, recurrent_layer
 from ._rnn_steps import Carry as Carry
 
 Kernel: TypeAlias = Callable[..., Any]
@@ -39,7 +38,8 @@ def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) ->
     kernel, tensors = cell.kernel, (xs, *carry, *weights)
     if kernel is None or not _fits(cell.gates, xs, carry, weights):
         return stepwise(cell, xs, carry, weights)
-    if (traced() or functional()) and reverse_alone():
+    # An exported program is to run where there is no luxtorch, and no operator of it.
+    if (traced() or functional()) and reverse_alone() and not torch.compiler.is_exporting():
         return _operator(kernel, xs, carry, weights)
     if transformed():
         return stepwise(cell, xs, carry, weights)
@@ -81,6 +81,9 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
 
 def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
     """Return the same by the operator, which is one node of a graph and knows the reverse mode alone."""
+    # To register an operator takes a tenth of what importing luxtorch takes.
+    from ._rnn_derivatives import keep_opaque, recurrent_layer
+
     if torch.is_autocast_enabled(xs.device.type):
         dtype = torch.get_autocast_dtype(xs.device.type)
         xs, carry, weights = xs.to(dtype), tuple(h.to(dtype) for h in carry), [weight.to(dtype) for weight in weights]
