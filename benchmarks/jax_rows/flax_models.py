@@ -116,7 +116,8 @@ def model(problem: Problem, data: Data) -> tuple[Model, Any, dict[str, Any]]:
     variables = jax.eval_shape(made.init, jax.random.key(0), images_last(data.x))
     state = {name: jax.tree.map_with_path(_statistic, tree) for name, tree in variables.items() if name != "params"}
     # An ensemble's initial values have one more dimension in front, for the members.
-    members = len(data.ps["layer_1.bias"]) if data.ps["layer_1.bias"].ndim == 2 else None
+    bias = next(array for name, array in data.ps.items() if name.startswith("layer_1.bias"))
+    members = len(bias) if bias.ndim == 2 else None
 
     def value(path: Any, leaf: Any) -> Array:
         array = _of_torch(data.ps, ".".join(part.key for part in path))
