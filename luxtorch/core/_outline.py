@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luxtorch._errors import LuxtorchError
+from luxtorch._transforms import watched
 
 from ._html import table
 from ._lines import MANY, Line, runs, text
@@ -140,7 +141,7 @@ def _statistics(tensor: Tensor) -> Statistics | None:
     if (
         type(tensor) not in (Tensor, Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or torch._C._len_torch_dispatch_stack()
+        or watched()
         or torch.compiler.is_compiling()
         or tensor.is_meta
         or tensor.is_nested

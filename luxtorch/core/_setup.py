@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from luxtorch._errors import InputError
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._layer import Layer, Parameters, States
-from ._nowhere import NOWHERE
+from ._nowhere import NOWHERE, without_numbers
 from ._tree import count, tree_map
 
 
@@ -107,10 +105,7 @@ def output_shape(layer: Layer, x: Any) -> Any:
 
     Source: Lux's `outputsize`, which leaves the batch out.
     """
-    if isinstance(x, Sequence) and all(isinstance(size, int) for size in x):
-        x = torch.empty(tuple(x), device="meta")
-    x = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, x)
-    y, _ = layer(x, *setup(NOWHERE, layer))
+    y, _ = layer(without_numbers(x), *setup(NOWHERE, layer))
     return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, y)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._rnn_loops import Kept
+from ._rnn_loops import Kept, filled
 
 _aten = torch.ops.aten
 _MODES = {"relu": 0, "tanh": 1, "lstm": 2, "gru": 3}  # as torch and cuDNN number the units
@@ -64,8 +64,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of xs, h, c (empty if there is none), and of the weights."""
     ys, last, saved = kept
-    likes = (ys, h, h)
-    gy, gh, gc = (torch.zeros_like(like) if g is None else g.contiguous() for g, like in zip(grads, likes, strict=True))
+    gy, gh, gc = (g.contiguous() for g in filled(grads, ys, h))
     xs, h = xs.contiguous(), h.contiguous()
     if c is not None and unit.startswith("mkldnn"):
         states: tuple[Any, ...] = (h, c.contiguous(), ys, ys[-1], last, gy, gh, gc)

@@ -26,6 +26,11 @@ def given(*parts: Tensor | None) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
+def filled(grads: tuple[Tensor | None, Tensor | None, Tensor | None], ys: Tensor, h: Tensor) -> list[Tensor]:
+    """Return the gradients by all hidden states, the last one, and the last memory, with zeros where there is none."""
+    return [torch.zeros_like(like) if g is None else g for g, like in zip(grads, (ys, h, h), strict=True)]
+
+
 def lstm_forward(projected: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states, the last memory, and (time, batch, 5 * hidden): the four gates and the memories."""
     size, weight = h.shape[-1], weight_hh.t()
@@ -169,7 +174,7 @@ def backward(
     """Return the gradients of xs, h, c (empty if there is none), and of the weights."""
     weight_ih, weight_hh, *biases = weights
     ys, _, saved = kept
-    gy, gh, gc = (torch.zeros_like(like) if g is None else g for g, like in zip(grads, (ys, h, h), strict=True))
+    gy, gh, gc = filled(grads, ys, h)
     of_memory = xs.new_empty(0)
     if c is not None:
         of_input, gh, of_memory = lstm_backward(gy, gh, gc, h, c, weight_hh, saved)

@@ -50,20 +50,11 @@ def recurrent(
 
 @recurrent.register_fake
 def _(
-    unit: str,
-    train: bool,
-    xs: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (time, batch, _), size = xs.shape, h.shape[-1]
     if "/" in unit:
-        weights = given(weight_ih, weight_hh, bias_ih, bias_hh)
-        saved = xs.new_empty(_rnn_kernels.kept_size(unit, xs, h, weights) if train else 0, dtype=torch.uint8)
+        saved = xs.new_empty(_rnn_kernels.kept_size(unit, xs, h, given(*weights)) if train else 0, dtype=torch.uint8)
     else:
         kept = _rnn_loops.KEPT[unit] if train else 0
         saved = xs.new_empty((time, batch, kept * size) if kept else 0)
@@ -101,20 +92,7 @@ def recurrent_backward(
 
 @recurrent_backward.register_fake
 def _(
-    unit: str,
-    gy: Tensor | None,
-    gh: Tensor | None,
-    gc: Tensor | None,
-    xs: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    ys: Tensor,
-    last: Tensor,
-    saved: Tensor,
+    unit: str, gy: Tensor | None, gh: Tensor | None, gc: Tensor | None, xs: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, ...]:
-    like = (xs, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    like = (xs, *others[:6])  # the states and the weights; after them comes what the forward returned
     return tuple(xs.new_empty(0 if part is None else part.shape) for part in like)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import transformed, watched
 
 from . import _in_place
 from ._in_place import InPlace
@@ -29,7 +29,7 @@ Kernel: TypeAlias = Callable[..., "Step | None"]
 
 def unobserved() -> bool:
     """Say whether nothing transforms or traces what is computed now."""
-    return not (transformed() or torch._C._len_torch_dispatch_stack())
+    return not (transformed() or watched())
 
 
 def numbers(hyper: Tensor) -> list[float] | None:

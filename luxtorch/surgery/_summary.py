@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch.core import InputError, Layer, setup, tree_leaves, tree_map
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._nowhere import NOWHERE, without_numbers
 from luxtorch.core._values import unwrapped
 
 from ._modules import holds_modules, watched_modules
@@ -74,9 +74,7 @@ def summary(layer: Layer, x: Any, *, depth: int | None = None) -> Summary:
         )
     if depth is not None and depth < 0:
         raise InputError("The depth is a number of levels.", expected="0 or more, or None", got=f"{depth}")
-    if isinstance(x, Sequence) and all(isinstance(size, int) for size in x):
-        x = torch.empty(tuple(x), device="meta")
-    x = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, x)
+    x = without_numbers(x)
     from torch.utils.flop_counter import FlopCounterMode  # which takes a tenth of a second to import
 
     ps, st = setup(NOWHERE, layer)
