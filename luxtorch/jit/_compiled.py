@@ -88,10 +88,15 @@ class Compiled:
     def _give(self, tensors: list[Tensor], run: Program, order: Any) -> list[Any]:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
-        own(tensors, self._donated)
-        for n in self._donated:
+        if self._written:
+            own(tensors, self._written)
+        for n in self._renamed:
             tensors[n] = tensors[n].detach()  # the memory lives on under a new name
-        pool = [*tensors, *run(list(tensors)), *self._statics]
+        outputs = run(list(tensors))
+        ids = set(map(id, given))
+        if not ids.isdisjoint(map(id, outputs)):  # a compiler may leave `x + 0` out
+            outputs = [output.detach() if id(output) in ids else output for output in outputs]
+        pool = [*tensors, *outputs, *self._statics]
         give_up(given)
         return [pool[i] for i in order]
 
@@ -100,6 +105,7 @@ class Compiled:
         if self._autocast:
             program = _without_autocast(program)
         written = {output: n for n, output in chosen}
+        self._written = [n for n, _ in chosen]
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
         # Where each leaf of the result is, in the list of the inputs, the outputs and the constants.
@@ -112,6 +118,8 @@ class Compiled:
                 order.append(value if kind == "input" else written[value])
             else:
                 order.append(inputs + remaining.index(value))
+        returned = {value for kind, value in results if kind == "input"}
+        self._renamed = [n for n in self._donated if n in self._written or n in returned]
         plain = not self._donated and len(remaining) == len(results)
         self._run: tuple[Program, list[int] | None] = (program, None if plain else order)
 

@@ -17,6 +17,10 @@ Pair: TypeAlias = tuple[int, int]
 """An input and the output that is written into it."""
 
 
+# To reuse less than this saves less time than it takes.
+_WORTH_REUSE = 2**16  # bytes
+
+
 class DonatedError(LuxtorchError, RuntimeError):
     """Report the use of a tensor that was given away.
 
@@ -57,7 +61,8 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     """Choose which donated input takes which output of the same shape and dtype.
 
     A tree that comes back as a part of the result takes itself, leaf by leaf; what is left goes by order. An output
-    that shares memory with something else stays where it is, and so does an input that is still seen in an output.
+    that shares memory with something else stays where it is, and so do an input that is still seen in an output and a
+    small one.
 
     Args:
         trace: The trace.
@@ -67,7 +72,7 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     fakes = trace.fakes
     outputs = trace.outputs()
     returned = {value for kind, value in trace.results if kind == "input"}
-    free = [i for i in donated if i not in returned and not views_of[i] and _is_dense(fakes[i])]
+    free = [i for i in donated if i not in returned and not views_of[i] and _is_reusable(fakes[i])]
     fresh = {j for j, shared in enumerate(others) if not shared}
     chosen: list[Pair] = []
     for i, j in [*_same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
@@ -95,8 +100,8 @@ def give_up(tensors: Iterable[Tensor]) -> None:
         tensor.__class__ = Donated
 
 
-def _is_dense(fake: Tensor) -> bool:
-    return fake.numel() > 0 and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
+def _is_reusable(fake: Tensor) -> bool:
+    return fake.nbytes >= _WORTH_REUSE and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
 
 
 def _same_places(trace: Trace, donated: Collection[int]) -> list[Pair]:

@@ -11,6 +11,7 @@ from torch import fx
 
 from ._donate import Pair
 from ._replay import Program
+from ._small import is_small, on_one_thread, options_for
 from ._trace import Trace, record
 
 DEFAULTS: Mapping[str, Any] = {
@@ -37,11 +38,13 @@ def compile_trace(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) -
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
     graph = lowered(trace, pairs)
-    with compiling(trace, options):
+    small = is_small(graph)
+    with compiling(trace, {**options_for(graph), **options} if small else options):
         _recursive_joint_graph_passes(graph)
         code = compile_graph(graph, trace.fakes)
     # Called by itself, inductor's object would look for profilers and autotuners at each call.
-    return code.current_callable or code, getattr(code, "source_code", "")
+    program = getattr(code, "current_callable", None) or code  # it is a plain function if there is nothing to do
+    return on_one_thread(program) if small else program, getattr(code, "source_code", "")
 
 
 def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:

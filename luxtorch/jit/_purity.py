@@ -51,6 +51,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._given: set[int] = set()
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._constants: dict[int, Tensor] = {}
+        self._computed: dict[int, Tensor] = {}
         self._records = torch.is_grad_enabled()
 
     def given(self, arguments: Iterable[Tensor]) -> Watch:
@@ -72,7 +73,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for place, name in written:
                 self._check_written(func, args[place] if place < len(args) else kwargs.get(name), known)
         if self._records and torch.is_grad_enabled() and func is not _aten.detach.default:
-            _check_recorded([*args, *kwargs.values()])
+            self._check_recorded([*args, *kwargs.values()])
         if known:
             with _disable_current_modes():
                 return self._constant(args, func(*args, **kwargs))
@@ -104,7 +105,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return a result that is known while tracing; the function may write to it as long as that is so."""
         given = {storage(tensor) for tensor in tensors_in(args)} - self._constants.keys()
         self._constants |= {storage(tensor): tensor for tensor in tensors_in([result]) if storage(tensor) not in given}
+        self._computed |= {id(tensor): tensor for tensor in tensors_in([result])}
         return result
+
+    def _check_recorded(self, values: Iterable[Any]) -> None:
+        """Raise where a derivative would silently be lost: tensors that are closed over are constants."""
+        for tensor in tensors_in(values):
+            inside = isinstance(tensor, FakeTensor) or id(tensor) in self._computed
+            if tensor.requires_grad and not inside:
+                raise InputError(
+                    "A jitted function closes over a tensor that requires grad, which would be a constant to it.",
+                    got=f"a tensor of shape {tuple(tensor.shape)}",
+                    fix="Pass it as an argument, or detach it.",
+                    where=user_line(),
+                )
 
     def _check_written(self, func: Any, written: Any, known: bool) -> None:
         for tensor in tensors_in([written]):
@@ -144,18 +158,6 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     if given.get("train", given.get("training")) is False:
         return False
     return bool(given.get("dropout_p", given.get("dropout", given.get("p", 1.0))))
-
-
-def _check_recorded(values: Iterable[Any]) -> None:
-    """Raise where a derivative would silently be lost: tensors that are closed over are constants."""
-    for tensor in tensors_in(values):
-        if tensor.requires_grad and not isinstance(tensor, FakeTensor):
-            raise InputError(
-                "A jitted function closes over a tensor that requires grad, which would be a constant to it.",
-                got=f"a tensor of shape {tuple(tensor.shape)}",
-                fix="Pass it as an argument, or detach it.",
-                where=user_line(),
-            )
 
 
 def _is_known(args: Any, kwargs: Any) -> bool:

@@ -64,10 +64,21 @@ def test_other_arguments_stay():
     assert same is y and torch.equal(got, torch.full((3,), 3.0))
 
 
-def test_a_donated_argument_that_comes_back():
-    x = torch.arange(3.0)
-    got = jit(lambda x: x, donate="x", backend="replay")(x)
-    assert torch.equal(got, torch.arange(3.0)) and got is not x
+UNCHANGED = {
+    "itself": lambda x: x,
+    "in other words": lambda x: x + 0,  # a compiler finds out
+    "a view": lambda x: x.view(x.shape),
+    "contiguous": lambda x: x.contiguous(),
+}
+
+
+@pytest.mark.parametrize("size", [3, 30000])
+@pytest.mark.parametrize("backend", ["replay", "inductor"])
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_donated_argument_that_comes_back(name, backend, size):
+    x = torch.arange(float(size))
+    got = jit(UNCHANGED[name], donate="x", backend=backend)(x)
+    assert torch.equal(got, torch.arange(float(size))) and got is not x
     with pytest.raises(DonatedError):
         x.sum()
 
@@ -79,20 +90,28 @@ CHOICES = {
     "nested structure": (lambda ps, x: (ps["a"] * 2, (3, {"a": ps["a"] - 1, "b": ps["b"]})), [(0, 1)]),
     "other shape": (lambda ps, x: ps["a"].sum(), []),
     "other dtype": (lambda ps, x: ps["a"].double(), []),
-    "view": (lambda ps, x: (ps["a"].view(3, 2), ps["a"] + 1, ps["b"] + 1), [(1, 1)]),
+    "view": (lambda ps, x: (ps["a"].view(300, 200), ps["a"] + 1, ps["b"] + 1), [(1, 1)]),
     "exchange": (lambda ps, x: {"a": ps["b"], "b": ps["a"]}, []),
-    "one memory": (lambda ps, x: (y := ps["a"] + 1, y.view(2, 3)), []),
-    "view of another": (lambda ps, x: (x[0:2], ps["a"] + 1), [(0, 1)]),
+    "one memory": (lambda ps, x: (y := ps["a"] + 1, y.view(200, 300)), []),
+    "view of another": (lambda ps, x: (x[0:200], ps["a"] + 1), [(0, 1)]),
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_which_output_takes_which_memory(name):
     function, expected = CHOICES[name]
-    tree = ({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, torch.ones(4, 3)), {}
+    assert _pairs(function, 200, 300) == expected
+
+
+def test_small_memory_is_not_worth_reusing():
+    function, _ = CHOICES["order"]
+    assert _pairs(function, 2, 3) == []
+
+
+def _pairs(function, *shape):
+    tree = ({"a": torch.ones(shape), "b": torch.ones(shape)}, torch.ones(2 * shape[0], shape[1])), {}
     leaves, spec = flatten(tree)
-    traced = trace(lambda args, kwargs: function(*args), leaves, spec, ())
-    assert pairs(traced, [0, 1]) == expected
+    return pairs(trace(lambda args, kwargs: function(*args), leaves, spec, ()), [0, 1])
 
 
 def test_memory_that_is_shared_is_copied_first():

@@ -165,3 +165,12 @@ def test_an_error_names_the_layer():
 
 def test_prints():
     assert "Checkpointed" in repr(lt.Chain(Checkpointed(lt.Dense(2, 3))))
+
+
+def test_jitted_with_data_that_is_closed_over(make_key, draw):
+    x, (ps, st) = draw((4, 3)), lt.setup(make_key(), LESS)
+
+    def gradient(ps):
+        return lt.gradient(lambda ps: _loss(LESS, ps, x, st)[0], ps)
+
+    torch.testing.assert_close(lt.jit(gradient, backend="replay")(ps), gradient(ps))
