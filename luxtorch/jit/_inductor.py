@@ -13,6 +13,7 @@ from ._donate import Pair
 from ._replay import Program
 from ._small import is_small, on_one_thread, options_for
 from ._trace import Trace, record
+from ._transposed import turn_products
 
 DEFAULTS: Mapping[str, Any] = {
     # How many elements of a loop are worth a thread. With inductor's 512, small loops wait for threads: a step of ten
@@ -67,6 +68,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
 
+    turn_products(graph)
     return compile_fx_inner(
         graph,
         fakes,
