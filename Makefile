@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest fuzz doctest docs lint types format wheel bench ci clean
+.PHONY: help venv demo test test-slow test-oldest fuzz doctest docs visit pictures lint types format wheel bench ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -40,6 +40,13 @@ docs: .venv/.stamp ## build the site in build/docs, running every example; with 
 	.venv/bin/python -m sphinx -b html -d build/doctrees -W --keep-going \
 		$(if $(ONLY),-D sphinx_gallery_conf.filename_pattern='/$(ONLY)\.py$$') docs build/docs
 	@echo "The site begins at build/docs/index.html."
+
+visit: .venv/.stamp ## open every page of the built site in headless Chromium
+	VISIT=1 .venv/bin/pytest -q tests/docs/test_visit.py
+
+pictures: .venv/.stamp ## draw the pictures of the README again, by the examples
+	for one in ensemble_digits neural_ode pinn_heat; do .venv/bin/python examples/$$one.py || exit 1; done
+	.venv/bin/python docs/_ext/pictures.py
 
 lint: .venv/.stamp ## check format, lint rules and the arrows between folders
 	.venv/bin/ruff format --check .

@@ -24,6 +24,9 @@ LAST = Counter(path.rsplit(".", 1)[-1] for path in PUBLIC)
 # By the last part alone where only one name ends so, and where it is spelt as no argument is.
 UNIQUE = {name: path for path in PUBLIC if (name := path.rsplit(".", 1)[-1])[0].isupper() and LAST[name] == 1}
 
+# Files outside of the site, and the pages that include them.
+INCLUDED = {"../benchmarks/README.md": "benchmarks.md", "../benchmarks/report.md": "benchmark_report.md"}
+
 LINKS = (nodes.reference, addnodes.pending_xref, nodes.title)
 
 
@@ -128,13 +131,15 @@ def link_types(app: Sphinx, env: Any, node: addnodes.pending_xref, contnode: nod
 def mend_paths(app: Sphinx, docname: str, source: list[str]) -> None:
     """Say `examples/output/x.png` where an example printed a whole path; of files outside of the site say the name."""
     source[0] = source[0].replace(f"{app.srcdir.parent}/", "")
+    for outside, page in INCLUDED.items():
+        source[0] = source[0].replace(f"]({outside})", f"]({page})")
     source[0] = re.sub(r"\[[^\]]*\]\(\.\./([\w./]+)\)", r"`\1`", source[0])
 
 
 class TutorialOrder:
     """Sort the tutorials: those to begin with first, then those that are not named here, the one for clusters last."""
 
-    FIRST = ("basics", "polynomial_fitting", "digits", "lbfgs", "ensemble_digits", "neural_ode", "pinn_heat")
+    FIRST = ("basics", "polynomial_fitting", "digits", "own_layer", "ensemble_digits", "neural_ode", "pinn_heat")
     LAST = ("ddp_digits",)
 
     def __init__(self, src_dir: str) -> None:

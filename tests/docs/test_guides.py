@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Pages whose blocks another test runs, because there is more to compare.
 ELSEWHERE = {"from_torch": "tests/interop/test_guide.py", "performance": "tests/benchmarks/test_performance_page.py"}
 NAME = re.compile(r"(?<![\w.])(lt|luxtorch|optim|training|distributed)((?:\.[A-Za-z]\w*)+)")
-NOT_RUN = {"julia", "sh", "text", "{toctree}"}
+NOT_RUN = {"julia", "sh", "text", "{include}", "{toctree}"}
 
 
 def blocks(text):
@@ -29,7 +29,7 @@ def blocks(text):
 
 
 PAGES = {path.stem: blocks(path.read_text()) for path in sorted((ROOT / "docs").glob("*.md"))}
-WITH_CODE = [name for name, found in PAGES.items() if {language for language, *_ in found} - {"{toctree}"}]
+WITH_CODE = [name for name, found in PAGES.items() if {language for language, *_ in found} - {"{include}", "{toctree}"}]
 
 
 @pytest.fixture

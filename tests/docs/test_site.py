@@ -58,6 +58,9 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("tutorials", "__pycache__"))
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("output", "__pycache__"))
+    (folder / "benchmarks").mkdir()
+    for name in ("README.md", "report.md", "report.png"):
+        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks")
     run = build(folder, "-D", f"sphinx_gallery_conf.filename_pattern={QUICK}")
     assert run.returncode == 0, run.stderr[-3000:]
     return folder / "site"
