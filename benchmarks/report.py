@@ -70,7 +70,7 @@ def table(rows: Sequence[Row]) -> str:
 def markdown(results: Mapping[str, Sequence[Row]], about: Sequence[str], picture: str) -> str:
     """Return the report."""
     parts = [
-        "# Benchmarks",
+        "# Benchmark report",
         "\n".join(f"- {line}" for line in about),
         "Ratios are to the first candidate of each problem; less is faster. Compilation is what the first 4 steps took "
         "beyond 4 usual ones. Memory is what the process held at most while it was timed, beyond an idle one.",

@@ -67,6 +67,7 @@ sphinx_gallery_conf = {
 
 html_theme = "furo"
 html_title = "luxtorch"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
