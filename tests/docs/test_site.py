@@ -59,8 +59,8 @@ def site(tmp_path_factory):
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("tutorials", "__pycache__"))
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("output", "__pycache__"))
     (folder / "benchmarks").mkdir()
-    for name in ("README.md", "report.md", "report.png"):
-        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks")
+    for path in (*(ROOT / "benchmarks").glob("*.md"), *(ROOT / "benchmarks").glob("*.png")):
+        shutil.copy(path, folder / "benchmarks")
     run = build(folder, "-D", f"sphinx_gallery_conf.filename_pattern={QUICK}")
     assert run.returncode == 0, run.stderr[-3000:]
     return folder / "site"
