@@ -101,7 +101,7 @@ class Compiled:
         return [pool[i] for i in order]
 
     def _set(self, program: Program, chosen: list[Pair]) -> None:
-        """Use a program from now on. Other threads may be calling: the program comes last, and with its order at once."""
+        """Use a program from now on. Other threads may be calling: it comes last, and its order with it."""
         if self._autocast:
             program = _without_autocast(program)
         written = {output: n for n, output in chosen}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,7 +113,8 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
     kind: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
     try:
-        graph = traced(*fakes)
+        with _unlogged():
+            graph = traced(*fakes)
     except RuntimeError as error:
         if "not supported for tensor subclasses" in str(error):
             raise TracingError(
@@ -122,6 +125,17 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
         raise
     _tidy(graph)
     return graph
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging, traceback and all, an error that it raises anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _tidy(graph: fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import numpy as np
@@ -137,6 +138,18 @@ def test_errors_of_layers_name_their_place():
     ps, st = lt.setup(0, model)
     with pytest.raises(LuxtorchError, match="layer_2"):
         jit(lambda ps, x: model(x, ps, st)[0], backend="replay")(ps, torch.ones(1, 3))
+
+
+def test_what_is_raised_is_not_logged_as_well(monkeypatch):
+    logger, seen = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", seen.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    model = lt.Dense(2, 3)
+    ps, st = lt.setup(0, model)
+    with pytest.raises(InputError, match="does not fit the layer"):
+        jit(lambda x: model(x, ps, st)[0], backend="replay")(torch.ones(4, 5))
+    assert not seen and not logger.disabled
 
 
 def test_after_an_error_all_is_as_before(same):
