@@ -1,7 +1,7 @@
 """What the probes of all libraries share: each answers, by doing it, which features of the comparison a library has.
 
 A probe is a function that does the thing by the library's own means and asserts the numbers: the feature is there if it
-returns. Where it is not, the probe is the best attempt, which fails, or a sentence that says what is missing.
+returns. Where it is not, the probe is the best attempt, which fails; or there is nothing to try, and `MISSING` says why.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 FEATURES = {
     "names": "Parameters are an argument, and a misspelt or missing one is an error",
@@ -33,27 +34,30 @@ FEATURES = {
 }
 
 
-def outcomes(probes: Mapping[str, Callable[[], object] | str]) -> dict[str, str]:
-    """Return for each feature an empty string if it is there, or else why it is not."""
-    assert list(probes) == list(FEATURES), "each feature has a probe, in this order"
+def outcomes(names: Mapping[str, Any]) -> dict[str, str]:
+    """Return for each feature an empty string if it is there, or else why it is not.
+
+    Args:
+        names: The names of a file with a probe for each feature; under `MISSING`, why there is none for some.
+    """
     found = {}
-    for name, probe in probes.items():
-        if isinstance(probe, str):
-            found[name] = probe
+    for name in FEATURES:
+        if name in names["MISSING"]:
+            found[name] = names["MISSING"][name]
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                probe()
+                names[name]()
             found[name] = ""
         except Exception as error:  # whatever a library raises, it cannot do it
-            found[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200] or type(error).__name__
+            found[name] = (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
     return found
 
 
-def main(probes: Mapping[str, Callable[[], object] | str]) -> None:
+def main(names: Mapping[str, Any]) -> None:
     """Print the outcomes as JSON, in the last line."""
-    json.dump(outcomes(probes), sys.stdout)
+    json.dump(outcomes(names), sys.stdout)
 
 
 def close(one: object, other: object, tolerance: float = 1e-4) -> None:

@@ -173,26 +173,10 @@ def loop():
     jax.vmap(f)(jnp.stack([X, 2 * X]))
 
 
-PROBES = {
-    "names": names,
-    "batchnorm_grad": batchnorm_grad,
-    "batchnorm_models": batchnorm_models,
-    "dropout_keys": dropout_keys,
-    "per_sample": per_sample,
-    "lstm_jvp": lstm_jvp,
-    "attention_hessian": attention_hessian,
-    "setup_vmap": setup_vmap,
-    "rate_models": rate_models,
-    "rate_gradient": rate_gradient,
-    "whole_step": whole_step,
-    "compiled_inside": compiled_inside,
-    "donation": donation,
+MISSING = {
     "flat": "ravel_pytree has no names: the vector has to be taken apart first",
-    "error_path": error_path,
-    "checkpoint": checkpoint,
     "modules": "torch's modules and tensors are not JAX's",
-    "loop": loop,
 }
 
 if __name__ == "__main__":
-    main(PROBES)
+    main(globals())

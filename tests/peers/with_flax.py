@@ -118,18 +118,7 @@ def checkpoint():
     close(back["w"], W["w"])
 
 
-PROBES = shared.PROBES | {
-    "names": names,
-    "batchnorm_grad": batchnorm_grad,
-    "batchnorm_models": batchnorm_models,
-    "dropout_keys": dropout_keys,
-    "per_sample": per_sample,
-    "lstm_jvp": lstm_jvp,
-    "attention_hessian": attention_hessian,
-    "setup_vmap": setup_vmap,
-    "error_path": error_path,
-    "checkpoint": checkpoint,
-}
+MISSING = shared.MISSING
 
 if __name__ == "__main__":
-    main(PROBES)
+    main(vars(shared) | globals())

@@ -7,6 +7,7 @@ import tempfile
 
 import torch
 from probing import close, main
+from with_torch_func import loop as loop  # luxtorch has no other
 
 import luxtorch as lt
 from luxtorch import optim, training
@@ -177,35 +178,7 @@ def modules():
     close(layer(X, ps, st)[0], module(X).detach())
 
 
-def loop():
-    from torch._higher_order_ops import scan
-
-    def total(x):
-        return scan(lambda c, x: (c * 0.5 + x, c.clone()), torch.zeros(3), x)[0].sum()
-
-    torch.func.jvp(torch.compile(total), (X,), (X,))
-
-
-PROBES = {
-    "names": names,
-    "batchnorm_grad": batchnorm_grad,
-    "batchnorm_models": batchnorm_models,
-    "dropout_keys": dropout_keys,
-    "per_sample": per_sample,
-    "lstm_jvp": lstm_jvp,
-    "attention_hessian": attention_hessian,
-    "setup_vmap": setup_vmap,
-    "rate_models": rate_models,
-    "rate_gradient": rate_gradient,
-    "whole_step": whole_step,
-    "compiled_inside": compiled_inside,
-    "donation": donation,
-    "flat": flat,
-    "error_path": error_path,
-    "checkpoint": checkpoint,
-    "modules": modules,
-    "loop": loop,
-}
+MISSING: dict[str, str] = {}
 
 if __name__ == "__main__":
-    main(PROBES)
+    main(globals())

@@ -101,17 +101,9 @@ def modules():
     close(call(module, parameters(module), X).detach(), module(X).detach())
 
 
-PROBES = plain.PROBES | {
-    "names": names,
-    "batchnorm_grad": batchnorm_grad,
-    "batchnorm_models": batchnorm_models,
-    "lstm_jvp": lstm_jvp,
-    "whole_step": whole_step,
+MISSING = plain.MISSING | {
     "flat": "a TensorDict has names, but is no one vector",
-    "error_path": error_path,
-    "checkpoint": checkpoint,
-    "modules": modules,
 }
 
 if __name__ == "__main__":
-    main(PROBES)
+    main(vars(plain) | globals())

@@ -159,26 +159,12 @@ def loop():
     torch.func.jvp(torch.compile(total), (X,), (X,))
 
 
-PROBES = {
-    "names": names,
-    "batchnorm_grad": batchnorm_grad,
-    "batchnorm_models": batchnorm_models,
+MISSING = {
     "dropout_keys": "torch.vmap(randomness=...) draws from the global generator; nothing takes a key",
     "per_sample": "torch.vmap(randomness=...) draws from the global generator; nothing takes a key",
-    "lstm_jvp": lstm_jvp,
-    "attention_hessian": attention_hessian,
-    "setup_vmap": setup_vmap,
-    "rate_models": rate_models,
-    "rate_gradient": rate_gradient,
-    "whole_step": whole_step,
-    "compiled_inside": compiled_inside,
     "donation": "torch.compile has no donation: what a step returns is new memory",
     "flat": "parameters_to_vector has no names",
-    "error_path": error_path,
-    "checkpoint": checkpoint,
-    "modules": modules,
-    "loop": loop,
 }
 
 if __name__ == "__main__":
-    main(PROBES)
+    main(globals())
