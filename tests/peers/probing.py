@@ -1,7 +1,7 @@
 """What the probes of all libraries share: each answers, by doing it, which features of the comparison a library has.
 
 A probe is a function that does the thing by the library's own means and asserts the numbers: the feature is there if it
-returns. Where it is not, the probe is the best attempt, which fails; or there is nothing to try, and `MISSING` says why.
+returns. Where it is not, the probe is the best attempt, which fails; or nothing can be tried, and `MISSING` says why.
 """
 
 from __future__ import annotations
