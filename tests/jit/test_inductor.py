@@ -40,13 +40,13 @@ def test_donated_memory_is_reused(batch):
     def step(ps, x):
         return {name: p - 0.1 * x.sum() for name, p in ps.items()}, x * 2
 
-    ps = {"a": torch.ones(4, 3), "b": torch.zeros(8, 3)}
+    ps = {"a": torch.ones(400, 300), "b": torch.zeros(800, 300)}
     places = {p.data_ptr() for p in ps.values()}
     jitted, first = jit(step, donate="ps", backend="inductor"), ps
     for _ in range(3):
         ps, _ = jitted(ps, batch[0])
         assert {p.data_ptr() for p in ps.values()} == places
-    torch.testing.assert_close(ps["a"], torch.ones(4, 3) - 0.3 * batch[0].sum())
+    torch.testing.assert_close(ps["a"], torch.ones(400, 300) - 0.3 * batch[0].sum())
     with pytest.raises(DonatedError):
         first["a"].sum()
 
