@@ -77,35 +77,32 @@ class Compiled:
     def __call__(self, leaves: list[Any]) -> Any:
         """Return the result of a call whose leaves fit the signature."""
         tensors = self.signature.tensors(leaves) if self.signature.statics else leaves
-        run, order = self._run
+        run, order, written = self._run
         if self._donated:
-            return self._unflatten(self._give(tensors, run, order))
+            return self._unflatten(self._give(tensors, run, order, written))
         if order is None:
             return self._unflatten(run(tensors))
         pool = [*tensors, *run(list(tensors)), *self._statics]
         return self._unflatten([pool[i] for i in order])
 
-    def _give(self, tensors: list[Tensor], run: Program, order: Any) -> list[Any]:
+    def _give(self, tensors: list[Tensor], run: Program, order: Any, written: list[int]) -> list[Any]:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
-        if self._written:
-            own(tensors, self._written)
-        for n in self._renamed:
-            tensors[n] = tensors[n].detach()  # the memory lives on under a new name
-        outputs = run(list(tensors))
-        ids = set(map(id, given))
-        if not ids.isdisjoint(map(id, outputs)):  # a compiler may leave `x + 0` out
-            outputs = [output.detach() if id(output) in ids else output for output in outputs]
-        pool = [*tensors, *outputs, *self._statics]
+        if written:
+            own(tensors, written)
+        pool = [*tensors, *run(list(tensors)), *self._statics]
+        picked = [pool[i] for i in order]
+        # What was written or is returned lives on under a new name; a compiler also returns `x + 0` as it is.
+        held = set(map(id, picked))
+        kept = {id(tensor): tensor.detach() for tensor in given if id(tensor) in held}
         give_up(given)
-        return [pool[i] for i in order]
+        return [kept.get(id(leaf), leaf) for leaf in picked] if kept else picked
 
     def _set(self, program: Program, chosen: list[Pair]) -> None:
-        """Use a program from now on. Other threads may be calling: it comes last, and its order with it."""
+        """Use a program from now on; all that belongs to it changes at once, since other threads may be calling."""
         if self._autocast:
             program = _without_autocast(program)
         written = {output: n for n, output in chosen}
-        self._written = [n for n, _ in chosen]
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
         # Where each leaf of the result is, in the list of the inputs, the outputs and the constants.
@@ -118,10 +115,8 @@ class Compiled:
                 order.append(value if kind == "input" else written[value])
             else:
                 order.append(inputs + remaining.index(value))
-        returned = {value for kind, value in results if kind == "input"}
-        self._renamed = [n for n in self._donated if n in self._written or n in returned]
         plain = not self._donated and len(remaining) == len(results)
-        self._run: tuple[Program, list[int] | None] = (program, None if plain else order)
+        self._run: tuple[Program, list[int] | None, list[int]] = program, None if plain else order, [*written.values()]
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
