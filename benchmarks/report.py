@@ -38,7 +38,7 @@ def best(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def changes(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each candidate that another checkout ran too: the median ratio of a round, and the middle half."""
+    """Return a line for each candidate that another checkout ran too: median and middle half of the ratios."""
     before = {row.candidate.removesuffix(BEFORE): row for row in rows if row.candidate.endswith(BEFORE)}
     lines = []
     for row in rows:
