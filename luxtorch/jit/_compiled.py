@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -17,7 +18,6 @@ from ._cuda_graph import CudaGraph
 from ._donate import Donated, Pair, give_up, own, pairs, refuse
 from ._flatten import Spec
 from ._replay import Program, replay
-from ._signature import static_value
 from ._trace import Trace, trace
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
@@ -57,7 +57,8 @@ class Compiled:
         self.signature = self.trace.signature
         self.code = ""
         self._unflatten = self.trace.out_spec.unflatten
-        self._statics = [value for kind, value in self.trace.results if kind == "static"]
+        self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in ("output", "input")]
+        self._statics = None if any(kind != "static" for kind, _ in self._fixed) else [one for _, one in self._fixed]
         self._autocast = torch._C._is_any_autocast_enabled()
         self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
         tensors = self.signature.tensors(leaves)
@@ -78,19 +79,28 @@ class Compiled:
         """Return the result of a call whose leaves fit the signature."""
         tensors = self.signature.tensors(leaves) if self.signature.statics else leaves
         run, order, written = self._run
-        if self._donated:
-            return self._unflatten(self._give(tensors, run, order, written))
         if order is None:
             return self._unflatten(run(tensors))
-        pool = [*tensors, *run(list(tensors)), *self._statics]
+        statics = self._statics if self._statics is not None else self._renewed(leaves)
+        if self._donated:
+            return self._unflatten(self._give(tensors, run, order, written, statics))
+        pool = [*tensors, *run(list(tensors)), *statics]
         return self._unflatten([pool[i] for i in order])
 
-    def _give(self, tensors: list[Tensor], run: Program, order: Any, written: list[int]) -> list[Any]:
+    def _renewed(self, leaves: list[Any]) -> list[Any]:
+        """Return what is not computed: leaves of the arguments, and copies of what the caller may change."""
+        copies = iter(copy.deepcopy([value for kind, value in self._fixed if kind == "copied"]))
+        return [
+            leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
+            for kind, value in self._fixed
+        ]
+
+    def _give(self, tensors: list[Tensor], run: Program, order: Any, written: list[int], statics: list[Any]) -> Any:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
         if written:
             own(tensors, written)
-        pool = [*tensors, *run(list(tensors)), *self._statics]
+        pool = [*tensors, *run(list(tensors)), *statics]
         picked = [pool[i] for i in order]
         # What was written or is returned lives on under a new name; a compiler also returns `x + 0` as it is.
         held = set(map(id, picked))
@@ -105,10 +115,10 @@ class Compiled:
         written = {output: n for n, output in chosen}
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # Where each leaf of the result is, in the list of the inputs, the outputs and the constants.
+        # Where each leaf of the result is, in the list of the inputs, the outputs and what is not computed.
         order, statics = [], 0
         for kind, value in results:
-            if kind == "static":
+            if kind not in ("output", "input"):
                 order.append(inputs + len(remaining) + statics)
                 statics += 1
             elif kind == "input" or value in written:
@@ -174,8 +184,8 @@ def _without_autocast(program: Program) -> Program:
 def _check_leaves(leaves: list[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            static_value(leaf)
-        elif isinstance(leaf, Donated):
+            continue
+        if isinstance(leaf, Donated):
             refuse()
         elif type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
             raise DTypeError(

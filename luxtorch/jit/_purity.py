@@ -49,6 +49,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._given: set[int] = set()
+        self._arguments: list[weakref.ref[Tensor]] = []
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._constants: dict[int, Tensor] = {}
         self._computed: dict[int, Tensor] = {}
@@ -56,7 +57,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def given(self, arguments: Iterable[Tensor]) -> Watch:
         """Return this watch, told which tensors stand for the arguments."""
-        self._given = {storage(tensor) for tensor in arguments}
+        arguments = list(arguments)
+        self._given = set(map(storage, arguments))
+        self._arguments = list(map(weakref.ref, arguments))
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,14 +91,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._remember(func, result)
         return result
 
+    def is_computed(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
+        return not isinstance(tensor, FakeTensor) and storage(tensor) in self._constants
+
     def check_leaks(self) -> None:
         """Raise if a tensor of the trace is still held by something, now that the trace is over."""
-        if any(ref() is not None for ref, _, _ in self._made):
+        kept = [*self._made, *((ref, "", user_line()) for ref in self._arguments)]
+        if any(ref() is not None for ref, _, _ in kept):
             gc.collect()
-        for ref, func, line in self._made:
-            if ref() is not None:
+        for ref, func, line in kept:
+            tensor = ref()
+            if tensor is not None:
+                what = f"a result of {func}" if func else f"an argument of shape {tuple(tensor.shape)}"
                 raise TracingError(
-                    f"A jitted function keeps a result of {func} somewhere outside of itself.",
+                    f"A jitted function keeps {what} somewhere outside of itself.",
                     got="a tensor without numbers: it stands for those of every later call",
                     fix="Return it from the function instead.",
                     where=line,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ._flatten import Spec, flatten
+from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
+from ._flatten import Spec, flatten, with_nodes, written
 from ._purity import TracingError, Watch, storage
 from ._signature import Signature
+from ._where import user_line
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Trace:
         fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
         signature: What all this depends on.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, or `("static", value)`.
+        results: The leaves of the result: `("output", i)`, `("input", i)`, or what is not computed: `("argument", i)`,
+            a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each call returns a copy.
     """
 
     function: Callable[..., list[Tensor]]
@@ -77,13 +81,20 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         full = list(values)
         for i, tensor in zip(places, tensors, strict=True):
             full[i] = tensor
-        out, parts["spec"] = flatten(fn(*spec.unflatten(full)))
+        arguments = spec.unflatten(full)
+        out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        _check_unchanged(arguments, full, spec)
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
+        constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
         parts["results"] = []
         made: list[Tensor] = []
-        for leaf in out:
-            if not isinstance(leaf, Tensor):
-                parts["results"].append(("static", leaf))
+        for i, leaf in enumerate(out):
+            if id(leaf) in constants:
+                parts["results"].append(("argument", constants[id(leaf)]))
+            elif not isinstance(leaf, Tensor):
+                parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
+            elif watch.is_computed(leaf):
+                parts["results"].append(("copied", leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:
@@ -100,10 +111,53 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
             return function(*tensors)
 
     graph = record(watched, fakes, {}, symbolic)
-    watch.check_leaks()
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    watch.check_leaks()  # from here on nothing but a leak holds what the function was given
     free = {n: fake.shape[0] for n, fake in enumerate(fakes) if fake.dim() and isinstance(fake.shape[0], torch.SymInt)}
     return Trace(function, graph, fakes, Signature(leaves, spec, free), parts["spec"], parts["results"])
+
+
+def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:
+    """Raise if a function has changed dicts or other nodes of its arguments."""
+    after, structure = with_nodes(*flatten(arguments))
+    if structure != spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
+        raise TracingError(
+            "A jitted function changes a dict or another node of its arguments in place.",
+            fix="Make a new one and return it: {**ps, name: value}.",
+            where=user_line(),
+        )
+
+
+def _kind(value: Any, spec: Spec, leaf: int) -> str:
+    """Return whether each call may return the same object as a leaf of its result, or a copy.
+
+    Raises:
+        TracingError: If it can do neither, since it holds a tensor that is traced or a state that goes on.
+    """
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return "static"
+    place = f"result{written(spec.paths()[leaf])}"
+    try:
+        key, mutable = fingerprint(value), is_mutable(value)
+        if mutable:
+            copy.deepcopy(value)
+    except Exception as error:
+        held = f", which holds {error.what} at {place}{error.place}" if isinstance(error, Refused) else ""
+        raise TracingError(
+            f"A jitted function returns at {place} what is neither a tensor nor a constant.",
+            expected="any pytree of tensors; what else it returns is the same at each call",
+            got=f"a {type(value).__name__}{held}",
+            fix=f"Return the tensors, or make the class a pytree node, {REGISTER}.",
+            where=user_line(),
+        ) from None
+    if any("FakeTensor(" in text for text in texts(key)):
+        raise TracingError(
+            f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
+            got=f"{value!r:.80}",
+            fix="Return the tensor, and format it outside.",
+            where=user_line(),
+        )
+    return "copied" if mutable else "static"
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:
