@@ -17,6 +17,7 @@ from luxtorch.core import DTypeError
 from ._cuda_graph import CudaGraph
 from ._donate import Donated, Pair, give_up, own, pairs, refuse
 from ._flatten import Spec
+from ._purity import explained
 from ._replay import Program, replay
 from ._trace import Trace, trace
 
@@ -149,7 +150,8 @@ class Compiled:
         from ._inductor import compiling
         from ._recorded import recorded
 
-        with _COMPILING, compiling(self.trace, options if backend == "inductor" else {}), torch.enable_grad():
+        settings = compiling(self.trace, options if backend == "inductor" else {})
+        with _COMPILING, settings, torch.enable_grad(), explained():
             return recorded(self.trace, tensors, "inductor" if backend == "inductor" else "replay", options)
 
 

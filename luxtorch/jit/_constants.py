@@ -115,7 +115,7 @@ class _Walk:
         self._around: dict[int, int] = {}
 
     def read(self, value: Any, place: str) -> Any:
-        cls = type(value)
+        cls: Any = type(value)
         if cls in _ATOMS:
             return cls, value
         if id(value) in self._around:
@@ -130,7 +130,8 @@ class _Walk:
 
     def attributes(self, value: Any, place: str) -> tuple[Any, ...]:
         """Return the fingerprints of what an object holds in its `__dict__` and `__slots__`."""
-        held = [(name, getattr(value, name, _Walk)) for name in _slots(type(value))]
+        cls: Any = type(value)
+        held = [(name, getattr(value, name, _Walk)) for name in _slots(cls)]
         held += getattr(value, "__dict__", {}).items()
         return tuple((name, self.read(one, f"{place}.{name}")) for name, one in held)
 
@@ -228,11 +229,12 @@ def _object(walk: _Walk, value: Any, place: str) -> Any:
     frozen = getattr(getattr(value, "__dataclass_params__", None), "frozen", False)
     held = walk.attributes(value, place)
     walk.mutable |= not frozen and (bool(held) or hasattr(value, "__dict__"))
-    return type(value), value if type(value).__eq__ is object.__eq__ else None, held
+    cls: Any = type(value)
+    return cls, value if cls.__eq__ is object.__eq__ else None, held
 
 
 def _unseen(walk: _Walk, value: Any, place: str) -> Any:
-    cls = type(value)
+    cls: Any = type(value)
     if cls.__eq__ is object.__eq__ or cls.__hash__ is None:
         raise Refused(place, f"a {cls.__name__}, whose state cannot be compared")
     try:

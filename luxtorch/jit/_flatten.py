@@ -56,7 +56,7 @@ def _register(cls: Any) -> None:
         return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.value)
 
     with contextlib.suppress(ValueError):  # another thread has been faster
-        optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)  # type: ignore[arg-type]
+        optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)
 
 
 def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +12,7 @@ from torch import Tensor, fx
 
 from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, with_nodes, written
-from ._purity import TracingError, Watch, storage
+from ._purity import TracingError, Watch, explained, storage
 from ._signature import Signature
 from ._where import user_line
 
@@ -72,6 +70,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
     # Sizes and numbers that depend on the values of tensors are errors.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
+    mode._allow_unsafe_data_ptr_access = False  # an address would be 0
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     fakes = [_fake(mode, leaves[i], f"input{n}", i in dynamic) for n, i in enumerate(places)]
     parts: dict[str, Any] = {}
@@ -108,7 +107,9 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
 
     def watched(*tensors: Tensor) -> list[Tensor]:
         with watch.given(tensors):
-            return function(*tensors)
+            made = function(*tensors)
+        watch.check_given(tensors)
+        return made
 
     graph = record(watched, fakes, {}, symbolic)
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
@@ -166,30 +167,10 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
 
     kind: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
-    try:
-        with _unlogged():
-            graph = traced(*fakes)
-    except RuntimeError as error:
-        if "not supported for tensor subclasses" in str(error):
-            raise TracingError(
-                "A jitted function takes the numbers out of a tensor, but what it traces has none.",
-                got=str(error),
-                fix="Keep to torch's functions of tensors.",
-            ) from error
-        raise
+    with explained():
+        graph = traced(*fakes)
     _tidy(graph)
     return graph
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep torch from logging, traceback and all, an error that it raises anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _tidy(graph: fx.GraphModule) -> None:
