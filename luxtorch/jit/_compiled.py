@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from luxtorch.core import DTypeError
 
 from ._cuda_graph import CudaGraph
-from ._donate import Donated, Pair, give_up, own, pairs, refuse
+from ._donate import Donated, Owner, Pair, give_up, pairs, refuse
 from ._flatten import Spec
 from ._purity import explained
 from ._replay import Program, replay
@@ -79,12 +79,12 @@ class Compiled:
     def __call__(self, leaves: list[Any]) -> Any:
         """Return the result of a call whose leaves fit the signature."""
         tensors = self.signature.tensors(leaves) if self.signature.statics else leaves
-        run, order, written = self._run
+        run, order, owner = self._run
         if order is None:
             return self._unflatten(run(tensors))
         statics = self._statics if self._statics is not None else self._renewed(leaves)
         if self._donated:
-            return self._unflatten(self._give(tensors, run, order, written, statics))
+            return self._unflatten(self._give(tensors, run, order, owner, statics))
         pool = [*tensors, *run(list(tensors)), *statics]
         return self._unflatten([pool[i] for i in order])
 
@@ -96,11 +96,13 @@ class Compiled:
             for kind, value in self._fixed
         ]
 
-    def _give(self, tensors: list[Tensor], run: Program, order: Any, written: list[int], statics: list[Any]) -> Any:
+    def _give(
+        self, tensors: list[Tensor], run: Program, order: Any, owner: Owner | None, statics: list[Any]
+    ) -> list[Any]:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
-        if written:
-            own(tensors, written)
+        if owner is not None:
+            owner.own(tensors)
         pool = [*tensors, *run(list(tensors)), *statics]
         picked = [pool[i] for i in order]
         # What was written or is returned lives on under a new name; a compiler also returns `x + 0` as it is.
@@ -127,7 +129,8 @@ class Compiled:
             else:
                 order.append(inputs + remaining.index(value))
         plain = not self._donated and len(remaining) == len(results)
-        self._run: tuple[Program, list[int] | None, list[int]] = program, None if plain else order, [*written.values()]
+        owner = Owner(self.trace.fakes, self.trace.constants(), [*written.values()]) if written else None
+        self._run: tuple[Program, list[int] | None, Owner | None] = program, None if plain else order, owner
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
@@ -189,12 +192,21 @@ def _check_leaves(leaves: list[Any]) -> None:
             continue
         if isinstance(leaf, Donated):
             refuse()
-        elif type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
+        kind = _kind(leaf)
+        if kind:
             raise DTypeError(
                 "A jitted function takes plain dense tensors.",
-                got=f"a {type(leaf).__name__} of layout {leaf.layout}",
-                fix="Call the function itself, or under torch.compile.",
+                got=f"a {type(leaf).__name__}{kind}",
+                fix="Pass x.resolve_neg()." if leaf.is_neg() else "Call the function itself, or under torch.compile.",
             )
+
+
+def _kind(tensor: Tensor) -> str:
+    """Say in which way a tensor is not what compilers take for granted; nothing if it is."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return f" of layout {tensor.layout}"
+    lazy = {"nested": tensor.is_nested, "negated": tensor.is_neg(), "without memory": tensor._is_zerotensor()}
+    return f", quantized to {tensor.dtype}" if tensor.is_quantized else next((f", {k}" for k in lazy if lazy[k]), "")
 
 
 @cache

@@ -43,6 +43,11 @@ class Trace:
         """Whether any size is a symbol."""
         return any(isinstance(size, torch.SymInt) for fake in self.fakes for size in fake.shape)
 
+    def constants(self) -> list[Tensor]:
+        """Return the tensors that the graph closes over."""
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        return [one for one in (getattr(self.graph, node.target) for node in nodes) if isinstance(one, Tensor)]
+
     def outputs(self) -> list[Any]:
         """Return what the outputs of the graph were while tracing; those that it closes over are as they are."""
         nodes: Any = self.graph.graph.output_node().args[0]
