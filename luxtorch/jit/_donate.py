@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from operator import add, le
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -84,14 +85,52 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     return sorted(chosen)
 
 
-def own(tensors: list[Tensor], donated: Sequence[int]) -> None:
-    """Replace donated tensors that share memory with another argument by copies, in place in the list."""
-    addresses = list(map(Tensor.data_ptr, tensors))
-    if len(set(addresses)) == len(addresses):
-        return
-    for i in donated:
-        if addresses[i] != 0 and addresses.count(addresses[i]) > 1:
+class Owner:
+    """See to it that what is written into a donated tensor is written nowhere else.
+
+    Args:
+        fakes: What the arguments were while tracing; their sizes and strides tell how much memory each spans.
+        constants: The tensors that the graph closes over.
+        written: Which arguments are written into; each fills its memory without a gap.
+    """
+
+    def __init__(self, fakes: Sequence[Tensor], constants: Sequence[Tensor], written: Sequence[int]) -> None:
+        self._written = written
+        self._constants = list(constants)  # which keeps them where they are
+        self._fixed = [tensor.data_ptr() for tensor in constants]
+        spans = [None if _is_symbolic(fake) else _span(fake) for fake in fakes]
+        self._spans = None if None in spans else [*spans, *map(_span, constants)]
+
+    def own(self, tensors: list[Tensor]) -> None:
+        """Replace what is written into and shares memory with another tensor by a copy, in place in the list."""
+        starts = [*map(Tensor.data_ptr, tensors), *self._fixed]
+        spans: Any = self._spans or [*map(_span, tensors), *map(_span, self._constants)]
+        stops = list(map(add, starts, spans))
+        # Nothing overlaps if each range begins after as many have ended as have begun.
+        begun = sorted(starts)
+        del begun[:1]
+        if all(map(le, sorted(stops), begun)):
+            return
+        shared: set[int] = set()
+        furthest = -1  # which range reaches furthest so far
+        for i in sorted((i for i, span in enumerate(spans) if span), key=starts.__getitem__):
+            if furthest >= 0 and starts[i] < stops[furthest]:
+                shared |= {i, furthest}
+            if furthest < 0 or stops[i] > stops[furthest]:
+                furthest = i
+        for i in shared.intersection(self._written):
             tensors[i] = tensors[i].detach().clone()
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how many bytes lie between the first element of a tensor and the end of the last."""
+    if not tensor.numel():
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+
+
+def _is_symbolic(fake: Tensor) -> bool:
+    return any(isinstance(number, torch.SymInt) for number in (*fake.shape, *fake.stride()))
 
 
 def give_up(tensors: Iterable[Tensor]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeVar, overload
 
+import torch
 from typing_extensions import ParamSpec
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, Layer
 
 from ._compiled import Backend
 from ._jitted import Jitted
@@ -122,7 +124,18 @@ def jit(
     if not (backend in (None, "inductor", "replay") or callable(backend)):
         raise InputError("There is no such backend.", expected="inductor, replay, or a function", got=repr(backend))
 
-    def jitted(fn: Callable[..., Any]) -> Jitted[..., Any]:
+    def jitted(fn: Callable[..., Any]) -> Any:
+        owner = getattr(fn, "__self__", None)
+        if isinstance(fn, torch.nn.Module) or isinstance(owner, torch.nn.Module):
+            raise InputError(
+                "A torch.nn.Module is not a pure function: its parameters would be constants of the graph.",
+                expected="a function of parameters and inputs",
+                got=f"a {type(owner or fn).__name__}",
+                fix="Make it a layer: layer, ps, st = lt.from_torch(module), and jit a function that calls it.",
+            )
+        if isinstance(fn, MethodType) and not isinstance(owner, (type, Layer)):
+            # What the method belongs to is an argument as others are: it may change from call to call.
+            return MethodType(jitted(fn.__func__), owner)
         return Jitted(
             fn,
             **names,

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from threading import Lock
+from threading import Lock, RLock
 from types import MethodType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,7 +18,10 @@ from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, KeyNameError, Static, suggest
 
 from ._compiled import Backend, Compiled, default_backend
-from ._flatten import flatten, leaf_ranges
+from ._constants import Constant, Refused, fingerprint, is_mutable, refusal
+from ._flatten import flatten, leaf_ranges, places, with_nodes, written
+from ._purity import TracingError
+from ._where import user_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,7 +81,8 @@ class Jitted(Generic[P, R]):
         self._settings = backend, options, background
         self._maxsize = maxsize
         self._known: tuple[Compiled, ...] = ()
-        self._lock = Lock()
+        self._compiling = RLock()  # a function may ask for itself while it is traced
+        self._changing = Lock()  # held for a moment: nobody waits for it while something is compiled
         self._hits = self._misses = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -110,7 +114,7 @@ class Jitted(Generic[P, R]):
 
     def cache_clear(self) -> None:
         """Forget what was compiled."""
-        with self._lock:
+        with self._changing:
             self._known = ()
             self._hits = self._misses = 0
 
@@ -126,11 +130,18 @@ class Jitted(Generic[P, R]):
                 add = torch.ops.aten.add.Tensor(sin, 1);  sin = None
                 return [add]
         """
+        if watched():
+            raise TracingError(
+                f"{self!r} was asked what it is compiled to while a function is traced, where it is not compiled.",
+                fix="Call lower outside, with tensors that have numbers.",
+                where=user_line(),
+            )
         compiled, _ = self._find_or_compile(*flatten(self._fixed(args, kwargs)))
         return Lowered(str(compiled.trace.graph.code).strip(), compiled.code)
 
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
         """Return what is compiled for these leaves, and the leaves to call it with."""
+        leaves, spec = with_nodes(leaves, spec)
         # The guards of torch take no tensor twice.
         if len(set(map(id, leaves))) < len(leaves):
             leaves = _distinct(leaves)
@@ -144,7 +155,7 @@ class Jitted(Generic[P, R]):
         return next((compiled for compiled in self._known if compiled.signature.fits(leaves, spec)), None)
 
     def _compile(self, leaves: list[Any], spec: Any) -> Compiled:
-        with self._lock:
+        with self._compiling:
             # Another thread may have been faster.
             found = self._find(leaves, spec)
             if found is not None:
@@ -153,8 +164,9 @@ class Jitted(Generic[P, R]):
             backend = default_backend() if backend is None else backend
             donated = self._leaves_of(spec, self._donate)
             dynamic = self._leaves_of(spec, self._dynamic) - donated
-            fn = self._unfixed
-            compiled = Compiled(fn, leaves, spec, donated, dynamic, backend, options, background)
+            constants = self._constants(leaves, spec)
+            compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, backend, options, background)
+            self._check_unchanged(constants, self._constants(leaves, spec))
             self._misses += 1
             if self._misses == _MANY:
                 last = self._known[0].signature.difference(compiled.signature) if self._known else "the first call"
@@ -164,36 +176,70 @@ class Jitted(Generic[P, R]):
                     RuntimeWarning,
                     stacklevel=5,
                 )
-            self._known = (compiled, *self._known)[: self._maxsize]
+            with self._changing:
+                self._known = (compiled, *self._known)[: self._maxsize]
             return compiled
 
     def _to_front(self, compiled: Compiled) -> None:
-        # Only for speed: nobody waits for it while another thread compiles.
-        if self._lock.acquire(blocking=False):
+        # Only for speed: nobody waits for it.
+        if self._changing.acquire(blocking=False):
             try:
                 if compiled in self._known:
                     self._known = (compiled, *(other for other in self._known if other is not compiled))
             finally:
-                self._lock.release()
+                self._changing.release()
+
+    def _constants(self, leaves: list[Any], spec: Any) -> dict[str, Any]:
+        """Return the fingerprints of the arguments' values that are not tensors, by their places.
+
+        Raises:
+            DTypeError: If one cannot be compared.
+        """
+        constants = {}
+        for (kind, name, *path), leaf in places(spec.unflatten(leaves), Static):
+            if isinstance(leaf, torch.Tensor):
+                continue
+            if kind == 0:
+                name = self._names[name] if name < len(self._names) else f"args[{name}]"
+            where = f"{name}{written(path)}"
+            value = leaf.value if isinstance(leaf, Static) else leaf
+            given = isinstance(value, Constant)  # an argument named in `static`
+            value = value.value if given else value
+            try:
+                constants[where] = fingerprint(value)
+                if isinstance(leaf, Static) and not given and is_mutable(value):
+                    raise Refused("", "a value that can change")
+            except Refused as error:
+                raise refusal(error, value, where) from None
+        return constants
+
+    def _check_unchanged(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        for where, key in before.items():
+            if after[where] != key:
+                raise TracingError(
+                    f"A jitted function changes its argument {where}, which it would do at the first call alone.",
+                    fix="Return the new values instead.",
+                    where=user_line(),
+                )
 
     def _fixed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments with the static ones as constants of the structure."""
         if not self._static:
             return args, kwargs
         args = tuple(
-            Static((type(value), value)) if i < len(self._names) and self._names[i] in self._static else value
+            _fixed(self._names[i], value) if i < len(self._names) and self._names[i] in self._static else value
             for i, value in enumerate(args)
         )
-        kwargs = {name: Static((type(v), v)) if name in self._static else v for name, v in kwargs.items()}
+        kwargs = {name: _fixed(name, value) if name in self._static else value for name, value in kwargs.items()}
         return args, kwargs
 
     def _unfixed(self, args: Any, kwargs: Any) -> Any:
         if self._static:
             args = tuple(
-                value.value[1] if i < len(self._names) and self._names[i] in self._static else value
+                value.value.value if i < len(self._names) and self._names[i] in self._static else value
                 for i, value in enumerate(args)
             )
-            kwargs = {name: v.value[1] if name in self._static else v for name, v in kwargs.items()}
+            kwargs = {name: v.value.value if name in self._static else v for name, v in kwargs.items()}
         return self._fn(*args, **kwargs)
 
     def _leaves_of(self, spec: Any, names: bool | Collection[str]) -> set[int]:
@@ -209,6 +255,14 @@ class Jitted(Generic[P, R]):
         return {
             i for name, leaves in zip(called, ranges, strict=True) if names is True or name in names for i in leaves
         }
+
+
+def _fixed(name: str, value: Any) -> Static[Constant]:
+    """Return an argument as a constant of the structure."""
+    try:
+        return Static(Constant(value))
+    except Refused as error:
+        raise refusal(error, value, name) from None
 
 
 def _parameters(fn: Any, used: Collection[str]) -> list[str]:

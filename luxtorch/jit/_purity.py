@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import logging
+import traceback
+import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from luxtorch.core import InputError, LuxtorchError
 
-from ._where import user_line
+from ._where import library, user_line
 
 _aten = torch.ops.aten
 
@@ -49,6 +53,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._given: set[int] = set()
+        self._arguments: list[weakref.ref[Tensor]] = []
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._constants: dict[int, Tensor] = {}
         self._computed: dict[int, Tensor] = {}
@@ -56,7 +61,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def given(self, arguments: Iterable[Tensor]) -> Watch:
         """Return this watch, told which tensors stand for the arguments."""
-        self._given = {storage(tensor) for tensor in arguments}
+        arguments = list(arguments)
+        self._given = set(map(storage, arguments))
+        self._arguments = list(map(weakref.ref, arguments))
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,14 +95,30 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._remember(func, result)
         return result
 
+    def check_given(self, arguments: Iterable[Tensor]) -> None:
+        """Raise if an argument has been given other memory, as by `x.data = y`, of which no operator tells."""
+        if any(storage(tensor) not in self._given for tensor in arguments):
+            raise TracingError(
+                "A jitted function changes an argument in place, by setting its data.",
+                fix="Return the new values instead.",
+                where=user_line(),
+            )
+
+    def is_computed(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
+        return not isinstance(tensor, FakeTensor) and storage(tensor) in self._constants
+
     def check_leaks(self) -> None:
         """Raise if a tensor of the trace is still held by something, now that the trace is over."""
-        if any(ref() is not None for ref, _, _ in self._made):
+        kept = [*self._made, *((ref, "", user_line()) for ref in self._arguments)]
+        if any(ref() is not None for ref, _, _ in kept):
             gc.collect()
-        for ref, func, line in self._made:
-            if ref() is not None:
+        for ref, func, line in kept:
+            tensor = ref()
+            if tensor is not None:
+                what = f"a result of {func}" if func else f"an argument of shape {tuple(tensor.shape)}"
                 raise TracingError(
-                    f"A jitted function keeps a result of {func} somewhere outside of itself.",
+                    f"A jitted function keeps {what} somewhere outside of itself.",
                     got="a tensor without numbers: it stands for those of every later call",
                     fix="Return it from the function instead.",
                     where=line,
@@ -139,6 +162,71 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._made.append((weakref.ref(tensor), str(func), user_line()))
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn errors of torch's insides into a `TracingError` with the user's line; those of the user stay as they are.
+
+    To code that catches it, it is what torch raises otherwise as well: an IndexError, a ValueError.
+    """
+    # What is raised anyway is not to be logged and warned of besides.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Error detected in .* Traceback of forward call")
+            yield
+    except LuxtorchError:
+        raise
+    except Exception as error:
+        text = str(error)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if library(frame) in _TRACERS or any(phrase in text for phrase in _PHRASES):
+            raise _explanation(error) from error
+        raise
+    finally:
+        logger.disabled = before
+
+
+_TRACERS = ("torch", "functorch", "")
+
+# How torch speaks of tensors that have no numbers.
+_NUMBERS = ("not supported for tensor subclasses", "data is not allocated yet", "access data pointer")
+_PHRASES = (*_NUMBERS, "FakeTensor", "in the TorchScript interpreter", "Can't pickle local object 'WeakValueDict")
+
+
+def _explanation(error: Exception) -> TracingError:
+    where = user_line(error)
+    text = str(error).strip()
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return _value_needed(error.func, where)
+    if any(phrase in text for phrase in _NUMBERS):
+        return TracingError(
+            "A jitted function takes the numbers out of a tensor, but what it traces has none.",
+            got=text.partition("\n")[0],
+            fix="Keep to torch's functions of tensors; copy.deepcopy(x) is x.clone().",
+            where=where,
+        )
+    builtin = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return _also(builtin)(
+        "A jitted function fails while it is traced.",
+        got=f"{type(error).__name__}: {text.partition(chr(10))[0]}",
+        where=where,
+    )
+
+
+@functools.cache
+def _also(kind: type) -> type[TracingError]:
+    """Return the class of tracing errors that are of another class as well."""
+    if issubclass(TracingError, kind):
+        return TracingError
+
+    def reduce(error: TracingError) -> Any:
+        return TracingError, (error.problem,), error.__dict__
+
+    names = {"__module__": TracingError.__module__, "__reduce__": reduce}
+    return type(TracingError.__name__, (TracingError, kind), names)
+
+
 @functools.cache
 def _facts(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
     """Return whether an operator draws random numbers, and which of its arguments it writes to."""
@@ -172,12 +260,12 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return [item for item in flat if isinstance(item, Tensor)]
 
 
-def _value_needed(func: Any) -> TracingError:
+def _value_needed(func: Any, where: str = "") -> TracingError:
     return TracingError(
         f"A jitted function needs the value of a tensor to go on, by {func}, but what it traces has none.",
         expected="the same operators for all values: no `if`, `float(...)`, `.item()` or `x[mask]` on a traced tensor",
         fix="Use torch.where or torch.cond, or pass the number as an argument of its own: each makes its own graph.",
-        where=user_line(),
+        where=where or user_line(),
     )
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
-from luxtorch.core import DTypeError
-
+from ._constants import Refused, fingerprint
 from ._flatten import Spec
 
 
@@ -34,7 +33,7 @@ class Signature:
     def __init__(self, leaves: Sequence[Any], spec: Spec, symbols: dict[int, Any] | None = None) -> None:
         self.spec = spec
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.statics = {i: static_value(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        self.statics = {i: fingerprint(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         self.shapes = [(leaf.dtype, tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
         self._count = len(leaves)
         self._values = {i: leaves[i] for i in self.statics}
@@ -54,7 +53,12 @@ class Signature:
         if len(leaves) != self._count:
             return False
         if self.statics:
-            if any(isinstance(leaves[i], Tensor) or static_value(leaves[i]) != one for i, one in self.statics.items()):
+            try:
+                if any(
+                    isinstance(leaves[i], Tensor) or fingerprint(leaves[i]) != one for i, one in self.statics.items()
+                ):
+                    return False
+            except Refused:  # it is refused with its place, where it would be compiled for
                 return False
             leaves = self.tensors(leaves)
         return (
@@ -85,26 +89,6 @@ class Signature:
             if one != two:
                 return f"a tensor, {one[0]} {one[1]} against {two[0]} {two[1]}"
         return "strides, requires_grad or class of a tensor, or a setting of torch"
-
-
-def static_value(leaf: Any) -> tuple[Any, ...]:
-    """Return what a leaf that is no tensor is compared by: 1, 1.0 and True are not the same, nor are 0.0 and -0.0.
-
-    Raises:
-        DTypeError: If it has no hash, as an array of NumPy.
-    """
-    if isinstance(leaf, float):
-        return float, leaf.hex()
-    try:
-        hash(leaf)
-    except TypeError as error:
-        raise DTypeError(
-            "An argument of a jitted function is neither a tensor nor a constant.",
-            expected="tensors in any pytree; besides, hashable values, of which each makes a graph of its own",
-            got=f"a {type(leaf).__name__}",
-            fix="Convert it by torch.as_tensor.",
-        ) from error
-    return type(leaf), leaf
 
 
 def _default_device() -> torch.device | None:

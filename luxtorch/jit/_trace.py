@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Collection, Iterator
+import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from ._flatten import Spec, flatten
-from ._purity import TracingError, Watch, storage
+from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
+from ._flatten import Spec, flatten, with_nodes, written
+from ._purity import TracingError, Watch, explained, storage
 from ._signature import Signature
+from ._where import user_line
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Trace:
         fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
         signature: What all this depends on.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, or `("static", value)`.
+        results: The leaves of the result: `("output", i)`, `("input", i)`, or what is not computed: `("argument", i)`,
+            a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each call returns a copy.
     """
 
     function: Callable[..., list[Tensor]]
@@ -40,6 +42,11 @@ class Trace:
     def symbolic(self) -> bool:
         """Whether any size is a symbol."""
         return any(isinstance(size, torch.SymInt) for fake in self.fakes for size in fake.shape)
+
+    def constants(self) -> list[Tensor]:
+        """Return the tensors that the graph closes over."""
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        return [one for one in (getattr(self.graph, node.target) for node in nodes) if isinstance(one, Tensor)]
 
     def outputs(self) -> list[Any]:
         """Return what the outputs of the graph were while tracing; those that it closes over are as they are."""
@@ -68,6 +75,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
     # Sizes and numbers that depend on the values of tensors are errors.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
+    mode._allow_unsafe_data_ptr_access = False  # an address would be 0
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     fakes = [_fake(mode, leaves[i], f"input{n}", i in dynamic) for n, i in enumerate(places)]
     parts: dict[str, Any] = {}
@@ -77,13 +85,20 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         full = list(values)
         for i, tensor in zip(places, tensors, strict=True):
             full[i] = tensor
-        out, parts["spec"] = flatten(fn(*spec.unflatten(full)))
+        arguments = spec.unflatten(full)
+        out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        _check_unchanged(arguments, full, spec)
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
+        constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
         parts["results"] = []
         made: list[Tensor] = []
-        for leaf in out:
-            if not isinstance(leaf, Tensor):
-                parts["results"].append(("static", leaf))
+        for i, leaf in enumerate(out):
+            if id(leaf) in constants:
+                parts["results"].append(("argument", constants[id(leaf)]))
+            elif not isinstance(leaf, Tensor):
+                parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
+            elif watch.is_computed(leaf):
+                parts["results"].append(("copied", leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:
@@ -97,13 +112,58 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
 
     def watched(*tensors: Tensor) -> list[Tensor]:
         with watch.given(tensors):
-            return function(*tensors)
+            made = function(*tensors)
+        watch.check_given(tensors)
+        return made
 
     graph = record(watched, fakes, {}, symbolic)
-    watch.check_leaks()
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    watch.check_leaks()  # from here on nothing but a leak holds what the function was given
     free = {n: fake.shape[0] for n, fake in enumerate(fakes) if fake.dim() and isinstance(fake.shape[0], torch.SymInt)}
     return Trace(function, graph, fakes, Signature(leaves, spec, free), parts["spec"], parts["results"])
+
+
+def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:
+    """Raise if a function has changed dicts or other nodes of its arguments."""
+    after, structure = with_nodes(*flatten(arguments))
+    if structure != spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
+        raise TracingError(
+            "A jitted function changes a dict or another node of its arguments in place.",
+            fix="Make a new one and return it: {**ps, name: value}.",
+            where=user_line(),
+        )
+
+
+def _kind(value: Any, spec: Spec, leaf: int) -> str:
+    """Return whether each call may return the same object as a leaf of its result, or a copy.
+
+    Raises:
+        TracingError: If it can do neither, since it holds a tensor that is traced or a state that goes on.
+    """
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return "static"
+    place = f"result{written(spec.paths()[leaf])}"
+    try:
+        key, mutable = fingerprint(value), is_mutable(value)
+        if mutable:
+            copy.deepcopy(value)
+    except Exception as error:
+        held = f", which holds {error.what} at {place}{error.place}" if isinstance(error, Refused) else ""
+        raise TracingError(
+            f"A jitted function returns at {place} what is neither a tensor nor a constant.",
+            expected="any pytree of tensors; what else it returns is the same at each call",
+            got=f"a {type(value).__name__}{held}",
+            fix=f"Return the tensors, or make the class a pytree node, {REGISTER}.",
+            where=user_line(),
+        ) from None
+    if any("FakeTensor(" in text for text in texts(key)):
+        raise TracingError(
+            f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
+            got=f"{value!r:.80}",
+            fix="Return the tensor, and format it outside.",
+            where=user_line(),
+        )
+    return "copied" if mutable else "static"
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:
@@ -112,30 +172,10 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
 
     kind: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
-    try:
-        with _unlogged():
-            graph = traced(*fakes)
-    except RuntimeError as error:
-        if "not supported for tensor subclasses" in str(error):
-            raise TracingError(
-                "A jitted function takes the numbers out of a tensor, but what it traces has none.",
-                got=str(error),
-                fix="Keep to torch's functions of tensors.",
-            ) from error
-        raise
+    with explained():
+        graph = traced(*fakes)
     _tidy(graph)
     return graph
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep torch from logging, traceback and all, an error that it raises anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _tidy(graph: fx.GraphModule) -> None:
