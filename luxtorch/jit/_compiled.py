@@ -18,6 +18,7 @@ from ._donate import Donated, Pair, give_up, own, pairs, refuse
 from ._flatten import Spec
 from ._replay import Program, replay
 from ._signature import static_value
+from ._sizes import OfArguments
 from ._trace import Trace, trace
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
@@ -34,7 +35,7 @@ class Compiled:
         leaves: The leaves of the first call.
         spec: Their structure.
         donated: Which leaves are donated.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
         backend: What runs the graph.
         options: Settings of inductor.
         background: Whether to begin by replay, and compile meanwhile.
@@ -46,7 +47,7 @@ class Compiled:
         leaves: list[Any],
         spec: Spec,
         donated: Collection[int],
-        dynamic: Collection[int],
+        dynamic: Mapping[int, Collection[int]],
         backend: Backend,
         options: Mapping[str, Any],
         background: bool,
@@ -100,17 +101,24 @@ class Compiled:
 
     def _set(self, program: Program, chosen: list[Pair]) -> None:
         """Use a program from now on; all that belongs to it changes at once, since other threads may be calling."""
+        # A compiler asks more of the sizes than the trace did.
+        self.signature.assume(self.trace.sizes.condition(self.trace.fakes))
         if self._autocast:
             program = _without_autocast(program)
+        if self.trace.numbers is not None:
+            program = _with_numbers(program, self.trace.numbers)
         written = {output: n for n, output in chosen}
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # Where each leaf of the result is, in the list of the inputs, the outputs and the constants.
+        # Where each leaf of the result is, in the list of the inputs, the outputs, the numbers and the constants.
+        numbers = sum(kind == "number" for kind, _ in results)
         order, statics = [], 0
         for kind, value in results:
             if kind == "static":
-                order.append(inputs + len(remaining) + statics)
+                order.append(inputs + len(remaining) + numbers + statics)
                 statics += 1
+            elif kind == "number":
+                order.append(inputs + len(remaining) + value)
             elif kind == "input" or value in written:
                 order.append(value if kind == "input" else written[value])
             else:
@@ -167,6 +175,16 @@ def _without_autocast(program: Program) -> Program:
     def run(inputs: list[Any]) -> Sequence[Tensor]:
         with torch._C._DisableAutocast():
             return program(inputs)
+
+    return run
+
+
+def _with_numbers(program: Program, numbers: OfArguments) -> Program:
+    """Return a program that returns sizes as well, and numbers made of them."""
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        found = numbers(inputs)
+        return [*program(inputs), *found]
 
     return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from ._flatten import Spec, flatten
 from ._purity import TracingError, Watch, storage
 from ._signature import Signature
+from ._sizes import OfArguments, Sizes, hides_symbols, is_number
+from ._where import line_of, user_line
 
 
 @dataclass
@@ -26,7 +28,9 @@ class Trace:
         fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
         signature: What all this depends on.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, or `("static", value)`.
+        results: The leaves of the result: `("output", i)`, `("input", i)`, `("number", i)`, or `("static", value)`.
+        sizes: The symbols among the sizes of the arguments.
+        numbers: Computes, from the arguments, the results that are made of sizes alone; None if there are none.
     """
 
     function: Callable[..., list[Tensor]]
@@ -35,6 +39,8 @@ class Trace:
     signature: Signature
     out_spec: Spec
     results: list[tuple[str, Any]]
+    sizes: Sizes
+    numbers: OfArguments | None
 
     @property
     def symbolic(self) -> bool:
@@ -47,29 +53,22 @@ class Trace:
         return [node.meta["val"] if "val" in node.meta else getattr(self.graph, node.target) for node in nodes]
 
 
-def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collection[int]) -> Trace:
+def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mapping[int, Collection[int]]) -> Trace:
     """Trace a function.
 
     Args:
         fn: Takes `(args, kwargs)`.
         leaves: The leaves of these.
         spec: Their structure.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
 
     Raises:
         TracingError: If the function is not pure, or depends on the values of tensors.
         InputError: If it closes over a tensor that autograd records.
     """
-    # All this takes seconds to import, and only who compiles needs it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    symbolic = bool(dynamic)
-    # Sizes and numbers that depend on the values of tensors are errors.
-    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
+    sizes = Sizes()
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    fakes = [_fake(mode, leaves[i], f"input{n}", i in dynamic) for n, i in enumerate(places)]
+    fakes = [sizes.fake(leaves[i], n, dynamic.get(i, ())) for n, i in enumerate(places)]
     parts: dict[str, Any] = {}
     values = list(leaves)
 
@@ -79,10 +78,13 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
             full[i] = tensor
         out, parts["spec"] = flatten(fn(*spec.unflatten(full)))
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
-        parts["results"] = []
+        parts["results"], parts["numbers"] = [], []
         made: list[Tensor] = []
         for leaf in out:
-            if not isinstance(leaf, Tensor):
+            if is_number(leaf):
+                parts["results"].append(("number", len(parts["numbers"])))
+                parts["numbers"].append(leaf)
+            elif not isinstance(leaf, Tensor):
                 parts["results"].append(("static", leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
@@ -99,11 +101,26 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         with watch.given(tensors):
             return function(*tensors)
 
-    graph = record(watched, fakes, {}, symbolic)
+    def with_fixed_sizes(line: str) -> Trace:
+        fixed = trace(fn, leaves, spec, {})
+        fixed.sizes.fixed_by(line, sizes)
+        return fixed
+
+    try:
+        with sizes.spelt_out() if dynamic else contextlib.nullcontext():
+            graph = record(watched, fakes, {}, bool(dynamic))
+    except TypeError as error:
+        if dynamic and "unhashable type: non-nested Sym" in str(error):
+            return with_fixed_sizes(line_of(error))
+        raise
     watch.check_leaks()
+    statics = [value for kind, value in parts["results"] if kind == "static"]
+    if dynamic and hides_symbols([parts["spec"], *statics]):
+        return with_fixed_sizes(user_line())
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    free = {n: fake.shape[0] for n, fake in enumerate(fakes) if fake.dim() and isinstance(fake.shape[0], torch.SymInt)}
-    return Trace(function, graph, fakes, Signature(leaves, spec, free), parts["spec"], parts["results"])
+    signature = Signature(leaves, spec, fakes)
+    numbers = sizes.numbers(parts["numbers"]) if parts["numbers"] else None
+    return Trace(function, graph, fakes, signature, parts["spec"], parts["results"], sizes, numbers)
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:
@@ -173,14 +190,3 @@ def aliases(trace: Trace) -> tuple[list[set[int]], list[set[int]]]:
         for j, one in enumerate(outputs)
     ]
     return of_inputs, others
-
-
-def _fake(mode: Any, tensor: Tensor, name: str, dynamic: bool) -> Any:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    if not dynamic or tensor.dim() == 0:
-        return mode.from_tensor(tensor, source=ConstantSource(name))
-    kinds = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (tensor.dim() - 1)
-    context: Any = StatelessSymbolicContext(kinds)
-    return mode.from_tensor(tensor, static_shapes=False, source=ConstantSource(name), symbolic_context=context)

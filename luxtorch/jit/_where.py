@@ -18,3 +18,13 @@ def user_line() -> str:
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"
+
+
+def line_of(error: BaseException) -> str:
+    """Return `file:line` of the innermost frame that an error has passed and that belongs to no library."""
+    line, place = "an unknown line", error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+            line = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
+        place = place.tb_next
+    return line
