@@ -192,7 +192,7 @@ class Jitted(Generic[P, R]):
     def _warn_of_fixed(self, compiled: Compiled) -> None:
         """Warn, once for each dimension, where there will be a graph for each size although it is dynamic."""
         trace = compiled.trace
-        for (place, dim), line in trace.sizes.fixed().items():
+        for (place, dim), (line, reason) in trace.sizes.fixed().items():
             (by_name, first, *rest) = trace.signature.spec.paths()[trace.signature.places[place]]
             name = first if by_name else (*self._names[first : first + 1], f"argument {first}")[0]
             name = f"{name}{''.join(f'[{entry!r}]' for entry in rest)}"
@@ -200,9 +200,9 @@ class Jitted(Generic[P, R]):
                 self._warned.add((name, dim))
                 warnings.warn(
                     f"{line}: {self!r} needs the size of dimension {dim} of {name} as a number, so it is compiled for "
-                    "each size, though it is named dynamic. That is so for len(x), float(n), math.sqrt(n), range(n), "
-                    "torch.tensor(n), loops over x, and text with n in it; x.shape[0], n**0.5, torch.full((), n) and "
-                    "arithmetic leave it open.",
+                    f"each size, though it is named dynamic{f' ({reason})' if reason else ''}. That is so for len(x), "
+                    "float(n), math.sqrt(n), range(n), torch.tensor(n), loops over x, and text with n in it; "
+                    "x.shape[0], n**0.5, torch.full((), n) and arithmetic leave it open.",
                     RuntimeWarning,
                     stacklevel=5,
                 )

@@ -42,7 +42,7 @@ class Sizes:
         )
         self._mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._environment, static_shapes=True)
         self._origins: dict[Any, tuple[int, int]] = {}
-        self._fixed: dict[tuple[int, int], str] = {}
+        self._fixed: dict[tuple[int, int], tuple[str, str]] = {}
 
     def fake(self, tensor: Tensor, place: int, dims: Collection[int]) -> Any:
         """Return what stands for an argument: a tensor of its shape, without numbers, some of its sizes symbols.
@@ -86,17 +86,18 @@ class Sizes:
         """Return the function of the arguments that computes sizes, and numbers made of them."""
         return _of_arguments(f"[{', '.join(map(self._text, values))}]")
 
-    def fixed(self) -> dict[tuple[int, int], str]:
-        """Return which dimensions of which tensors are needed as numbers, and in which lines of the user's.
+    def fixed(self) -> dict[tuple[int, int], tuple[str, str]]:
+        """Return which dimensions of which tensors are needed as numbers, each with the user's line and the reason.
 
         A size that is only compared with a number is not among them: other sizes then share the other graph.
         """
         found = self._environment.fixed
-        return {self._origins[symbol]: line for symbol, line in found.items() if symbol in self._origins} | self._fixed
+        here = {self._origins[symbol]: (line, "") for symbol, line in found.items() if symbol in self._origins}
+        return here | self._fixed
 
-    def fixed_by(self, line: str, others: Sizes) -> None:
-        """Note a line that needs as numbers all that have been symbols in another trace."""
-        self._fixed = dict.fromkeys(others._origins.values(), line)
+    def fixed_by(self, line: str, reason: str, others: Sizes) -> None:
+        """Note a line and a reason that make numbers of all that have been symbols in another trace."""
+        self._fixed = dict.fromkeys(others._origins.values(), (line, reason))
 
     @contextlib.contextmanager
     def spelt_out(self) -> Iterator[None]:
@@ -135,6 +136,12 @@ class Sizes:
 def is_number(value: Any) -> bool:
     """Tell whether a value is made of sizes that are symbols: a number, or a whole shape."""
     return isinstance(value, _SYMBOLS) or (isinstance(value, torch.Size) and any(isinstance(n, _SYMBOLS) for n in value))
+
+
+def any_symbol(values: Iterable[Any]) -> bool:
+    """Tell whether any of the arguments of an operator is a symbol, or a list with one."""
+    flat = (item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,)))
+    return any(isinstance(item, _SYMBOLS) for item in flat)
 
 
 def static(value: Any) -> int | None:

@@ -101,22 +101,24 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         with watch.given(tensors):
             return function(*tensors)
 
-    def with_fixed_sizes(line: str) -> Trace:
+    def with_fixed_sizes(line: str, reason: str) -> Trace:
         fixed = trace(fn, leaves, spec, {})
-        fixed.sizes.fixed_by(line, sizes)
+        fixed.sizes.fixed_by(line, reason, sizes)
         return fixed
 
     try:
         with sizes.spelt_out() if dynamic else contextlib.nullcontext():
             graph = record(watched, fakes, {}, bool(dynamic))
-    except TypeError as error:
-        if dynamic and "unhashable type: non-nested Sym" in str(error):
-            return with_fixed_sizes(line_of(error))
-        raise
+    except Exception as error:
+        if not dynamic:
+            raise
+        # Some of torch's operators take no symbols, symbols have no hash, and so on. With numbers it may go; if not,
+        # the error has the numbers.
+        return with_fixed_sizes(line_of(error), f"{type(error).__name__}: {str(error).splitlines()[0]}")
     watch.check_leaks()
     statics = [value for kind, value in parts["results"] if kind == "static"]
     if dynamic and hides_symbols([parts["spec"], *statics]):
-        return with_fixed_sizes(user_line())
+        return with_fixed_sizes(user_line(), "it is in the structure of the result")
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     signature = Signature(leaves, spec, fakes)
     numbers = sizes.numbers(parts["numbers"]) if parts["numbers"] else None
