@@ -19,12 +19,16 @@ from ._donate import Donated, Owner, Pair, give_up, pairs, refuse
 from ._flatten import Spec
 from ._purity import explained
 from ._replay import Program, replay
+from ._sizes import OfArguments
 from ._trace import Trace, trace
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
 
 # torch's compiler keeps much in global variables: one compilation at a time.
 _COMPILING = RLock()
+
+
+_COMPUTED = ("input", "output", "number")
 
 
 class Compiled:
@@ -35,7 +39,7 @@ class Compiled:
         leaves: The leaves of the first call.
         spec: Their structure.
         donated: Which leaves are donated.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
         backend: What runs the graph.
         options: Settings of inductor.
         background: Whether to begin by replay, and compile meanwhile.
@@ -47,7 +51,7 @@ class Compiled:
         leaves: list[Any],
         spec: Spec,
         donated: Collection[int],
-        dynamic: Collection[int],
+        dynamic: Mapping[int, Collection[int]],
         backend: Backend,
         options: Mapping[str, Any],
         background: bool,
@@ -58,7 +62,7 @@ class Compiled:
         self.signature = self.trace.signature
         self.code = ""
         self._unflatten = self.trace.out_spec.unflatten
-        self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in ("output", "input")]
+        self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in _COMPUTED]
         self._statics = None if any(kind != "static" for kind, _ in self._fixed) else [one for _, one in self._fixed]
         self._autocast = torch._C._is_any_autocast_enabled()
         self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
@@ -113,17 +117,24 @@ class Compiled:
 
     def _set(self, program: Program, chosen: list[Pair]) -> None:
         """Use a program from now on; all that belongs to it changes at once, since other threads may be calling."""
+        # A compiler asks more of the sizes than the trace did.
+        self.signature.assume(self.trace.sizes.condition(self.trace.fakes))
         if self._autocast:
             program = _without_autocast(program)
+        if self.trace.numbers is not None:
+            program = _with_numbers(program, self.trace.numbers)
         written = {output: n for n, output in chosen}
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # Where each leaf of the result is, in the list of the inputs, the outputs and what is not computed.
+        # Where each leaf of the result is, in the list of the inputs, the outputs, the numbers, and the rest.
+        numbers = sum(kind == "number" for kind, _ in results)
         order, statics = [], 0
         for kind, value in results:
-            if kind not in ("output", "input"):
-                order.append(inputs + len(remaining) + statics)
+            if kind not in _COMPUTED:
+                order.append(inputs + len(remaining) + numbers + statics)
                 statics += 1
+            elif kind == "number":
+                order.append(inputs + len(remaining) + value)
             elif kind == "input" or value in written:
                 order.append(value if kind == "input" else written[value])
             else:
@@ -182,6 +193,16 @@ def _without_autocast(program: Program) -> Program:
     def run(inputs: list[Any]) -> Sequence[Tensor]:
         with torch._C._DisableAutocast():
             return program(inputs)
+
+    return run
+
+
+def _with_numbers(program: Program, numbers: OfArguments) -> Program:
+    """Return a program that returns sizes as well, and numbers made of them."""
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        found = numbers(inputs)
+        return [*program(inputs), *found]
 
     return run
 

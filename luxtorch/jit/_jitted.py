@@ -68,7 +68,7 @@ class Jitted(Generic[P, R]):
         fn: Callable[P, R],
         donate: Sequence[str],
         static: Sequence[str],
-        dynamic: bool | Sequence[str],
+        dynamic: bool | Mapping[str, Sequence[int] | None],
         backend: Backend,
         options: Mapping[str, Any],
         background: bool,
@@ -83,6 +83,7 @@ class Jitted(Generic[P, R]):
         self._known: tuple[Compiled, ...] = ()
         self._compiling = RLock()  # a function may ask for itself while it is traced
         self._changing = Lock()  # held for a moment: nobody waits for it while something is compiled
+        self._warned: set[tuple[str, int]] = set()
         self._hits = self._misses = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -163,11 +164,12 @@ class Jitted(Generic[P, R]):
             backend, options, background = self._settings
             backend = default_backend() if backend is None else backend
             donated = self._leaves_of(spec, self._donate)
-            dynamic = self._leaves_of(spec, self._dynamic) - donated
+            dynamic = self._dynamic_dims(leaves, spec, donated)
             constants = self._constants(leaves, spec)
             compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, backend, options, background)
             self._check_unchanged(constants, self._constants(leaves, spec))
             self._misses += 1
+            self._warn_of_fixed(compiled)
             if self._misses == _MANY:
                 last = self._known[0].signature.difference(compiled.signature) if self._known else "the first call"
                 warnings.warn(
@@ -179,6 +181,44 @@ class Jitted(Generic[P, R]):
             with self._changing:
                 self._known = (compiled, *self._known)[: self._maxsize]
             return compiled
+
+    def _dynamic_dims(self, leaves: list[Any], spec: Any, donated: set[int]) -> dict[int, set[int]]:
+        """Return which dimensions of which leaves may have another size later."""
+        found: dict[int, set[int]] = {}
+        everywhere = {True: None} if self._dynamic else {}
+        for name, dims in (everywhere if isinstance(self._dynamic, bool) else self._dynamic).items():
+            own = self._leaves_of(spec, name if name is True else (name,)) - donated
+            tensors = {i: leaves[i] for i in sorted(own) if isinstance(leaves[i], torch.Tensor)}
+            for dim in (0,) if dims is None else dims:
+                having = [i for i, tensor in tensors.items() if -tensor.dim() <= dim < tensor.dim()]
+                if tensors and not having and dims is not None:
+                    raise InputError(
+                        f"The argument '{name}' has no dimension {dim}, which was named dynamic.",
+                        expected=f"a tensor, or one in a tree, with a dimension {dim}",
+                        got=", ".join(f"one of shape {tuple(tensor.shape)}" for tensor in tensors.values()),
+                        fix=f"Change dynamic={{'{name}': ...}} of the jitted function.",
+                    )
+                for i in having:
+                    found.setdefault(i, set()).add(dim % tensors[i].dim())
+        return found
+
+    def _warn_of_fixed(self, compiled: Compiled) -> None:
+        """Warn, once for each dimension, where there will be a graph for each size although it is dynamic."""
+        trace = compiled.trace
+        for (place, dim), (line, reason) in trace.sizes.fixed().items():
+            (by_name, first, *rest) = trace.signature.spec.paths()[trace.signature.places[place]]
+            name = first if by_name else (*self._names[first : first + 1], f"argument {first}")[0]
+            name = f"{name}{''.join(f'[{entry!r}]' for entry in rest)}"
+            if (name, dim) not in self._warned:
+                self._warned.add((name, dim))
+                warnings.warn(
+                    f"{line}: {self!r} needs the size of dimension {dim} of {name} as a number, so it is compiled for "
+                    f"each size, though it is named dynamic{f' ({reason})' if reason else ''}. That is so for len(x), "
+                    "float(n), math.sqrt(n), range(n), torch.tensor(n), loops over x, and text with n in it; "
+                    "x.shape[0], n**0.5, torch.full((), n) and arithmetic leave it open.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
 
     def _to_front(self, compiled: Compiled) -> None:
         # Only for speed: nobody waits for it.

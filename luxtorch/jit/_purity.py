@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from luxtorch.core import InputError, LuxtorchError
 
+from ._sizes import any_symbol
 from ._where import library, user_line
 
 _aten = torch.ops.aten
@@ -250,8 +251,9 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 def _is_known(args: Any, kwargs: Any) -> bool:
     """Tell whether an operator works on what is closed over alone: its result is a constant then."""
-    tensors = tensors_in([*args, *kwargs.values()])
-    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    values = [*args, *kwargs.values()]
+    tensors = tensors_in(values)
+    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors) and not any_symbol(values)
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

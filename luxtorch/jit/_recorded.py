@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ._inductor import DEFAULTS, compile_graph
 from ._purity import tensors_in
 from ._replay import Program, replay
+from ._sizes import any_symbol
 from ._trace import Trace
 
 
@@ -34,8 +35,10 @@ class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors_in([*args, *kwargs.values()])
-        if given and all(type(tensor) is Tensor for tensor in given) and not any(t.requires_grad for t in given):
+        values = [*args, *kwargs.values()]
+        given = tensors_in(values)
+        known = all(type(tensor) is Tensor and not tensor.requires_grad for tensor in given) and not any_symbol(values)
+        if given and known:
             with _disable_current_modes():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)

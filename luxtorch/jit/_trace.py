@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, with_nodes, written
 from ._purity import TracingError, Watch, explained, storage
 from ._signature import Signature
+from ._sizes import OfArguments, Sizes, hides_symbols, is_number
 from ._where import user_line
 
 
@@ -27,8 +29,11 @@ class Trace:
         fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
         signature: What all this depends on.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, or what is not computed: `("argument", i)`,
-            a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each call returns a copy.
+        results: The leaves of the result: `("output", i)`, `("input", i)`, `("number", i)`, or what is not computed:
+            `("argument", i)`, a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each
+            call returns a copy.
+        sizes: The symbols among the sizes of the arguments.
+        numbers: Computes, from the arguments, the results that are made of sizes alone; None if there are none.
     """
 
     function: Callable[..., list[Tensor]]
@@ -37,6 +42,8 @@ class Trace:
     signature: Signature
     out_spec: Spec
     results: list[tuple[str, Any]]
+    sizes: Sizes
+    numbers: OfArguments | None
 
     @property
     def symbolic(self) -> bool:
@@ -54,30 +61,22 @@ class Trace:
         return [node.meta["val"] if "val" in node.meta else getattr(self.graph, node.target) for node in nodes]
 
 
-def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collection[int]) -> Trace:
+def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mapping[int, Collection[int]]) -> Trace:
     """Trace a function.
 
     Args:
         fn: Takes `(args, kwargs)`.
         leaves: The leaves of these.
         spec: Their structure.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
 
     Raises:
         TracingError: If the function is not pure, or depends on the values of tensors.
         InputError: If it closes over a tensor that autograd records.
     """
-    # All this takes seconds to import, and only who compiles needs it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    symbolic = bool(dynamic)
-    # Sizes and numbers that depend on the values of tensors are errors.
-    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
-    mode._allow_unsafe_data_ptr_access = False  # an address would be 0
+    sizes = Sizes()
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    fakes = [_fake(mode, leaves[i], f"input{n}", i in dynamic) for n, i in enumerate(places)]
+    fakes = [sizes.fake(leaves[i], n, dynamic.get(i, ())) for n, i in enumerate(places)]
     parts: dict[str, Any] = {}
     values = list(leaves)
 
@@ -90,11 +89,14 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         _check_unchanged(arguments, full, spec)
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
         constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
-        parts["results"] = []
+        parts["results"], parts["numbers"] = [], []
         made: list[Tensor] = []
         for i, leaf in enumerate(out):
             if id(leaf) in constants:
                 parts["results"].append(("argument", constants[id(leaf)]))
+            elif is_number(leaf):
+                parts["results"].append(("number", len(parts["numbers"])))
+                parts["numbers"].append(leaf)
             elif not isinstance(leaf, Tensor):
                 parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
             elif watch.is_computed(leaf):
@@ -116,11 +118,28 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         watch.check_given(tensors)
         return made
 
-    graph = record(watched, fakes, {}, symbolic)
+    def with_fixed_sizes(line: str, reason: str) -> Trace:
+        fixed = trace(fn, leaves, spec, {})
+        fixed.sizes.fixed_by(line, reason, sizes)
+        return fixed
+
+    try:
+        with sizes.spelt_out() if dynamic else contextlib.nullcontext():
+            graph = record(watched, fakes, {}, bool(dynamic))
+    except Exception as error:
+        if not dynamic:
+            raise
+        # Some of torch's operators take no symbols, symbols have no hash, and so on. With numbers it may go; if not,
+        # the error has the numbers.
+        return with_fixed_sizes(user_line(error), f"{type(error).__name__}: {str(error).splitlines()[0]}")
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     watch.check_leaks()  # from here on nothing but a leak holds what the function was given
-    free = {n: fake.shape[0] for n, fake in enumerate(fakes) if fake.dim() and isinstance(fake.shape[0], torch.SymInt)}
-    return Trace(function, graph, fakes, Signature(leaves, spec, free), parts["spec"], parts["results"])
+    statics = [value for kind, value in parts["results"] if kind in ("static", "copied")]
+    if dynamic and hides_symbols([parts["spec"], *statics]):
+        return with_fixed_sizes(user_line(), "it is in the structure of the result")
+    signature = Signature(leaves, spec, fakes)
+    numbers = sizes.numbers(parts["numbers"]) if parts["numbers"] else None
+    return Trace(function, graph, fakes, signature, parts["spec"], parts["results"], sizes, numbers)
 
 
 def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:
@@ -140,8 +159,6 @@ def _kind(value: Any, spec: Spec, leaf: int) -> str:
     Raises:
         TracingError: If it can do neither, since it holds a tensor that is traced or a state that goes on.
     """
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return "static"
     place = f"result{written(spec.paths()[leaf])}"
     try:
         key, mutable = fingerprint(value), is_mutable(value)
@@ -213,14 +230,3 @@ def aliases(trace: Trace) -> tuple[list[set[int]], list[set[int]]]:
         for j, one in enumerate(outputs)
     ]
     return of_inputs, others
-
-
-def _fake(mode: Any, tensor: Tensor, name: str, dynamic: bool) -> Any:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    if not dynamic or tensor.dim() == 0:
-        return mode.from_tensor(tensor, source=ConstantSource(name))
-    kinds = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (tensor.dim() - 1)
-    context: Any = StatelessSymbolicContext(kinds)
-    return mode.from_tensor(tensor, static_shapes=False, source=ConstantSource(name), symbolic_context=context)
