@@ -97,7 +97,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
 
     def watched(*tensors: Tensor) -> list[Tensor]:
         with watch.given(tensors):
-            return function(*tensors)
+            return watch.outputs(function(*tensors))
 
     graph = record(watched, fakes, {}, symbolic)
     watch.check_leaks()
