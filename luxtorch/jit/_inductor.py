@@ -84,19 +84,25 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
 def compiling(trace: Trace, options: Mapping[str, Any]) -> Iterator[None]:
     """Set inductor up for a trace."""
     from torch._guards import TracingContext, tracing
-    from torch._inductor import config
     from torch._inductor.virtualized import V
 
     mode = next((fake.fake_mode for fake in trace.fakes), None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        # The asserts are also where a program learns of symbolic sizes.
-        asserts = {"size_asserts": True} if trace.symbolic else {}
-        stack.enter_context(config.patch({**DEFAULTS, **asserts, **options}))
+        stack.enter_context(settings(trace, options))
         if mode is not None:
             stack.enter_context(tracing(TracingContext(mode)))
             stack.enter_context(V.set_fake_mode(mode))
         yield
+
+
+def settings(trace: Trace, options: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Return the settings of inductor for a trace."""
+    from torch._inductor import config
+
+    # The asserts are also where a program learns of symbolic sizes.
+    asserts = {"size_asserts": True} if trace.symbolic else {}
+    return config.patch({**DEFAULTS, **asserts, **options})  # type: ignore[no-any-return]
 
 
 def _cpp_wrapper() -> bool:

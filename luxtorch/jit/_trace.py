@@ -86,6 +86,8 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
             full[i] = tensor
         arguments = spec.unflatten(full)
         out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        if "results" in parts:  # traced once more, for its derivative
+            return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
         _check_unchanged(arguments, full, spec)
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
         constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
@@ -114,7 +116,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
 
     def watched(*tensors: Tensor) -> list[Tensor]:
         with watch.given(tensors):
-            made = function(*tensors)
+            made = watch.outputs(function(*tensors))
         watch.check_given(tensors)
         return made
 
