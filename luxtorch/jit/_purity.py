@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily
 
 from luxtorch.core import InputError, LuxtorchError
 
@@ -88,14 +89,27 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return operator(*args, **kwargs)
 
     def outputs(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return what a function returns, with copies for the constants that it has written to; to be called inside."""
-        return [_aten.alias.default(tensor) if self._copies and self._copied(tensor) else tensor for tensor in tensors]
+        """Return what a function returns, with new tensors for its own constants; to be called inside."""
+        return [self._output(tensor) for tensor in tensors]
+
+    def is_outdated(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a constant that has been written to."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        return bool(self._copies) and not _is_traced(tensor) and storage(tensor) in self._copies
+
+    def _output(self, tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        # Autograd calls a tensor a view of the constant, even if what is in it is that of the copy.
+        if self.is_outdated(tensor) or self.is_outdated(base):
+            return _aten.clone.default(tensor)
+        if self._owns(tensor):
+            with _pop_mode_temporarily():
+                return _aten.lift_fresh.default(tensor)
+        return tensor
 
     def _owns(self, tensor: Tensor) -> bool:
         return not _is_traced(tensor) and storage(tensor) in self._own
-
-    def _copied(self, tensor: Tensor) -> bool:
-        return type(tensor) is _Written or (not _is_traced(tensor) and storage(tensor) in self._copies)
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = {storage(tensor) for tensor in tensors_in(args)} - self._own
@@ -113,10 +127,9 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
             memory = tensor.untyped_storage()
             flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             flat = flat.set_(memory, 0, (memory.nbytes() // tensor.element_size(),)).clone()
-        self._copies[storage(tensor)] = _aten.clone.default(flat)
-        for other in self._computed.values():
-            if storage(other) == storage(tensor):
-                other.__class__ = _Written
+        # torch itself would take a copy made by `clone` for known, and so later reads of it.
+        copy = _aten.empty.memory_format(list(flat.shape), dtype=flat.dtype, device=flat.device)
+        self._copies[storage(tensor)] = _aten.copy_.default(copy, flat)
 
     def _current(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return arguments with copies for the constants that were written to."""
@@ -127,7 +140,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._replaced, value))
-        if not isinstance(value, Tensor) or not self._copied(value):
+        if not isinstance(value, Tensor) or not self.is_outdated(value):
             return value
         copy = self._copies[storage(value)]
         if value.dtype != copy.dtype:
@@ -137,15 +150,17 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _aten.as_strided.default(copy, value.shape, value.stride(), value.storage_offset())
 
 
-class _Written(Tensor):
-    """Be a constant that was written to while tracing: what it holds is out of date."""
+class Reads(TorchFunctionMode):
+    """Refuse reads, past all operators, of constants that were written to while tracing: they are out of date."""
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__):
-            raise _value_needed(func.__name__)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    def __init__(self, known: Known) -> None:
+        super().__init__()
+        self._known = known
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
+            raise _value_needed(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class Watch(Known):
@@ -224,7 +239,7 @@ class Watch(Known):
 
     def check_leaks(self) -> None:
         """Raise if a tensor of the trace is still held by something, now that the trace is over."""
-        self._copies = {}
+        self._copies, self._computed = {}, {}
         kept = [*self._made, *((ref, "", user_line()) for ref in self._arguments)]
         if any(ref() is not None for ref, _, _ in kept):
             gc.collect()

@@ -18,14 +18,12 @@ from ._trace import Trace
 class _Function(torch.nn.Module):
     """A function in the form that AOTAutograd takes."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], known: Known) -> None:
         super().__init__()
-        self._function = function
+        self._function, self._known = function, known
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # As in the first trace, what is closed over can be read.
-        with Known() as known:
-            return tuple(known.outputs(self._function(*tensors)))
+        return tuple(self._known.outputs(self._function(*tensors)))
 
 
 def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]) -> Program:
@@ -55,9 +53,11 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
         with torch.no_grad(), settings(trace, {"size_asserts": True, **options}):
             return compile_graph(gm, example_inputs, inference=False, backward=True)
 
-    module: Any = _Function(trace.function)
+    # As in the first trace, what is closed over can be read; the backward pass may use it too.
+    known = Known()
+    module: Any = _Function(trace.function, known)
     pairs = zip(trace.fakes, tensors, strict=True)
-    with _as_inductor_takes_it():
+    with _as_inductor_takes_it(), known:
         compiled = aot_module_simplified(
             module,
             [fake.detach().requires_grad_(tensor.requires_grad) for fake, tensor in pairs],

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, with_nodes, written
-from ._purity import TracingError, Watch, explained, storage
+from ._purity import Reads, TracingError, Watch, explained, storage
 from ._signature import Signature
 from ._sizes import OfArguments, Sizes, hides_symbols, is_number
 from ._where import user_line
@@ -115,7 +115,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
     watch = Watch()
 
     def watched(*tensors: Tensor) -> list[Tensor]:
-        with watch.given(tensors):
+        with watch.given(tensors), Reads(watch):
             made = watch.outputs(function(*tensors))
         watch.check_given(tensors)
         return made

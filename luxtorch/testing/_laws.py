@@ -113,16 +113,22 @@ def vmap_models_law(s: Subject) -> None:
 
 
 def jit_law(s: Subject) -> None:
-    """The jitted layer, and its jitted gradient, are traced once and equal to the eager ones."""
-    for function in s.calls():
+    """The jitted layer, its gradient, and its new states alone are each traced once, and equal to the eager ones.
+
+    So they are where parameters and states are closed over.
+    """
+    for function in [*s.calls(), *s.states_alone()]:
         jitted = jit(jit(function, backend="replay"), backend="replay")
         st = s.st
         for _ in range(2):
             got, expected = jitted(s.x, s.ps, st), function(s.x, s.ps, st)
             same_values("jit", got, expected, tolerance=_LOOSE)
-            st = expected[1]
+            st = s.call(s.x, s.ps, st)[1]
         if (misses := jitted.cache_info().misses) > 1:
             raise LawError("jit: the second call is traced anew.", expected="1 graph", got=f"{misses}")
+    if tree_leaves((s.x, s.st)):
+        closed = jit(lambda x: s.call(x, s.ps, s.st), backend="replay")
+        same_values("jit, closed over", closed(s.x), s.call(s.x, s.ps, s.st), tolerance=_LOOSE)
 
 
 def compile_law(s: Subject) -> None:

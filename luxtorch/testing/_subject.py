@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import Layer, setup, tree_leaves, tree_map
+from luxtorch.core import Layer, named_leaves, setup, tree_leaves, tree_map
 from luxtorch.random import fold_in, normal, split
 
 
@@ -47,6 +47,19 @@ class Subject:
     def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
         """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
         return [self.call, self.gradient] if tree_leaves(self.ps) else [self.call]
+
+    def states_alone(self) -> list[Callable[[Any, Any, Any], Any]]:
+        """Return the call as a function to its new states alone, and to the first and the last of them that change."""
+        new = named_leaves(self.call(self.x, self.ps, self.st)[1])
+        old = dict(named_leaves(self.st))
+        changed = [n for n, (name, leaf) in enumerate(new) if not torch.equal(leaf, old[name])]
+
+        def leaf_alone(n: int) -> Callable[[Any, Any, Any], Any]:
+            return lambda x, ps, st: tree_leaves(self.call(x, ps, st)[1])[n]
+
+        if not changed:
+            return []
+        return [lambda x, ps, st: self.call(x, ps, st)[1], *map(leaf_alone, sorted({changed[0], changed[-1]}))]
 
     def in_double(self) -> Subject:
         """Return the same in double precision."""
