@@ -12,8 +12,8 @@ from luxtorch.core import InputError
 
 from ._differentiate import differentiate, on_a_tape
 from ._finite import all_finite, select
-from ._microbatches import accumulated
-from ._objective import Objective, check_objective, check_result
+from ._microbatches import accumulated, nonzero
+from ._objective import Objective, Weight, check_objective, check_result
 from ._precision import in_precision
 from ._train_state import TrainState, Trees, make, peek
 
@@ -45,7 +45,10 @@ def compute_gradients(
         ts: The training state.
         accumulate: In how many microbatches to compute. The tensors of `data` are split along their first dimension,
             states go from one microbatch to the next, and gradients and losses are averaged. There is then a tuple
-            of stats, one for each.
+            of stats, one for each. The result is that of the whole batch for every loss of luxtorch: weights of
+            classes, ignored targets and `agg="sum"` included. An objective of your own that returns a number is
+            averaged as a plain mean over the samples; if it is another mean, or a sum, have it return
+            `(sum, weight)` in the place of the loss, for instance `loss.sum_and_weight(y_hat, y)`.
         dtype: What the model computes in, such as `torch.bfloat16`. Its parameters and inputs are cast to it and its
             outputs back; gradients and parameters keep their dtype. It is the model passed to the objective that
             casts: what the objective computes without it stays as it is.
@@ -101,18 +104,21 @@ def gradients(
         model = in_precision(model, dtype, ps)
     differentiable = differentiable or on_a_tape(ps, trees.states)
 
-    def gradients_of(data: Any, st: Any) -> tuple[Any, Tensor, Any, Any]:
+    def gradients_of(data: Any, st: Any) -> tuple[Any, Tensor, Any, Any, Weight]:
         def scaled(ps: Any) -> tuple[Tensor, Any]:
-            loss, new, stats = check_result(objective(model, ps, st, data))
-            return loss if loss_scale is None else loss * loss_scale, (new, stats)
+            loss, weight, new, stats = check_result(objective(model, ps, st, data))
+            if weight is not None and not (isinstance(weight, int) and weight == 1):
+                loss = loss / (weight if accumulate == 1 else nonzero(weight))
+            return loss if loss_scale is None else loss * loss_scale, (new, stats, weight)
 
-        grads, loss, (new, stats) = differentiate(scaled, ps, differentiable=differentiable)
+        grads, loss, (new, stats, weight) = differentiate(scaled, ps, differentiable=differentiable)
         if loss_scale is not None:
             grads, loss = map_tensors(lambda g: (g / loss_scale).to(g.dtype), grads), (loss / loss_scale).to(loss.dtype)
-        return grads, loss, stats, new
+        return grads, loss, stats, new, weight
 
     if accumulate == 1:
-        return gradients_of(data, trees.states)
+        return gradients_of(data, trees.states)[:4]
+    objective = getattr(objective, "of_microbatch", objective)  # a loss knows what it divides by
     return accumulated(gradients_of, data, trees.states, accumulate)
 
 

@@ -1,4 +1,4 @@
-"""Casts of whole training states: every rule goes on in low precision as it does in single, and keeps its own numbers."""
+"""Casts of whole training states: every rule goes on in low precision, and keeps its own numbers."""
 
 from __future__ import annotations
 
