@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError
 
-from ._loss import Loss, as_numbers, machine_epsilon
+from ._loss import Loss, as_numbers, machine_epsilon, total
 
 
 class ClassLoss(Loss):
@@ -68,6 +68,17 @@ class ClassLoss(Loss):
         if self.agg == "mean" and y.ndim < y_hat.ndim:
             return self.picked(self.scores(y_hat), y, "mean")
         return self.aggregate(self.each(y_hat, y))
+
+    def sum_and_weight(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the losses, and the sum of the weights of the target classes without what is ignored."""
+        if self.agg != "mean" or y.ndim == y_hat.ndim:
+            return super().sum_and_weight(y_hat, y)
+        y_hat, y = self.checked(y_hat, y)
+        scores, ignored = self.scores(y_hat), y == self.ignore_index
+        share, weight = (~ignored).to(torch.promote_types(scores.dtype, torch.float32)), self.weights(scores)
+        if weight is not None:
+            share = share * weight[y.masked_fill(ignored, 0)]
+        return total(self.picked(scores, y, "none")), share.sum()
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return one loss a sample: 0 for what is ignored."""

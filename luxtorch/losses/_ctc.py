@@ -9,7 +9,7 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.core import DTypeError
 
-from ._loss import Loss
+from ._loss import Loss, total
 
 # Stands for the logarithm of 0: minus infinity has no derivative, and this is out of reach of real losses.
 _NEVER = -1e30
@@ -71,9 +71,19 @@ class CTCLoss(Loss):
 
     def value(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the aggregated loss; the mean is that of the losses divided by the sequences' lengths."""
+        return self.aggregate(self._shares(y_hat, y))
+
+    def sum_and_weight(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the losses divided by the sequences' lengths, and the number of sequences."""
+        if self.agg != "mean":
+            return super().sum_and_weight(y_hat, y)
+        losses = self._shares(y_hat, y)
+        return total(losses), losses.numel()
+
+    def _shares(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         y_hat, y = self.checked(y_hat, y)
         losses = self.each(y_hat, y)
-        return self.aggregate(losses / y[2].clamp_min(1).to(losses.dtype) if self.agg == "mean" else losses)
+        return losses / y[2].clamp_min(1).to(losses.dtype) if self.agg == "mean" else losses
 
     def each(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return one loss a sequence."""

@@ -54,6 +54,10 @@ class MSELoss(Loss):
         # The usual case by the kernel that need not keep the squares.
         return F.mse_loss(*self.checked(y_hat, y))
 
+    def sum_and_weight(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the squared errors, and their number."""
+        return super().sum_and_weight(y_hat, y)
+
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return `(y_hat - y)**2`."""
         return (y_hat - y).square()

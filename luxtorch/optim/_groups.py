@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torchopt.base import GradientTransformation
 from typing_extensions import Self
 
@@ -95,6 +96,10 @@ class Groups(ListRule):
     def map_states(self, change: ChangeState, state: GroupsState) -> GroupsState:
         parts = zip(self.rules, state.states, strict=True)
         return state._replace(states=tuple(rule.map_states(change, part) for rule, part in parts))
+
+    def own_numbers(self, state: GroupsState, dtype: torch.dtype) -> list[Tensor]:
+        parts = zip(self.rules, state.states, strict=True)
+        return [number for rule, part in parts for number in rule.own_numbers(part, dtype)]
 
     def describe(self, state: GroupsState) -> str:
         parts = zip(self.paths, self.rules, state.states, strict=True)

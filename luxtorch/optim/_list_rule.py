@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, ClassVar, TypeAlias
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, KeyNameError
@@ -86,6 +87,11 @@ class ListRule(Rule):
         """Return the state, with that of this rule, or of each rule that it is made of, changed."""
         return change(self, state)
 
+    def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        """Return what of a state stays as it is where parameters and states are cast to a dtype."""
+        nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+        return [number for node in nodes if isinstance(node, RuleState) for number in node.own_numbers(dtype)]
+
     def slots(self, p: Tensor) -> Slots:
         """Return what the rule remembers of a parameter before the first step."""
         return {}
@@ -93,7 +99,7 @@ class ListRule(Rule):
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
         names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
-        _check_parameters(names, tensors)
+        check_parameters(names, tensors)
         device = tensors[0].device if tensors else torch.device("cpu")
         hyper = pack({name: scale_of(getattr(self, name)) for name in self.hyperparameters}, beside=device)
         steps = torch.zeros((), dtype=torch.int64, device=hyper.device) if self.counts() else ()
@@ -174,7 +180,8 @@ class ListRule(Rule):
         return dict(zip(self.hyperparameters, torch.split(hyper, sizes, -1) if sizes else (), strict=True))
 
 
-def _check_parameters(names: list[str], tensors: list[Tensor]) -> None:
+def check_parameters(names: list[str], tensors: list[Tensor]) -> None:
+    """Raise unless parameters have names of their own and are real."""
     if len(set(names)) < len(names):
         raise KeyNameError(
             "Two parameters have the same dotted name.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes
@@ -49,6 +50,10 @@ class OptState:
         self.layout = layout
         self.state = state
 
+    def own_numbers(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return what stays as it is where a tree is cast to a dtype: see `RuleState.own_numbers`."""
+        return _own_numbers(self.layout.rule, self.state, dtype)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return OptState, (self.layout, self.state)
 
@@ -64,6 +69,13 @@ def map_rules(change: ChangeState, rule: GradientTransformation, state: Any) -> 
     if isinstance(rule, ChainedGradientTransformation):
         return tuple(map_rules(change, *part) for part in zip(rule.transformations, state, strict=True))
     return rule.map_states(change, state) if isinstance(rule, ListRule) else state
+
+
+def _own_numbers(rule: GradientTransformation, state: Any, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(rule, ChainedGradientTransformation):
+        parts = zip(rule.transformations, state, strict=True)
+        return [number for part in parts for number in _own_numbers(*part, dtype)]
+    return rule.own_numbers(state, dtype) if isinstance(rule, ListRule) else []
 
 
 def splits_vectors(rule: GradientTransformation) -> bool:

@@ -64,6 +64,7 @@ def single_train_step(
     loss_scale: float | Tensor | None = None,
     skip_nonfinite: bool = False,
     donate: bool = False,
+    differentiable: bool = False,
 ) -> tuple[Any, Tensor, Any, TrainState]:
     """Compute the gradient of an objective and take the optimizer's step.
 
@@ -82,6 +83,8 @@ def single_train_step(
             of it is an error. The numbers are the same. Only memory that the steps themselves have made is reused,
             and none that was read out of `ts`: no tensor outside of it changes. (What a compiled function returns
             of `ts` as it is, is not noticed: clone it there.) Inside of transforms and of a compiler it has no effect.
+        differentiable: Whether the step is on the autograd tape of what the objective closes over; see
+            `compute_gradients`.
 
     Returns:
         `(grads, loss, stats, ts)`: the gradients, the loss and the stats before the step, and the new training state.
@@ -107,7 +110,7 @@ def single_train_step(
     Source: `Training.single_train_step` of Lux; `donate=True` stands for `single_train_step!`.
     """
     check_state(ts)
-    grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale)
+    grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
     ok = all_finite(loss, grads) if skip_nonfinite else None
     return grads, loss, stats, _stepped(ts, grads, st, ok, donate, (loss, stats))
 
