@@ -6,8 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _unwrap_for_grad, get_unwrapped, maybe_get_level
-from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch._C._functorch import _unwrap_for_grad, get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
 
 # What torch reports as the level of a tensor whose transform has ended.
 _ENDED = -2
@@ -21,7 +20,13 @@ def take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> St
     """Return what has to be known later about views made just now; `recorded` is whether autograd recorded that."""
     # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
     version = tensor._version if tensor.requires_grad else -1
-    return tensor, view, version, torch.is_grad_enabled() if recorded is None else recorded, is_wrapped(view)
+    return (
+        tensor,
+        view,
+        version,
+        torch.is_grad_enabled() if recorded is None else recorded,
+        is_functorch_wrapped_tensor(view),
+    )
 
 
 def is_stale(stamp: Stamp) -> bool:
@@ -34,6 +39,11 @@ def is_stale(stamp: Stamp) -> bool:
     if tensor.requires_grad and (tensor._version != version or (torch.is_grad_enabled() and not recorded)):
         return True
     return in_transform and maybe_get_level(view) == _ENDED
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a transform of torch.func owns a tensor."""
+    return is_functorch_wrapped_tensor(tensor)
 
 
 def narrowed(whole: Tensor, start: int, size: int) -> Tensor:
