@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from threading import Lock, RLock
 from types import MethodType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -103,8 +105,16 @@ class Jitted(Generic[P, R]):
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self, instance)
 
-    def __reduce__(self) -> str:
-        return self.__qualname__  # type: ignore[attr-defined,no-any-return]  # by its name, as a function
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        name: str = getattr(self, "__qualname__", "")
+        try:
+            found = attrgetter(name)(sys.modules[self.__module__])
+        except (AttributeError, KeyError):
+            found = None
+        if found is self:
+            return name  # as a function
+        settings = (self._fn, self._donate, self._static, self._dynamic, *self._settings, self._maxsize)
+        return type(self), settings  # what was compiled is not taken along
 
     def __repr__(self) -> str:
         return f"jit({getattr(self._fn, '__qualname__', self._fn)})"

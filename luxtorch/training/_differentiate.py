@@ -12,6 +12,8 @@ from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
 from luxtorch.autodiff._level import gradients
 from luxtorch.autodiff._trees import map_tensors, tensors
+from luxtorch.components import ComponentVector
+from luxtorch.components._reading import split_once
 from luxtorch.core import InputError
 
 Objective = Callable[[Any], tuple[Tensor, Any]]
@@ -42,6 +44,8 @@ def _by_tape(f: Objective, ps: Any) -> tuple[Any, Tensor, Any] | None:
     if not all(p.is_floating_point() or p.is_complex() for p in tensors(ps)):
         return None
     tree = map_tensors(lambda p: p.detach().requires_grad_(), ps)
+    if isinstance(tree, ComponentVector):
+        tree = split_once(tree)
     inputs = tensors(tree)
     if not inputs:
         return None
