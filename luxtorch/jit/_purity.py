@@ -233,10 +233,6 @@ class Watch(Known):
                 where=user_line(),
             )
 
-    def is_computed(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
-        return self._owns(tensor) and not self._copied(tensor)
-
     def check_leaks(self) -> None:
         """Raise if a tensor of the trace is still held by something, now that the trace is over."""
         self._copies, self._computed = {}, {}

@@ -101,8 +101,6 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
                 parts["numbers"].append(leaf)
             elif not isinstance(leaf, Tensor):
                 parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
-            elif watch.is_computed(leaf):
-                parts["results"].append(("copied", leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone
 from luxtorch.core import DTypeError, InputError
 
 from ._loss import Loss, as_numbers, machine_epsilon, total
@@ -92,12 +93,23 @@ class ClassLoss(Loss):
 
     def picked(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
         """Return minus the scores of the target classes."""
+        if scores.ndim > 2 and not reverse_alone():
+            return self._gathered(scores, y, reduction)
         try:
             return F.nll_loss(scores, y, self.weights(scores), ignore_index=self.ignore_index, reduction=reduction)
         except (IndexError, RuntimeError) as error:
             if "out of bounds" not in str(error):
                 raise
             raise self._out_of_range(scores, error) from error
+
+    def _gathered(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
+        """Pick without torch's kernel for images, whose third derivative wants what its second does not give."""
+        ignored = y == self.ignore_index
+        index = y.masked_fill(ignored, 0)
+        losses = -scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)
+        weight = self.weights(scores)
+        share = (~ignored).to(scores.dtype) if weight is None else weight[index].masked_fill(ignored, 0.0)
+        return losses * share if reduction == "none" else (losses * share).sum() / share.sum()
 
     def weights(self, scores: Tensor) -> Tensor | None:
         """Return the weights of the classes as a tensor beside the scores."""

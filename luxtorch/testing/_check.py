@@ -12,7 +12,7 @@ from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mo
 from luxtorch.random import Rng, as_key
 
 from ._compare import LawError
-from ._laws import LAWS
+from ._laws import LAWS, OLD_NAMES
 from ._subject import Subject
 
 
@@ -28,7 +28,7 @@ def check_layer(
     """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
 
     In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
-    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `second_order`,
+    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `orders`,
     `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `jit`, `compile`.
 
     Args:
@@ -49,7 +49,8 @@ def check_layer(
         >>> lt.testing.check_layer(lt.Dense(3, 2), torch.ones(4, 3))
     """
     modes = tuple(modes)
-    chosen = [law for law in laws if law not in (skip := tuple(skip))]
+    laws, skip = ([OLD_NAMES.get(law, law) for law in names] for names in (laws, skip))
+    chosen = [law for law in laws if law not in skip]
     for law in (*chosen, *skip):
         if law not in LAWS:
             raise InputError(f"No law is called '{law}'.", expected=", ".join(LAWS), fix=suggest(law, LAWS))
@@ -59,7 +60,7 @@ def check_layer(
     ps, st = setup(key, layer)
     for x in inputs:
         for set_mode in _distinct(modes, st):
-            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend)
+            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend, "gradient" not in skip)
             where = f"{type(layer).__name__}({layer.extra_repr()}) after {set_mode.__name__}"
             for law in chosen:
                 try:
