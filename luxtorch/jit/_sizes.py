@@ -153,7 +153,7 @@ def static(value: Any) -> int | None:
 
 
 def hides_symbols(values: Iterable[Any]) -> bool:
-    """Tell whether values hold sizes that are symbols, deep inside, where no function of the arguments replaces them."""
+    """Tell whether values hold sizes that are symbols deep inside, where no function of the arguments replaces them."""
     left, seen = list(values), set()
     while left:
         value = left.pop()
