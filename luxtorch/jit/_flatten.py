@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any, TypeAlias
 
 import optree
+import torch
 import torch.utils._pytree as pytree
 
 from ._constants import Constant
@@ -36,7 +37,8 @@ def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
     many models: it takes these for leaves. They are registered here when they are first met, so that the next call
     finds them without a search.
     """
-    while new := {type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys():
+    # torch would make a plain tuple of a shape.
+    while new := ({type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys()) - {torch.Size}:
         tree = spec.unflatten(leaves)
         with _REGISTERING:
             for cls in new:
