@@ -95,7 +95,7 @@ class TrainState:
 
     _statics: Statics
     _trees: Trees | None
-    _own: frozenset[int] | None
+    _own: tuple[int, ...] | None
 
     def __init__(self, model: Any, parameters: Any, states: Any, rule: GradientTransformation) -> None:
         if isinstance(model, type) or not callable(model):
@@ -234,13 +234,13 @@ class TrainState:
         return train_state_html(self)
 
 
-def make(statics: Statics, trees: Trees, own: frozenset[int] | None = None) -> TrainState:
+def make(statics: Statics, trees: Trees, own: tuple[int, ...] | None = None) -> TrainState:
     """Return a training state of these parts, without a look at them.
 
     Args:
         statics: The model and the rule.
         trees: The parts made of tensors.
-        own: The addresses of the parameters' memory, if nobody else holds that nor the optimizer's.
+        own: The storages of the parameters, by torch's handles, if nobody else holds these nor the optimizer's.
     """
     ts = TrainState.__new__(TrainState)
     _fill(ts, statics, trees, own)
@@ -264,7 +264,7 @@ def spend(ts: TrainState) -> None:
     object.__setattr__(ts, "_trees", None)
 
 
-def _fill(ts: TrainState, statics: Statics, trees: Trees, own: frozenset[int] | None) -> None:
+def _fill(ts: TrainState, statics: Statics, trees: Trees, own: tuple[int, ...] | None) -> None:
     object.__setattr__(ts, "_statics", statics)
     object.__setattr__(ts, "_trees", trees)
     object.__setattr__(ts, "_own", own)
