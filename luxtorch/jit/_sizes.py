@@ -200,8 +200,9 @@ def _environment() -> Any:
             known = len(self.guards)
             value = super().evaluate_expr(orig_expr, *args, **kwargs)
             if len(self.guards) > known:
+                asked = orig_expr.is_Boolean or orig_expr.is_Relational
                 for symbol in orig_expr.free_symbols:
-                    if not orig_expr.is_Boolean or self._counted(orig_expr, symbol):
+                    if not asked or self._counted(orig_expr, symbol):
                         self.fixed.setdefault(symbol, user_line())
             return value
 
