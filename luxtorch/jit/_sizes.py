@@ -190,7 +190,6 @@ def _of_arguments(text: str) -> OfArguments:
 
 @cache
 def _environment() -> Any:
-    from sympy import Eq, Ne
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     class Environment(ShapeEnv):
@@ -204,11 +203,17 @@ def _environment() -> Any:
             known = len(self.guards)
             value = super().evaluate_expr(orig_expr, *args, **kwargs)
             if len(self.guards) > known:
-                is_branch = orig_expr.is_Boolean or orig_expr.is_Relational
+                asked = orig_expr.is_Boolean or orig_expr.is_Relational
                 for symbol in orig_expr.free_symbols:
-                    became = symbol in self.replacements and not self.replacements[symbol].free_symbols
-                    if not is_branch or (became and not isinstance(orig_expr, (Eq, Ne))):
+                    if not asked or self._counted(orig_expr, symbol):
                         self.fixed.setdefault(symbol, user_line())
             return value
+
+        def _counted(self, comparison: Any, symbol: Any) -> bool:
+            """Tell whether a size was found by comparing again and again, as `while i < n` does."""
+            # A size that is not above 2 is 2: no more than an `if` has asked for that.
+            became = self.replacements.get(symbol)
+            inequality = comparison.is_Relational and comparison.rel_op not in ("==", "!=")
+            return bool(inequality and became is not None and became.is_Integer and became > 2)
 
     return Environment
