@@ -20,6 +20,7 @@ from ._flatten import Spec
 from ._purity import explained
 from ._replay import Program, replay
 from ._sizes import OfArguments
+from ._strides import Strides, other_strides, restrided, settled
 from ._trace import Trace, trace
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
@@ -59,6 +60,10 @@ class Compiled:
         _check_leaves(leaves)
         with _COMPILING:
             self.trace = trace(fn, leaves, spec, dynamic)
+            self.settled = settled(self.trace)
+            if self.settled:
+                leaves = self._restrided(leaves, self.settled)
+                self.trace = trace(fn, leaves, spec, dynamic)
         self.signature = self.trace.signature
         self.code = ""
         self._unflatten = self.trace.out_spec.unflatten
@@ -99,6 +104,27 @@ class Compiled:
             leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
             for kind, value in self._fixed
         ]
+
+    def fitted(self, leaves: list[Any], spec: Spec, settled: bool) -> list[Any] | None:
+        """Return the leaves of a call with the strides that this was compiled for, or None if more is different.
+
+        Args:
+            leaves: The leaves.
+            spec: Their structure.
+            settled: Whether to do so only for inputs that this was not compiled for as they came.
+        """
+        strides = other_strides(self.trace, self.signature.tensors(leaves)) if spec == self.signature.spec else None
+        if not strides or (settled and not strides.keys() <= self.settled.keys()):
+            return None
+        leaves = self._restrided(leaves, strides)
+        return leaves if self.signature.fits(leaves, spec) else None
+
+    def _restrided(self, leaves: list[Any], strides: Mapping[int, Strides]) -> list[Any]:
+        leaves = list(leaves)
+        for n, new in strides.items():
+            place = self.trace.signature.places[n]
+            leaves[place] = restrided(leaves[place], new)
+        return leaves
 
     def _give(
         self, tensors: list[Tensor], run: Program, order: Any, owner: Owner | None, statics: list[Any]

@@ -76,7 +76,7 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     free = [i for i in donated if i not in returned and not views_of[i] and _is_reusable(fakes[i])]
     fresh = {j for j, shared in enumerate(others) if not shared}
     chosen: list[Pair] = []
-    for i, j in [*_same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
+    for i, j in [*same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
         alike = fakes[i].shape == outputs[j].shape and fakes[i].dtype == outputs[j].dtype
         if i in free and j in fresh and alike and fakes[i].device == outputs[j].device:
             chosen.append((i, j))
@@ -143,13 +143,19 @@ def _is_reusable(fake: Tensor) -> bool:
     return fake.nbytes >= _WORTH_REUSE and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
 
 
-def _same_places(trace: Trace, donated: Collection[int]) -> list[Pair]:
-    """Pair the leaves of each argument with those of the first part of the result that has its structure."""
+def same_places(trace: Trace, inputs: Collection[int], *, alone: bool = True) -> list[Pair]:
+    """Pair the leaves of each argument with those of the first part of the result that has its structure.
+
+    Args:
+        trace: The trace.
+        inputs: Which inputs to pair.
+        alone: Whether a tensor that is an argument, or an item of one, by itself is paired too.
+    """
     found: list[Pair] = []
     places = {place: n for n, place in enumerate(trace.signature.places)}
     results = list(_parts(trace.out_spec))
     for spec, leaves in _parts(trace.signature.spec):
-        if spec.num_leaves and any(places.get(leaf) in donated for leaf in leaves):
+        if spec.num_leaves and (alone or not spec.is_leaf()) and any(places.get(leaf) in inputs for leaf in leaves):
             match = next((there for other, there in results if other == spec), None)
             for here, there in zip(leaves, match or (), strict=False):
                 kind, value = trace.results[there]

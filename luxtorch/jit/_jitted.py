@@ -83,6 +83,7 @@ class Jitted(Generic[P, R]):
         self._settings = backend, options, background
         self._maxsize = maxsize
         self._known: tuple[Compiled, ...] = ()
+        self._strides: set[Any] = set()  # those that calls came with, and were copied
         self._compiling = RLock()  # a function may ask for itself while it is traced
         self._changing = Lock()  # held for a moment: nobody waits for it while something is compiled
         self._warned: set[tuple[str, int]] = set()
@@ -127,6 +128,7 @@ class Jitted(Generic[P, R]):
         """Forget what was compiled."""
         with self._changing:
             self._known = ()
+            self._strides = set()
             self._hits = self._misses = 0
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
@@ -158,9 +160,27 @@ class Jitted(Generic[P, R]):
             leaves = _distinct(leaves)
         compiled = self._find(leaves, spec)
         if compiled is None:
-            return self._compile(leaves, spec), leaves
+            compiled, leaves = self._find_fitted(leaves, spec)
+        if compiled is None:
+            compiled = self._compile(leaves, spec)
+            return compiled, compiled.fitted(leaves, spec, settled=True) or leaves
         self._hits += 1
         return compiled, leaves
+
+    def _find_fitted(self, leaves: list[Any], spec: Any) -> tuple[Compiled | None, list[Any]]:
+        """Return what is compiled for other strides, and leaves that are copied to these.
+
+        Strides that come for the first time may be in passing; when they come again, they get a graph of their own.
+        """
+        strides = (spec, *(leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        again = strides in self._strides
+        for compiled in self._known:
+            if (other := compiled.fitted(leaves, spec, settled=again)) is not None:
+                if len(self._strides) == self._maxsize:
+                    self._strides.clear()
+                self._strides.add(strides)
+                return compiled, other
+        return None, leaves
 
     def _find(self, leaves: list[Any], spec: Any) -> Compiled | None:
         return next((compiled for compiled in self._known if compiled.signature.fits(leaves, spec)), None)

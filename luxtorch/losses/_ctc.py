@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import traced, transformed
 from luxtorch.core import DTypeError
 
 from ._loss import Loss, total
@@ -19,8 +19,8 @@ class CTCLoss(Loss):
     """Take the negative log-likelihood of a sequence of labels, summed over all its alignments with the predictions.
 
     The mean is that of torch: each sequence's loss is divided by its length first. Under the transforms of torch.func,
-    forward-mode differentiation and torch.compile, for which torch's kernel has no rules, the recursion is run in
-    plain operations, one step after another. On an ordinary autograd tape there is no second derivative.
+    forward-mode differentiation, torch.compile and `lt.jit`, for which torch's kernel has no rules, the recursion is
+    run in plain operations, one step after another. On an ordinary autograd tape there is no second derivative.
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses, one a sequence.
@@ -88,7 +88,7 @@ class CTCLoss(Loss):
     def each(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return one loss a sequence."""
         log_p = y_hat.float() if y_hat.dtype in (torch.float16, torch.bfloat16) else y_hat
-        if transformed():
+        if transformed() or traced():
             log_likelihoods = _log_likelihoods(log_p, *y, self.blank)
             beyond = 0.0 if self.zero_infinity else torch.inf
             return torch.where(log_likelihoods > _NEVER / 2, -log_likelihoods, beyond).to(y_hat.dtype)

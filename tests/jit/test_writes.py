@@ -52,7 +52,7 @@ class Compared(TorchDispatchMode):
 def _is_plain(tensor):
     return (
         tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
         and 0 < tensor.numel() < 10**5
     )
 
