@@ -51,4 +51,5 @@ from ._schedules import warmup_cosine as warmup_cosine
 from ._scipy import scipy_least_squares as scipy_least_squares
 from ._scipy import scipy_minimize as scipy_minimize
 from ._setup import setup as setup
+from ._transfer import transfer as transfer
 from ._update import update as update
