@@ -80,7 +80,7 @@ class PerMember(ListRule):
     def step(self, leaves: Leaves, state: Any) -> tuple[Any, Any]:
         return self._each(self.rule.step, leaves, state)
 
-    def _each(self, take: Callable[[Leaves, Any], Any], leaves: Leaves, state: Any) -> Any:
+    def _each(self, take: Callable[[Leaves, Any], Any], leaves: Leaves, state: Any) -> tuple[Updates, Any]:
         """Return what one member makes of its leaves, for all; gradients that are missing are so for all."""
         given = [g is not None for g in leaves.grads]
 
