@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import reverse_alone
+from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.core import DTypeError, InputError
+from luxtorch.core._weighted import watched_means
 
 from ._loss import Loss, as_numbers, machine_epsilon, total
 
@@ -67,6 +68,9 @@ class ClassLoss(Loss):
         """Return the aggregated loss; the mean over class indices is weighted and leaves out what is ignored."""
         y_hat, y = self.checked(y_hat, y)
         if self.agg == "mean" and y.ndim < y_hat.ndim:
+            taken = watched_means()
+            if taken is not None and self._is_weighted(y):
+                taken.append(self)
             return self.picked(self.scores(y_hat), y, "mean")
         return self.aggregate(self.each(y_hat, y))
 
@@ -110,6 +114,13 @@ class ClassLoss(Loss):
         weight = self.weights(scores)
         share = (~ignored).to(scores.dtype) if weight is None else weight[index].masked_fill(ignored, 0.0)
         return losses * share if reduction == "none" else (losses * share).sum() / share.sum()
+
+    def _is_weighted(self, y: Tensor) -> bool:
+        """Say whether the mean over the targets is a weighted one, as far as that is seen without waiting for a device."""
+        if self.weight is not None or self.ignore_index != ClassLoss.ignore_index:
+            return True
+        readable = y.device.type == "cpu" and not (transformed() or watched())
+        return readable and bool((y == self.ignore_index).any())
 
     def weights(self, scores: Tensor) -> Tensor | None:
         """Return the weights of the classes as a tensor beside the scores."""

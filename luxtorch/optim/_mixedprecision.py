@@ -63,7 +63,10 @@ class MixedPrecision(ListRule):
 
     def map_states(self, change: ChangeState, state: Any) -> Any:
         masters, inner = state
-        return masters, self.rule.map_states(change, inner)
+        return change(self, masters), self.rule.map_states(change, inner)
+
+    def in_force(self, state: Any) -> MixedPrecision:
+        return MixedPrecision(self.rule.in_force(state[1]), self.dtype)
 
     def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
         return pytree.tree_leaves(state)  # its precision is that of the copies

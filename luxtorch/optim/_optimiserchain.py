@@ -75,6 +75,9 @@ class OptimiserChain(ListRule):
     def map_states(self, change: ChangeState, state: Any) -> Any:
         return tuple(rule.map_states(change, part) for rule, part in zip(self.rules, state, strict=True))
 
+    def in_force(self, state: Any) -> OptimiserChain:
+        return OptimiserChain(*(rule.in_force(part) for rule, part in zip(self.rules, state, strict=True)))
+
     def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
         parts = zip(self.rules, state, strict=True)
         return [number for rule, part in parts for number in rule.own_numbers(part, dtype)]

@@ -12,7 +12,7 @@ from luxtorch.core import InputError
 
 from ._differentiate import differentiate, on_a_tape
 from ._finite import all_finite, select
-from ._microbatches import accumulated, nonzero
+from ._microbatches import accumulated, nonzero, of_microbatch
 from ._objective import Objective, Weight, check_objective, check_result
 from ._precision import in_precision
 from ._train_state import TrainState, Trees, make, peek
@@ -103,10 +103,11 @@ def gradients(
     if dtype is not None:
         model = in_precision(model, dtype, ps)
     differentiable = differentiable or on_a_tape(ps, trees.states)
+    called: Objective = objective
 
     def gradients_of(data: Any, st: Any) -> tuple[Any, Tensor, Any, Any, Weight]:
         def scaled(ps: Any) -> tuple[Tensor, Any]:
-            loss, weight, new, stats = check_result(objective(model, ps, st, data))
+            loss, weight, new, stats = check_result(called(model, ps, st, data))
             if weight is not None and not (isinstance(weight, int) and weight == 1):
                 loss = loss / (weight if accumulate == 1 else nonzero(weight))
             return loss if loss_scale is None else loss * loss_scale, (new, stats, weight)
@@ -118,7 +119,7 @@ def gradients(
 
     if accumulate == 1:
         return gradients_of(data, trees.states)[:4]
-    objective = getattr(objective, "of_microbatch", objective)  # a loss knows what it divides by
+    called = getattr(objective, "of_microbatch", None) or of_microbatch(objective)  # a loss knows what it divides by
     return accumulated(gradients_of, data, trees.states, accumulate)
 
 

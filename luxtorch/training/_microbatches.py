@@ -11,8 +11,9 @@ from torch import Tensor
 
 from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.core import InputError, named_leaves
+from luxtorch.core._weighted import watching_means
 
-from ._objective import Weight
+from ._objective import Objective, Weight
 
 
 def split_data(data: Any, n: int) -> list[Any]:
@@ -70,6 +71,27 @@ def accumulated(
         by: Any = sum(0 if weight is None else weight for weight in weights)
         means, value = iter([_over(g, nonzero(by)) for g in total]), _over(whole, by)
     return map_tensors(lambda _: next(means), grads), value, tuple(all_stats), st
+
+
+def of_microbatch(objective: Objective) -> Objective:
+    """Return an objective that refuses a number where a weighted mean was taken: the mean of such is another one."""
+
+    def called(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return objective(*args)
+        with watching_means() as taken:
+            result = objective(*args)
+        told = isinstance(result, tuple | list) and bool(result) and isinstance(result[0], tuple)
+        if taken and not told:
+            raise InputError(
+                "The mean over microbatches would not be that of the whole batch: their weights differ.",
+                expected="an objective that returns ((sum, weight), st, stats)",
+                got=f"a number, though {taken[0]!r} weighs its targets or leaves some out",
+                fix="Return loss.sum_and_weight(y_hat, y) in the place of loss(y_hat, y).",
+            )
+        return result
+
+    return called
 
 
 def nonzero(weight: Any) -> Any:

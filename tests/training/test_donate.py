@@ -209,7 +209,7 @@ def test_derivatives_through_a_donated_step(new, data):
 
         ts = new(rule=optim.Descent(0.1), model=lt.Dense(3, 2))
         for _ in range(2):
-            ts = training.single_train_step(objective, data, ts, donate=donate)[3]
+            ts = training.single_train_step(objective, data, ts, donate=donate, differentiable=True)[3]
         return ts.parameters["weight"].square().sum()
 
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

@@ -214,3 +214,39 @@ def test_a_loss_without_targets(run) -> None:
         return losses.TripletMarginLoss().sum_and_weight((y_hat, y_hat.sin(), data[1]), None), st, {}
 
     alike(run(objective, same, NUMBERS, 3), run(objective, same, NUMBERS, 1))
+
+
+@pytest.mark.parametrize("jitted", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2] is INDICES])
+def test_a_number_is_refused_where_a_weighted_mean_was_taken(run, name: str, jitted: bool) -> None:
+    make, predict, y = CASES[name]
+
+    def number(model: Any, ps: Any, st: Any, data: Any) -> Any:
+        y_hat, st = model(data[0], ps, st)
+        return 2 * make("mean")(y_hat, data[1]), st, {}
+
+    whole = run(number, predict, y, 1, jitted)
+    if "weight" not in name and "ignored" not in name:
+        alike(run(number, predict, y, 3, jitted), whole)
+        return
+    with pytest.raises(lt.InputError, match="weights differ") as error:
+        run(number, predict, y, 3, jitted)
+    assert "sum_and_weight" in str(error.value)
+
+    def pair(model: Any, ps: Any, st: Any, data: Any) -> Any:
+        y_hat, st = model(data[0], ps, st)
+        total, weight = make("mean").sum_and_weight(y_hat, data[1])
+        return (2 * total, weight), st, {"of this part": make("mean")(y_hat, data[1])}
+
+    alike(run(pair, predict, y, 3, jitted), whole)
+
+
+def test_targets_that_are_ignored_by_default_are_seen(run) -> None:
+    def number(model: Any, ps: Any, st: Any, data: Any) -> Any:
+        y_hat, st = model(data[0], ps, st)
+        return losses.CrossEntropyLoss()(y_hat, data[1]), st, {}
+
+    y = INDICES.masked_fill(INDICES == 1, -100)
+    with pytest.raises(lt.InputError, match="weights differ"):
+        run(number, same, y, 3)
+    alike(run(losses.CrossEntropyLoss(), same, y, 3), run(number, same, y, 1))
