@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from luxtorch._errors import DTypeError, InputError, LuxtorchError
 from luxtorch.random import Rng, as_key, fold_in
 
+from ._container import refuse_modules
 from ._layer import Layer, Parameters, States
 from ._nowhere import NOWHERE, without_numbers
 from ._static import Static
@@ -176,10 +178,23 @@ def _checked(layer: Any) -> Layer:
             if isinstance(layer, torch.nn.Module)
             else "The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction.",
         )
+    if not torch.compiler.is_compiling():
+        _check_fields(layer, ())
     return layer
 
 
-def _sound(tree: Any, layer: Layer, what: str, path: tuple[str, ...] = ()) -> Any:
+def _check_fields(layer: Layer, path: tuple[str, ...]) -> None:
+    """Raise if a layer, or one inside, has a field that holds tensors of its own."""
+    for item in fields(layer):
+        value = getattr(layer, item.name)
+        if not isinstance(value, str | int | float):
+            where = f"{'.'.join(('model', *path))} ({type(layer).__name__})"
+            refuse_modules(value, f"The field '{item.name}'", where)
+    for name, child in layer.children().items():
+        _check_fields(child, (*path, name) if name else path)
+
+
+def _sound(tree: dict[str, Any], layer: Layer, what: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a tree that a layer has made, or raise unless it is what every function on trees expects."""
     if not isinstance(tree, Mapping):
         raise _misshapen(tree, layer, what, path)
