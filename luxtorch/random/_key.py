@@ -198,13 +198,15 @@ def _reduced(tensor: Tensor) -> tuple[Any, ...]:
 
     For its newer dtypes, such as that of keys, torch passes a storage that only `torch.load` knows how to read.
     """
-    rebuild, arguments, *rest = tensor.__reduce_ex__(2)
+    rebuild, arguments, *rest = tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
     if arguments and isinstance(arguments[0], torch.UntypedStorage):
-        typed = torch.storage.TypedStorage(wrap_storage=arguments[0], dtype=torch.uint8, _internal=True)
+        typed = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+            wrap_storage=arguments[0], dtype=torch.uint8, _internal=True
+        )
         arguments = (typed, *arguments[1:])
     return (rebuild, arguments, *rest)
 
 
 # Keys lie in states, which are plain data for pickle, joblib and others. Tensors of other classes, parameters of
 # modules among them, are not asked for here; `torch.save` writes the same bytes as before.
-copyreg.pickle(torch.Tensor, _reduced)  # type: ignore[arg-type]
+copyreg.pickle(torch.Tensor, _reduced)

@@ -172,6 +172,6 @@ def test_keys_as_arrays():
 def test_other_tensors_are_pickled_as_by_torch(dtype):
     tensor = torch.ones(2, 3).to(dtype).T
     assert pickle.loads(pickle.dumps(tensor)).stride() == tensor.stride()
-    for value in (tensor, torch.nn.Parameter(torch.ones(2)), torch.eye(2).to_sparse(), torch.ones(2, device="meta")):
+    for value in (tensor, torch.nn.Parameter(torch.ones(2)), torch.ones(2, device="meta")):
         found = pickle.loads(pickle.dumps(value))
         assert type(found) is type(value) and found.layout is value.layout and found.device == value.device
