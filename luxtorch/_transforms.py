@@ -54,6 +54,13 @@ def reverse_alone() -> bool:
     return forward_ad._current_level < 0 and kinds in ([], [torch._C._functorch.TransformType.Grad])
 
 
+def differentiated() -> bool:
+    """Tell whether a transform of torch.func, or forward mode, differentiates what is computed now."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    transforms = torch._C._functorch.TransformType
+    return forward_ad._current_level >= 0 or transforms.Grad in kinds or transforms.Jvp in kinds
+
+
 def first_order(*tensors: Tensor | None) -> bool:
     """Tell whether what is computed now is differentiated once at most, and in reverse mode.
 

@@ -15,13 +15,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch._transforms import functional
 from luxtorch.components import ComponentVector
 from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
 from luxtorch.jit import jit
 from luxtorch.random import split
 
 from ._compare import LawError, close, same_structure, same_values
-from ._orders import check_words
+from ._orders import QUICK, check_words
 from ._subject import Subject
 
 _LOOSE, _TIGHT = 1e-5, 1e-9
@@ -64,8 +65,8 @@ def gradient_law(s: Subject) -> None:
     """
     s = s.in_double()
     if variables := s.variables():
-        value = jit(s.of_variables)
-        check_words(lambda v: value(v)[0], variables, s.key, "R", law="gradient")
+        jitted = jit(s.of_variables)
+        check_words(lambda v: (jitted if functional() else s.of_variables)(v)[0], variables, s.key, "R", law="gradient")
 
 
 def forward_law(s: Subject) -> None:
@@ -82,7 +83,7 @@ def orders_law(s: Subject) -> None:
     """Derivatives of first, second and third order are the same by all transforms, and those of differences."""
     s = s.in_double().bent()
     if variables := s.variables():
-        check_words(lambda v: s.of_variables(v)[0], variables, s.key, differences=s.differences)
+        check_words(lambda v: s.of_variables(v)[0], variables, s.key, s.words or QUICK, differences=s.differences)
 
 
 def vmap_inputs_law(s: Subject) -> None:
@@ -225,9 +226,9 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "state": state_law,
     "gradient": gradient_law,
     "forward": forward_law,
-    "orders": orders_law,
     "vmap_inputs": vmap_inputs_law,
     "vmap_models": vmap_models_law,
+    "orders": orders_law,
     "component_vector": component_vector_law,
     "value": value_law,
     "names": names_law,

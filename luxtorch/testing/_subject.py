@@ -27,6 +27,8 @@ class Subject:
     backend: str | Callable[..., Any]
     differences: bool = True
     """Whether the layer's derivatives are those that finite differences see."""
+    words: tuple[str, ...] | None = None
+    """By what transforms derivatives of all orders are taken."""
 
     def call(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
         """Call the layer."""
