@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
 )
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from luxtorch.core import InputError, LuxtorchError
@@ -137,6 +138,26 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors_in([result]):
             if isinstance(tensor, FakeTensor):
                 self._made.append((weakref.ref(tensor), str(func), user_line()))
+
+
+class Outs(TorchFunctionMode):
+    """Refuse an `out=` that is never written to: where torch only looks at it, the write is lost in a trace.
+
+    So is that of `torch.linalg.matrix_rank`, under every dispatch mode; its operators show nothing of it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outs = [tensor for tensor in tensors_in([kwargs.get("out")]) if isinstance(tensor, FakeTensor)]
+        before = [tensor._version for tensor in outs]
+        result = func(*args, **kwargs)
+        if any(tensor._version == version for tensor, version in zip(outs, before, strict=True)):
+            raise TracingError(
+                f"A jitted function loses what {resolve_name(func) or func} would write into its argument 'out'.",
+                fix="Take what the function returns instead.",
+                where=user_line(),
+            )
+        return result
 
 
 @functools.cache

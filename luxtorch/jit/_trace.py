@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ._flatten import Spec, flatten
-from ._purity import TracingError, Watch, storage
+from ._purity import Outs, TracingError, Watch, storage
 from ._signature import Signature
 
 
@@ -96,7 +96,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
     watch = Watch()
 
     def watched(*tensors: Tensor) -> list[Tensor]:
-        with watch.given(tensors):
+        with watch.given(tensors), Outs():
             return function(*tensors)
 
     graph = record(watched, fakes, {}, symbolic)
