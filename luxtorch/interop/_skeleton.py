@@ -70,7 +70,9 @@ class Skeleton:
             self._idle.append(part)
 
     def _copy(self) -> Part:
-        return Part(copy.deepcopy(self.root.module), (), {})
+        # Its copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
+        shared = {id(value): value for each in self.root.module.modules() for _, _, value in tensors_of(each)}
+        return Part(copy.deepcopy(self.root.module, shared), (), {})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Skeleton) or self.identity != other.identity:

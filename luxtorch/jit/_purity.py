@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily
 
 from luxtorch.core import InputError, LuxtorchError
 
 from ._sizes import any_symbol
-from ._where import library, user_line
+from ._where import library, user_calls, user_line
 from ._writes import arguments, as_it_writes, tensors_in, written
 
 _aten = torch.ops.aten
@@ -150,17 +150,44 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _aten.as_strided.default(copy, value.shape, value.stride(), value.storage_offset())
 
 
-class Reads(TorchFunctionMode):
-    """Refuse reads, past all operators, of constants that were written to while tracing: they are out of date."""
+class Functions(TorchFunctionMode):
+    """Look at the calls of torch's functions while a function is traced, for what no operator shows.
+
+    Attributes:
+        strides: Whether the function has asked how a tensor lies in memory.
+    """
 
     def __init__(self, known: Known) -> None:
         super().__init__()
         self._known = known
+        self.strides = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
+        kwargs = kwargs or {}
+        if func in _LAYOUT:
+            self.strides |= user_calls()
+        elif func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
             raise _value_needed(f"Tensor.{func.__name__}")
-        return func(*args, **(kwargs or {}))
+        elif "out" in kwargs:
+            return self._into(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _into(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # Where torch only looks at `out`, as in `torch.linalg.matrix_rank`, the write is lost under any dispatch mode.
+        outs = [tensor for tensor in tensors_in([kwargs["out"]]) if isinstance(tensor, FakeTensor)]
+        before = [tensor._version for tensor in outs]
+        result = func(*args, **kwargs)
+        if any(tensor._version == version for tensor, version in zip(outs, before, strict=True)):
+            raise TracingError(
+                f"A jitted function loses what {resolve_name(func) or func} would write into its argument 'out'.",
+                fix="Take what the function returns instead.",
+                where=user_line(),
+            )
+        return result
+
+
+# What tells how a tensor lies in memory, or depends on it.
+_LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset, Tensor.as_strided, torch.as_strided)
 
 
 class Watch(Known):

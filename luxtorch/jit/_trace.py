@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, with_nodes, written
-from ._purity import Reads, TracingError, Watch, explained, storage
+from ._purity import Functions, TracingError, Watch, explained, storage
 from ._signature import Signature
 from ._sizes import OfArguments, Sizes, hides_symbols, is_number
 from ._where import user_line
@@ -34,6 +34,7 @@ class Trace:
             call returns a copy.
         sizes: The symbols among the sizes of the arguments.
         numbers: Computes, from the arguments, the results that are made of sizes alone; None if there are none.
+        strides: Whether the function has asked how a tensor lies in memory.
     """
 
     function: Callable[..., list[Tensor]]
@@ -44,6 +45,7 @@ class Trace:
     results: list[tuple[str, Any]]
     sizes: Sizes
     numbers: OfArguments | None
+    strides: bool
 
     @property
     def symbolic(self) -> bool:
@@ -111,9 +113,10 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
     for i in places:
         values[i] = None  # or the arguments of the first call would be kept
     watch = Watch()
+    functions = Functions(watch)
 
     def watched(*tensors: Tensor) -> list[Tensor]:
-        with watch.given(tensors), Reads(watch):
+        with watch.given(tensors), functions:
             made = watch.outputs(function(*tensors))
         watch.check_given(tensors)
         return made
@@ -139,7 +142,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         return with_fixed_sizes(user_line(), "it is in the structure of the result")
     signature = Signature(leaves, spec, fakes)
     numbers = sizes.numbers(parts["numbers"]) if parts["numbers"] else None
-    return Trace(function, graph, fakes, signature, parts["spec"], parts["results"], sizes, numbers)
+    return Trace(function, graph, fakes, signature, parts["spec"], parts["results"], sizes, numbers, functions.strides)
 
 
 def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:

@@ -23,6 +23,11 @@ def user_line(error: BaseException | None = None) -> str:
     return "an unknown line"
 
 
+def user_calls() -> bool:
+    """Tell whether the caller's caller belongs to no library."""
+    return library(sys._getframe(2)) not in _LIBRARIES
+
+
 def library(frame: FrameType) -> str:
     """Return to which package the code of a frame belongs."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]

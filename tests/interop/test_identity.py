@@ -95,3 +95,24 @@ def test_models_stack_whole():
     both = lt.stack([lt.from_torch(Net()), lt.from_torch(Net())])
     assert both.layer == layer(Net())
     assert both.ps["linear"]["weight"].shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes"),
+    [
+        (nn.Bilinear(2, 2, 3), [(4, 2), (4, 2)]),
+        (nn.RNNCell(2, 3), [(4, 2)]),
+        (nn.BatchNorm1d(2, track_running_stats=False), [(4, 2)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_first_call_may_be_inside_a_transform_in_a_trace(module, shapes, rng):
+    def gradient(ps, x):
+        return lt.gradient(lambda ps: layer(x, ps, st)[0].square().sum(), ps)
+
+    x = lt.Inputs(*(torch.randn(shape, generator=rng) for shape in shapes))
+    layer, ps, st = lt.from_torch(module)
+    jitted = lt.jit(gradient, backend="replay")(ps, x)
+    eager = gradient(ps, x)
+    for name in ps:
+        torch.testing.assert_close(jitted[name], eager[name])

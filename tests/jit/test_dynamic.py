@@ -196,8 +196,14 @@ def test_a_graph_for_each_branch(name):
 @pytest.mark.parametrize("name", ["n", "n / 4", "n deep in a tree", "x / n", "model", "vmap", "centred", "repeat"])
 def test_recorded(name):
     function = ONE_GRAPH[name]
-    jitted, ways = jit(lambda x, w: (w * function(x)["sum"] if "tree" in name else w.sum(), function(x * w)),
-                       dynamic="x", backend="replay"), []
+    jitted, ways = (
+        jit(
+            lambda x, w: (w * function(x)["sum"] if "tree" in name else w.sum(), function(x * w)),
+            dynamic="x",
+            backend="replay",
+        ),
+        [],
+    )
     for n in (*SIZES, 1):
         ways.clear()
         for f in (jitted, jitted._fn):
@@ -205,6 +211,8 @@ def test_recorded(name):
             out = f(x, w)
             total = sum(leaf.sum() for leaf in optree.tree_leaves(out) if isinstance(leaf, Tensor))
             total.backward()
-            ways.append((optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, out), w.grad))
+            ways.append(
+                (optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, out), w.grad)
+            )
         equal(*ways)
     assert jitted.cache_info().misses == 2

@@ -273,3 +273,24 @@ def test_settings_that_do_not_fit():
         jit(lambda x: x, backend="fast")
     with pytest.raises(InputError, match="stands for many"):
         jit(lambda *xs: xs, donate="xs")
+
+
+def test_outputs_that_torch_does_not_write_to_while_it_traces():
+    def rank(x):
+        out = torch.zeros((), dtype=torch.int64)
+        torch.linalg.matrix_rank(x, out=out)
+        return out
+
+    with pytest.raises(TracingError, match=f"{HERE}:.*loses what torch.linalg.matrix_rank would write"):
+        jit(rank, backend="replay")(torch.eye(3))
+
+
+def test_outputs_that_are_written_to():
+    def written(x):
+        out, values, indices = torch.zeros(3), x.new_empty(0), torch.empty(0, dtype=torch.int64)
+        torch.sort(torch.add(x, 1, out=out), out=(values, indices))
+        return out, values, indices
+
+    x = torch.tensor([3.0, 1.0, 2.0])
+    for got, wanted in zip(jit(written, backend="replay")(x), written(x), strict=True):
+        assert torch.equal(got, wanted)
