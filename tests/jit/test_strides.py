@@ -124,3 +124,19 @@ def test_a_state_that_comes_back_as_it_is_stays_expanded(same):
         st, _ = jitted(st, x)
         same(st, {"zeros": torch.zeros(3), "n": torch.full((3,), float(n))})
     assert jitted.cache_info().misses == 1
+
+
+ASKS = {
+    "stride": lambda x: (x.sum(), x.stride()),
+    "stride of a dimension": lambda x: x * x.stride(0),
+    "is_contiguous": lambda x: x + 1 if x.is_contiguous() else x - 1,
+    "as_strided": lambda x: torch.as_strided(x, (2, 2), (1, 2)) * 2,
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_functions_that_ask_for_strides_see_those_of_the_call(name, rng, same):
+    x = torch.randn(4, 3, generator=rng)
+    jitted = jit(ASKS[name], backend="replay")
+    for one in (x, x.T.contiguous().T, x, x.T.contiguous().T):
+        same(jitted(one), ASKS[name](one))
