@@ -12,6 +12,7 @@ from torch import Tensor
 from luxtorch.core import LuxtorchError
 
 from ._flatten import Spec
+from ._sizes import any_symbol
 from ._trace import Trace, aliases
 
 Pair: TypeAlias = tuple[int, int]
@@ -74,7 +75,8 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     outputs = trace.outputs()
     returned = {value for kind, value in trace.results if kind == "input"}
     free = [i for i in donated if i not in returned and not views_of[i] and _is_reusable(fakes[i])]
-    fresh = {j for j, shared in enumerate(others) if not shared}
+    # To compare a size that is a symbol would make a constant of it.
+    fresh = {j for j, shared in enumerate(others) if not shared and not any_symbol(outputs[j].shape)}
     chosen: list[Pair] = []
     for i, j in [*same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
         alike = fakes[i].shape == outputs[j].shape and fakes[i].dtype == outputs[j].dtype

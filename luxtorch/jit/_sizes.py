@@ -43,6 +43,7 @@ class Sizes:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._environment, static_shapes=True)
         self._mode._allow_unsafe_data_ptr_access = False  # an address would be 0
         self._origins: dict[Any, tuple[int, int]] = {}
+        self._symbolic: dict[int, list[tuple[str, int]]] = {}
         self._fixed: dict[tuple[int, int], tuple[str, str]] = {}
 
     def fake(self, tensor: Tensor, place: int, dims: Collection[int]) -> Any:
@@ -71,16 +72,23 @@ class Sizes:
             with self._mode, torch.inference_mode(tensor.is_inference()):
                 fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
             fake.requires_grad_(tensor.requires_grad)
-        for dim, size in enumerate(fake.shape):
-            if isinstance(size, torch.SymInt):
-                self._origins[size.node.expr] = place, dim
+        for what, values in ("size", fake.shape), ("stride", fake.stride()):
+            found = [dim for dim, value in enumerate(values) if isinstance(value, torch.SymInt)]
+            self._symbolic.setdefault(place, []).extend((what, dim) for dim in found)
+        self._origins |= {n.node.expr: (place, dim) for dim, n in enumerate(fake.shape) if isinstance(n, torch.SymInt)}
         return fake
 
     def condition(self, fakes: Sequence[Any]) -> OfArguments | None:
         """Return the test whether a graph may be used for other arguments; None if it may for any."""
-        places = [n for n, fake in enumerate(fakes) if any(map(_is_symbol, (*fake.shape, *fake.stride())))]
+        places = [n for n, symbols in self._symbolic.items() if symbols]
         sources: Any = [_source(n) for n in places]
         guards = self._environment.produce_guards([fakes[n] for n in places], sources, ignore_static=True)
+        # Of what has become a constant since, as when a compiler asks for the number, torch says nothing.
+        for place in places:
+            for what, dim in self._symbolic[place]:
+                value = getattr(fakes[place], what)(dim)
+                if not _is_symbol(value):
+                    guards.append(f"inputs[{place}].{what}({dim}) == {int(value)}")
         return _of_arguments(" and ".join(f"({guard})" for guard in guards)) if guards else None
 
     def numbers(self, values: Sequence[Any]) -> OfArguments:
@@ -216,4 +224,7 @@ def _environment() -> Any:
             inequality = comparison.is_Relational and comparison.rel_op not in ("==", "!=")
             return bool(inequality and became is not None and became.is_Integer and became > 2)
 
+    # An inductor that keeps what it compiled on disk has to find the class by its name.
+    Environment.__qualname__ = Environment.__name__
+    globals()[Environment.__name__] = Environment
     return Environment
