@@ -34,6 +34,11 @@ _aten = torch.ops.aten
 # Operators that return a value of a tensor to Python.
 _READS = frozenset((_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default))
 
+# Derivatives of means whose forms for tensors without numbers divide by the number of elements, even by zero.
+_DIVIDES = frozenset(
+    (_aten.mse_loss_backward.default, _aten.smooth_l1_loss_backward.default, _aten.huber_loss_backward.default)
+)
+
 
 class TracingError(LuxtorchError, RuntimeError):
     """Report that a function does what cannot be in a compiled graph; the place is the user's line.
@@ -74,7 +79,10 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known:
             return self._compute(func, args, kwargs)
         args, kwargs = self._current(args, kwargs)
-        return self.record(as_it_writes(func, args, kwargs), func, args, kwargs)
+        operator = as_it_writes(func, args, kwargs)
+        if func in _DIVIDES and not args[1].numel():
+            operator = _gradient_of_nothing
+        return self.record(operator, func, args, kwargs)
 
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Raise if an operator is not allowed."""
@@ -353,6 +361,10 @@ def _also(kind: type) -> type[TracingError]:
 
     names = {"__module__": TracingError.__module__, "__reduce__": reduce}
     return type(TracingError.__name__, (TracingError, kind), names)
+
+
+def _gradient_of_nothing(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Any:
+    return _aten.mul.Tensor(_aten.sub.Tensor(x, y), grad)
 
 
 @functools.cache

@@ -58,6 +58,12 @@ class CTCLoss(Loss):
                 "of shapes (batch, longest), (batch,), (batch,)",
                 got=f"predictions of shape {tuple(y_hat.shape)}, targets of shapes {got}",
             )
+        if not y_hat.numel():
+            raise self.error(
+                "There is nothing to take the loss of.",
+                expected="at least one step, one sequence and one class",
+                got=f"predictions of shape {tuple(y_hat.shape)}",
+            )
         if not 0 <= self.blank < y_hat.shape[2]:
             raise self.error("No class is blank.", expected=f"from 0 to {y_hat.shape[2] - 1}", got=str(self.blank))
         if any(part.dtype not in (torch.int32, torch.int64) for part in y):

@@ -70,7 +70,7 @@ def _ensemble(keys, make):
 
 
 @pytest.mark.parametrize("donate", [(), "ts"], ids=["kept", "donated"])
-@pytest.mark.parametrize("make", ["at once", "parameters first"])
+@pytest.mark.parametrize("make", ["at once", pytest.param("parameters first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "backend",
     [
