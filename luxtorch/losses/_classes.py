@@ -116,7 +116,7 @@ class ClassLoss(Loss):
         return losses * share if reduction == "none" else (losses * share).sum() / share.sum()
 
     def _is_weighted(self, y: Tensor) -> bool:
-        """Say whether the mean over the targets is a weighted one, as far as that is seen without waiting for a device."""
+        """Say whether the mean is weighted by the targets, as far as that is seen without waiting for a device."""
         if self.weight is not None or self.ignore_index != ClassLoss.ignore_index:
             return True
         readable = y.device.type == "cpu" and not (transformed() or watched())

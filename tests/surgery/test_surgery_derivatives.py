@@ -125,7 +125,10 @@ def named(tree: Any) -> dict[str, Tensor]:
     return {"": tree} if isinstance(tree, Tensor) else lt.flatten_names(tree)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+FAST = ("tape", "jvp", "vmap(grad)")
+
+
+@pytest.mark.parametrize("transform", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TRANSFORMS])
 @pytest.mark.parametrize("surgery", SURGERIES)
 def test_surgery_is_differentiable(make_key, surgery: str, transform: str) -> None:
     change, by_hand = SURGERIES[surgery]

@@ -67,7 +67,7 @@ def flat(ts: training.TrainState) -> Tensor:
     return torch.cat([leaf.reshape(-1).double() for leaf in pytree.tree_leaves(ts.parameters)])
 
 
-@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("cast", [c if c[0] != "d" else pytest.param(c, marks=pytest.mark.slow) for c in CASTS])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_goes_on_in_low_precision(make_key, rule: str, cast: str) -> None:
     (change, dtype), rule = CASTS[cast], RULES[rule]
