@@ -307,6 +307,7 @@ class TestStacks:
         torch.testing.assert_close(y, expected)
         assert lt.core.tree_leaves(new) is not None and new.keys() == st.keys()
 
+    @pytest.mark.slow
     def test_under_transforms(self, case, kind, mask):
         stack, module, ps, st, xs, x, expected, _ = case
         loss = lambda ps: stack(x, ps, st)[0].square().sum()  # noqa: E731
