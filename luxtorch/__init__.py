@@ -124,7 +124,9 @@ from .layers import SkipConnection as SkipConnection
 from .layers import SpectralNorm as SpectralNorm
 from .layers import StackedCell as StackedCell
 from .layers import StatefulRecurrentCell as StatefulRecurrentCell
+from .layers import TransformerDecoder as TransformerDecoder
 from .layers import TransformerDecoderLayer as TransformerDecoderLayer
+from .layers import TransformerEncoder as TransformerEncoder
 from .layers import TransformerEncoderLayer as TransformerEncoderLayer
 from .layers import Upsample as Upsample
 from .layers import VariationalHiddenDropout as VariationalHiddenDropout

@@ -8,8 +8,10 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from luxtorch.core import DTypeError, InputError, LuxtorchError
+from luxtorch.core._values import unwrapped
 
 from ._axes import Axes
 from ._elementwise import Named
@@ -38,6 +40,8 @@ def _describe(tree: Any, prefix: str, batch_dims: int, leaves: NamedLeaves) -> A
             _refuse_name(name, prefix)
         path = prefix + name
         if isinstance(value, Tensor):
+            if not is_dynamo_compiling():
+                _check_kind(value, path)
             if value.dim() < batch_dims:
                 raise InputError(
                     f"The leaf '{path}' has too few dimensions.",
@@ -56,6 +60,17 @@ def _describe(tree: Any, prefix: str, batch_dims: int, leaves: NamedLeaves) -> A
                 fix="Make it a tensor if it is a parameter; otherwise keep it in the states.",
             )
     return intern(tuple(entries))
+
+
+def _check_kind(leaf: Tensor, path: str) -> None:
+    """Raise an error if the elements of a leaf cannot be copied one after another into a flat tensor."""
+    if leaf.layout is not torch.strided or leaf.is_nested:
+        raise DTypeError(
+            f"The leaf '{path}' is not a dense tensor.",
+            expected="tensors with all of their elements, in rows of one length",
+            got="a nested tensor" if leaf.is_nested else f"the layout {leaf.layout}",
+            fix="" if leaf.is_nested else "Make it dense, .to_dense().",
+        )
 
 
 def _children(tree: Any) -> Iterable[tuple[Any, Any]]:
@@ -78,6 +93,14 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
     if dtype is not None:
         leaves = [(path, leaf.to(dtype)) for path, leaf in leaves]
     for path, leaf in leaves:
+        # By its name: a program that does not shard need not load torch's module for that.
+        if not is_dynamo_compiling() and type(unwrapped(leaf)).__name__ == "DTensor":
+            raise DTypeError(
+                f"The leaf '{path}' is sharded, and copying it into one vector would gather it on every rank.",
+                expected="whole tensors",
+                got="a DTensor",
+                fix="Make the vector first, then shard it: distributed.shard_parameters(lt.ComponentVector(ps)).",
+            )
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise DTypeError(
                 f"The leaf '{path}' has no derivative.",

@@ -65,7 +65,9 @@ from ._shape import SelectDim as SelectDim
 from ._spectralnorm import SpectralNorm as SpectralNorm
 from ._stacked_cell import StackedCell as StackedCell
 from ._stateful_cell import StatefulRecurrentCell as StatefulRecurrentCell
+from ._transformer import TransformerDecoder as TransformerDecoder
 from ._transformer import TransformerDecoderLayer as TransformerDecoderLayer
+from ._transformer import TransformerEncoder as TransformerEncoder
 from ._transformer import TransformerEncoderLayer as TransformerEncoderLayer
 from ._upsample import PixelShuffle as PixelShuffle
 from ._upsample import PixelUnshuffle as PixelUnshuffle

@@ -68,6 +68,20 @@ def show_combines(name: str, combine: Any) -> str:
     return "" if combine is None or isinstance(combine, Layer) else f"{name}{show_value(combine)}"
 
 
+def has_mask(layer: Layer, x: Any) -> bool:
+    """Tell whether an input brings a mask for a layer, or for the first one inside that the input goes to."""
+    while not hasattr(type(layer), "has_mask"):
+        inside = layer.layers[0] if isinstance(layer, Chain) else layer.children().get("")
+        if inside is None:
+            return False
+        layer = inside
+    return bool(layer.has_mask(x))  # type: ignore[attr-defined]
+
+
+def _takes_mask(layer: Layer) -> bool:
+    return hasattr(type(layer), "has_mask") or any(map(_takes_mask, layer.children().values()))
+
+
 def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
     for layer in layers:
         if isinstance(layer, list | tuple):
@@ -124,8 +138,23 @@ class Chain(ContainerLayer):
         """Return the last layer's output, and each layer's state under its name."""
         new = {}
         for name, layer in zip(self.names, self.layers, strict=True):
+            if isinstance(x, tuple) and has_mask(layer, x):
+                self._check_mask(name)
             x, new[name] = layer(x, ps[name], st[name])
         return x, new
+
+    def _check_mask(self, name: str) -> None:
+        """Raise if one layer takes a mask, and another after it would have to do without."""
+        layers = self.children()
+        after = self.names[self.names.index(name) + 1 :]
+        without = [other for other in after if _takes_mask(layers[other])]
+        if without:
+            raise InputError(
+                "A mask goes no further in a chain than to the first layer that takes it.",
+                expected="one layer that takes a mask",
+                got=f"a mask for '{name}', and '{without[0]}' after it without one",
+                fix="Stack the layers in a TransformerEncoder or a TransformerDecoder: each of them gets the mask.",
+            )
 
     def __len__(self) -> int:
         return len(self.layers)

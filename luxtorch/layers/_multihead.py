@@ -156,6 +156,10 @@ class MultiHeadAttention(ContainerLayer):
         q, k, v, mask = (*parts, None)[:4]
         return q, k, v, mask
 
+    def has_mask(self, x: Any) -> bool:
+        """Tell whether an input brings a mask."""
+        return isinstance(x, tuple) and len(x) == 4 and x[3] is not None
+
     def expected_input(self) -> str:
         """Name the widths, and the kinds of tuples."""
         widths = (self.q_proj.in_features, self.k_proj.in_features, self.v_proj.in_features)

@@ -1,13 +1,13 @@
-"""The layers of a transformer: `TransformerEncoderLayer` and `TransformerDecoderLayer`."""
+"""The layers of a transformer, `TransformerEncoderLayer` and `TransformerDecoderLayer`, and stacks of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from luxtorch.core import ContainerLayer, InputError, Parameters, States
+from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
 from ._activations import Activation
 from ._dropout import Dropout
@@ -81,7 +81,8 @@ class TransformerEncoderLayer(_TransformerLayer):
 
     Shape:
         x (..., length, embed_dim), or `(x, mask)`, to the same as x. The mask is that of `MultiHeadAttention`, True
-        where an element may attend to another.
+        where an element may attend to another. Only x is returned: several layers under one mask are a
+        `TransformerEncoder`, as in a `Chain` the mask would reach the first of them alone, which is refused.
 
     Raises:
         InputError: If the heads do not divide the width, or an input has another shape.
@@ -141,6 +142,10 @@ class TransformerEncoderLayer(_TransformerLayer):
         x = self._added(call, 2, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
         return x, new
 
+    def has_mask(self, x: Any) -> bool:
+        """Tell whether an input brings a mask."""
+        return isinstance(x, tuple) and len(x) == 2 and x[1] is not None
+
     def expected_input(self) -> str:
         """Name the width, and the tuple."""
         return f"x (..., length, {self.linear1.in_features}), or a tuple (x, mask)"
@@ -173,7 +178,8 @@ class TransformerDecoderLayer(_TransformerLayer):
     Shape:
         A tuple of x (..., length, embed_dim), memory (..., memory_length, embed_dim), and perhaps a mask for each,
         `(x, memory, mask, memory_mask)`, either of which may be None; to the same as x. Masks are those of
-        `MultiHeadAttention`, True where an element may attend to another.
+        `MultiHeadAttention`, True where an element may attend to another. Several layers with one memory are a
+        `TransformerDecoder`.
 
     Raises:
         InputError: If the heads do not divide the width, or an input has another shape.
@@ -239,6 +245,10 @@ class TransformerDecoderLayer(_TransformerLayer):
         x = self._added(call, 3, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
         return x, new
 
+    def has_mask(self, x: Any) -> bool:
+        """Tell whether an input brings a mask."""
+        return isinstance(x, tuple) and any(mask is not None for mask in x[2:])
+
     def expected_input(self) -> str:
         """Name the width, and the tuples."""
         width = self.linear1.in_features
@@ -246,3 +256,123 @@ class TransformerDecoderLayer(_TransformerLayer):
             f"a tuple of x (..., length, {width}) and memory (..., memory_length, {width}), "
             "and perhaps their masks: (x, memory, mask, memory_mask)"
         )
+
+
+class _Stack(ContainerLayer):
+    """Call layers one after another on their output, and on whatever comes with the first input."""
+
+    names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    norm: Layer | None
+
+    def _hold(self, layer: Any, kind: type[_TransformerLayer], num_layers: int, norm: Layer | None) -> None:
+        name = type(self).__name__
+        if not isinstance(layer, kind) or (norm is not None and not isinstance(norm, Layer)):
+            raise InputError(
+                f"{name} repeats a {kind.__name__}, and ends with a layer or none.",
+                expected=f"{name}({kind.__name__}(...), num_layers, norm)",
+                got=f"{name}({layer!r:.80}, {num_layers!r}, {norm!r:.80})",
+            )
+        if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+            raise InputError(
+                f"{name} takes a number of layers.", expected="a whole number of at least 1", got=f"{num_layers!r}"
+            )
+        self._set(names=tuple(f"layer_{i}" for i in range(1, num_layers + 1)), layers=(layer,) * num_layers, norm=norm)
+
+    def children(self) -> Mapping[str, Layer]:
+        """Return the layers by name, and the last one, if there is one."""
+        layers = dict(zip(self.names, self.layers, strict=True))
+        return layers if self.norm is None else {**layers, "norm": self.norm}
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the sequence after all layers, and their states."""
+        y, *others = x if isinstance(x, tuple) else (x,)
+        new = {}
+        for name, layer in zip(self.names, self.layers, strict=True):
+            y, new[name] = layer((y, *others), ps[name], st[name])
+        if self.norm is not None:
+            y, new["norm"] = self.norm(y, ps["norm"], st["norm"])
+        return y, new
+
+    def has_mask(self, x: Any) -> bool:
+        """Tell whether an input brings a mask."""
+        return self.layers[0].has_mask(x)  # type: ignore[attr-defined,no-any-return]
+
+    def expected_input(self) -> str:
+        """Name what each of the layers takes."""
+        return self.layers[0].expected_input()
+
+
+class TransformerEncoder(_Stack):
+    """Call several encoder layers one after another, all of them with the same mask.
+
+    Args:
+        layer: The layer; each of the stack has initial values of its own.
+        num_layers: How many there are.
+        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalise first; or None.
+
+    Parameters:
+        layer_1, layer_2, ...: Those of the layers.
+        norm: Those of the last one, if there is one.
+
+    States:
+        Likewise.
+
+    Shape:
+        Whatever the layer takes, x (..., length, embed_dim) or `(x, mask)`; to the same as x.
+
+    Raises:
+        InputError: If the layer is not a `TransformerEncoderLayer`, or there are none.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> block = lt.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+        >>> model = lt.TransformerEncoder(block, 3, norm=lt.LayerNorm(8))
+        >>> ps, st = lt.setup(0, model)
+        >>> padding = torch.tensor([[True, True, False]] * 5)
+        >>> y, st = model((torch.ones(5, 3, 8), padding[:, None, None, :]), ps, st)
+        >>> y.shape
+        torch.Size([5, 3, 8])
+
+    Source: `torch.nn.TransformerEncoder`.
+    """
+
+    def __init__(self, layer: TransformerEncoderLayer, num_layers: int, norm: Layer | None = None) -> None:
+        self._hold(layer, TransformerEncoderLayer, num_layers, norm)
+
+
+class TransformerDecoder(_Stack):
+    """Call several decoder layers one after another, all of them with the same memory and masks.
+
+    Args:
+        layer: The layer; each of the stack has initial values of its own.
+        num_layers: How many there are.
+        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalise first; or None.
+
+    Parameters:
+        layer_1, layer_2, ...: Those of the layers.
+        norm: Those of the last one, if there is one.
+
+    States:
+        Likewise.
+
+    Shape:
+        Whatever the layer takes, `(x, memory)`, `(x, memory, mask)` or `(x, memory, mask, memory_mask)`; to the same
+        as x.
+
+    Raises:
+        InputError: If the layer is not a `TransformerDecoderLayer`, or there are none.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.TransformerDecoder(lt.TransformerDecoderLayer(8, 2, 16, is_causal=True), 3)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model((torch.ones(5, 3, 8), torch.ones(5, 4, 8)), ps, st)
+        >>> y.shape
+        torch.Size([5, 3, 8])
+
+    Source: `torch.nn.TransformerDecoder`.
+    """
+
+    def __init__(self, layer: TransformerDecoderLayer, num_layers: int, norm: Layer | None = None) -> None:
+        self._hold(layer, TransformerDecoderLayer, num_layers, norm)

@@ -13,6 +13,14 @@ def floats(*shape):
     return torch.zeros(shape)
 
 
+def jagged():
+    return torch.nested.nested_tensor([floats(2), floats(3)], layout=torch.jagged)
+
+
+class DTensor(torch.Tensor):
+    """Have the name of torch's sharded tensor."""
+
+
 @pytest.mark.parametrize(
     ("tree", "error", "problem", "rest"),
     [
@@ -42,6 +50,15 @@ def floats(*shape):
         ),
         ({"a": {"": floats(1)}}, InputError, "The key '' cannot name", ["not empty"]),
         ({1: floats(1)}, InputError, "The key 1 cannot name a component.", ["Use the string '1'"]),
+        (
+            {"a": {"b": torch.eye(2).to_sparse()}},
+            DTypeError,
+            "The leaf 'a.b' is not a dense",
+            ["torch.sparse_coo", "to_d"],
+        ),
+        ({"a": {"b": jagged()}}, DTypeError, "The leaf 'a.b' is not a dense tensor.", ["a nested tensor"]),
+        ({"a": {"b": DTensor()}}, DTypeError, "The leaf 'a.b' is sharded", ["a DTensor", "shard_parameters(lt.Comp"]),
+        ({"a": {"b": torch.nn.Parameter(DTensor())}}, DTypeError, "The leaf 'a.b' is sharded", ["a DTensor"]),
         (floats(2), DTypeError, "Components need names.", ["Tensor", "{'weight': tensor}"]),
         (3, DTypeError, "Components need names.", ["int"]),
     ],
@@ -52,6 +69,35 @@ def test_trees_that_are_refused(tree, error, problem, rest):
     assert problem in str(caught.value)
     for text in rest:
         assert text in str(caught.value)
+
+
+def test_replacing_a_component_by_a_shard(cv):
+    with pytest.raises(DTypeError, match="The leaf 'scale' is sharded"):
+        cv.replace(scale=DTensor())
+
+
+@pytest.mark.slow
+def test_shards_of_torch(tmp_path):
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+        for leaf in (sharded, torch.nn.Parameter(sharded)):
+            with pytest.raises(DTypeError, match="The leaf 'a' is sharded"):
+                ComponentVector({"a": leaf, "b": torch.ones(2)})
+        assert axes({"a": sharded}).size == 4
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.nn.Buffer])
+def test_parameters_and_buffers_are_tensors(kind):
+    cv = ComponentVector({"a": {"b": kind(torch.ones(2))}, "c": torch.ones(1)})
+    assert type(cv.flat) is torch.Tensor and type(cv["a.b"]) is torch.Tensor
+    torch.testing.assert_close(torch.func.grad(lambda cv: (cv["a.b"] ** 2).sum())(cv).flat, torch.tensor([2.0, 2, 0]))
 
 
 @pytest.mark.parametrize("flat", [floats(3), floats(), floats(13, 3)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import luxtorch as lt
-from luxtorch import TransformerDecoderLayer, TransformerEncoderLayer
+from luxtorch import TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 KEEP = torch.tensor([[False, False, False], [True, True, False], [True, False, True]])
 PADDING = torch.tensor([[True, False, True, True], [False, False, False, False]])[:, None, None, :]
@@ -22,6 +22,14 @@ FORMS = {
     "decoder": (TransformerDecoderLayer(4, 2, 3, dropout=0.3, is_causal=True), [(X, KV)]),
     "decoder, norm first, masks": (
         TransformerDecoderLayer(4, 2, 3, dropout=0.0, norm_first=True, activation=torch.tanh),
+        [(X, KV, KEEP, PADDING)],
+    ),
+    "encoder stack, mask": (
+        TransformerEncoder(TransformerEncoderLayer(4, 2, 3, dropout=0.3), 2, lt.LayerNorm(4)),
+        [(X, KEEP)],
+    ),
+    "decoder stack, masks": (
+        TransformerDecoder(TransformerDecoderLayer(4, 2, 3, dropout=0.0), 2),
         [(X, KV, KEEP, PADDING)],
     ),
 }
@@ -222,3 +230,161 @@ def test_children_have_the_names_of_torch():
     ]:
         assert list(layer.children()) == [name for name, _ in module.named_children()]
         assert layer.extra_repr() == ("norm_first=True" if layer.norm_first else "")
+
+
+BLOCK = {"dropout": 0.0, "activation": "gelu"}
+STACKS = {
+    "encoder": (TransformerEncoder, TransformerEncoderLayer, torch.nn.TransformerEncoder),
+    "decoder": (TransformerDecoder, TransformerDecoderLayer, torch.nn.TransformerDecoder),
+}
+
+
+def stack_of(kind, depth, norm_first):
+    """Return a stack, and torch's; both end with a norm where the layers normalise first."""
+    stack, ours, theirs = STACKS[kind]
+    one = {"encoder": torch.nn.TransformerEncoderLayer, "decoder": torch.nn.TransformerDecoderLayer}[kind]
+    layer, block = (
+        ours(4, 2, 6, norm_first=norm_first, **BLOCK),
+        one(4, 2, 6, norm_first=norm_first, batch_first=True, **BLOCK),
+    )
+    nested = {"enable_nested_tensor": False} if kind == "encoder" else {}
+    norms = (lt.LayerNorm(4), torch.nn.LayerNorm(4)) if norm_first else (None, None)
+    return stack(layer, depth, norms[0]), theirs(block, depth, norm=norms[1], **nested).double()
+
+
+def filled(key, stack, module):
+    """Draw parameters, and give them to the module of torch."""
+    ps, st = lt.setup(key, stack)
+    state = module.state_dict()
+    for i, (name, leaf) in enumerate(lt.flatten_names(ps).items()):
+        first, rest = name.split(".", 1)
+        value = lt.random.normal(lt.random.fold_in(key, i), leaf.shape, mean=0.2, dtype=torch.float64)
+        ps = lt.unflatten_names({name: value}, like=ps)
+        place, third = flat_names(f"layers.{int(first.removeprefix('layer_')) - 1}.{rest}" if first != "norm" else name)
+        (state[place] if third is None else state[place].chunk(3)[third]).copy_(value)
+    return ps, st
+
+
+LENGTHS = torch.tensor([[True, True, True], [True, True, False]])
+CAUSAL = torch.ones(3, 3).tril().bool()
+MASKS = {
+    "none": (None, {}),
+    "padding": (LENGTHS[:, None, None, :], {"key_padding_mask": ~LENGTHS}),
+    "causal": (CAUSAL, {"mask": ~CAUSAL}),
+    "both": (LENGTHS[:, None, None, :] & CAUSAL, {"key_padding_mask": ~LENGTHS, "mask": ~CAUSAL}),
+}
+
+
+def of_torch(kind, module, xs, given, memory_padding):
+    if kind == "encoder":
+        names = {"key_padding_mask": "src_key_padding_mask", "mask": "mask"}
+        return module(*xs, **{names[name]: mask for name, mask in given.items()})
+    names = {"key_padding_mask": "tgt_key_padding_mask", "mask": "tgt_mask"}
+    padding = {} if memory_padding is None else {"memory_key_padding_mask": memory_padding}
+    return module(*xs, **{names[name]: mask for name, mask in given.items()}, **padding)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+class TestStacks:
+    """Three layers: a mask reaches every one of them, as in torch."""
+
+    @pytest.fixture
+    def case(self, kind, norm_first, mask, make_key, draw):
+        stack, module = stack_of(kind, 3, norm_first)
+        ps, st = filled(make_key(), stack, module)
+        mine, given = MASKS[mask]
+        xs = draw((X, KV)[: 1 if kind == "encoder" else 2], torch.float64)
+        memory = MEMORY if kind == "decoder" and mask != "none" else None
+        x = (*xs, mine) if kind == "encoder" else (*xs, mine, None if memory is None else memory[:, None, None, :])
+        expected = of_torch(kind, module, xs, given, None if memory is None else ~memory)
+        return stack, module, ps, st, xs, x, expected, (given, memory)
+
+    def test_numbers_are_those_of_torch(self, case, kind, mask):
+        stack, module, ps, st, xs, x, expected, _ = case
+        y, new = stack(x, ps, st)
+        torch.testing.assert_close(y, expected)
+        assert lt.core.tree_leaves(new) is not None and new.keys() == st.keys()
+
+    @pytest.mark.slow
+    def test_under_transforms(self, case, kind, mask):
+        stack, module, ps, st, xs, x, expected, _ = case
+        loss = lambda ps: stack(x, ps, st)[0].square().sum()  # noqa: E731
+        expected.square().sum().backward()
+        grads = lt.gradient(loss, ps)
+        wanted = [p.grad for name, p in module.named_parameters() if name.startswith("layers.2.linear1")]
+        torch.testing.assert_close(list(grads["layer_3"]["linear1"].values()), wanted)
+        jitted = lt.jit(lambda ps: lt.gradient(loss, ps), backend="replay")
+        torch.testing.assert_close(jitted(ps), grads)
+        many = lt.stack([ps, lt.core.tree_map(torch.neg, ps)])
+        found, _ = torch.vmap(lambda ps: stack(x, ps, st))(many)
+        torch.testing.assert_close(found[0], expected.detach())
+
+    def test_from_torch(self, case, kind, mask):
+        _, module, _, _, xs, _, expected, (given, memory) = case
+        layer, ps, st = lt.from_torch(module)
+
+        def call(*args, **kwargs):
+            return layer(lt.Inputs(*args, **kwargs), ps, st)[0]
+
+        found = of_torch(kind, call, xs, given, None if memory is None else ~memory)
+        torch.testing.assert_close(found, expected)
+
+
+LAYER = TransformerEncoderLayer(4, 2, 5, dropout=0.0)
+ATTENTION = lt.MultiHeadAttention(4, 2)
+LOSING = {
+    "chain": lt.Chain(LAYER, LAYER),
+    "with others between": lt.Chain(LAYER, torch.tanh, lt.Dense(4, 4), LAYER),
+    "chain in a chain": lt.Chain(lt.Chain(LAYER), lt.Chain(lt.Dense(4, 4), LAYER)),
+    "chain alone in a chain": lt.Chain(lt.Chain(LAYER, LAYER), lt.Dense(4, 4)),
+    "stacks": lt.Chain(TransformerEncoder(LAYER, 2), TransformerEncoder(LAYER, 2)),
+    "wrapped": lt.Chain(lt.Checkpointed(LAYER), LAYER),
+    "in a skip connection": lt.Chain(LAYER, lt.SkipConnection(LAYER, torch.add)),
+    "after an embedding": lt.Chain(lt.Parallel(None, lt.Dense(4, 4), lt.NoOpLayer()), LAYER, LAYER),
+    "repeated": lt.RepeatedLayer(LAYER, 3),
+    "then attention": lt.Chain(LAYER, ATTENTION),
+}
+
+
+@pytest.mark.parametrize("model", LOSING.values(), ids=LOSING)
+def test_a_mask_is_not_lost(model, draw):
+    """No layer after the first runs without the mask in silence."""
+    ps, st = lt.setup(0, model)
+    with pytest.raises(lt.InputError, match="A mask goes no further"):
+        model(draw((X, KEEP)), ps, st)
+    if model is not LOSING["after an embedding"]:
+        model(draw(X), ps, st)
+
+
+def test_a_mask_of_attention_is_not_lost(draw):
+    model = lt.Chain(ATTENTION, ATTENTION)
+    ps, st = lt.setup(0, model)
+    x = draw(X)
+    with pytest.raises(lt.InputError, match="A mask goes no further"):
+        model((x, x, x, KEEP), ps, st)
+    model((x, x), ps, st)
+
+
+def test_one_layer_that_takes_a_mask_may_stand_in_a_chain(draw):
+    model = lt.Chain(TransformerEncoder(LAYER, 2), lt.Dense(4, 4))
+    ps, st = lt.setup(0, model)
+    x, mask = draw((X, KEEP))
+    expected, _ = model[:1]((x, mask), {"layer_1": ps["layer_1"]}, {"layer_1": st["layer_1"]})
+    torch.testing.assert_close(model((x, mask), ps, st)[0], lt.Dense(4, 4)(expected, ps["layer_2"], {})[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TransformerEncoder(LAYER, 0),
+        lambda: TransformerEncoder(LAYER, True),
+        lambda: TransformerEncoder(TransformerDecoderLayer(4, 2), 2),
+        lambda: TransformerDecoder(LAYER, 2),
+        lambda: TransformerEncoder(LAYER, 2, torch.tanh),
+    ],
+)
+def test_stacks_that_are_refused(make):
+    with pytest.raises(lt.InputError, match="Transformer(En|De)coder"):
+        make()
