@@ -24,7 +24,7 @@ def withgradient(
         xs: Trees of floating point tensors: tensors, nested dicts, `ComponentVector`s. Complex tensors are allowed in
             reverse mode, with torch's convention.
         mode: `"reverse"` costs a few evaluations of `f`. `"forward"` costs one for every element of `xs`; it needs no
-            backward rules and less memory.
+            backward rules and less memory. It does not heed `torch.no_grad()` in `f`: only `detach()` makes constants.
         has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
         chunk_size: How many elements a forward mode evaluation takes at once; all by default. With 1 there is no
             `vmap`, for functions that it does not know.
@@ -69,7 +69,7 @@ def gradient(
     Args:
         f: A function of as many trees as `xs` has, that returns a scalar, or `(scalar, aux)`.
         xs: Trees of floating point tensors.
-        mode: `"reverse"` or `"forward"`, as for `withgradient`.
+        mode: `"reverse"` or `"forward"`, as for `withgradient`. Forward mode does not heed `torch.no_grad()` in `f`.
         has_aux: Whether `f` returns a pair.
         chunk_size: How many elements a forward mode evaluation takes at once.
 

@@ -57,7 +57,11 @@ def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str
 
 
 def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
-    """Return the function that computes `f` together with the product of its Jacobian and a vector.
+    """Return the function that computes `f` together with the product of its Jacobian and a vector, by forward mode.
+
+    Forward mode does not heed `torch.no_grad()` in `f`: only `detach()` makes constants. Some of torch's linear algebra
+    is wrong where another transform differentiates forward mode; here it is written in functions that are right, and
+    where that cannot be done a warning names the function.
 
     Args:
         f: A function of as many trees as `xs` has, that returns a tree of tensors, or `(tree, aux)`.
@@ -105,7 +109,7 @@ def _checked(f: Callable[..., Any], has_aux: bool, check: Callable[[Tree], None]
 
 
 def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
-    """Compute the product of the Jacobian of `f` at `x` with a vector, by forward mode.
+    """Compute the product of the Jacobian of `f` at `x` with a vector, by forward mode, as `pushforward` does.
 
     Args:
         f: A function of one tree that returns a tree of tensors.
@@ -166,7 +170,7 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
         x: A tree of real floating point tensors.
         u: A tree like `x`.
         mode: How the gradient is differentiated. `"reverse"` (reverse over reverse) is faster and needs no forward
-            rules; `"forward"` (forward over reverse) needs less memory.
+            rules; `"forward"` (forward over reverse) needs less memory, and does not heed `torch.no_grad()` in `f`.
 
     Returns:
         A tree like `x`.

@@ -48,7 +48,7 @@ CONVERTERS: dict[type[nn.Module], Converter] = {
     nn.Hardswish: _plain(F.hardswish),
     nn.Hardtanh: _with(F.hardtanh, "min_val", "max_val"),
     nn.LeakyReLU: _with(F.leaky_relu, "negative_slope"),
-    nn.LogSigmoid: _plain(F.logsigmoid),
+    nn.LogSigmoid: _plain(ACTIVATIONS["logsigmoid"]),
     nn.LogSoftmax: _with(F.log_softmax, "dim"),
     nn.Mish: _plain(F.mish),
     nn.PReLU: _prelu,

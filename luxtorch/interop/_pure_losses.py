@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from luxtorch._transforms import reverse_alone, transformed, watched
+from luxtorch.layers._activations import logsigmoid
 from luxtorch.layers._glu import gated
 
 from ._keys import Keys
@@ -109,7 +110,7 @@ def _binary_cross_entropy_with_logits(
     if reverse_alone():
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
     share = 1 if pos_weight is None else (pos_weight - 1) * target + 1
-    loss = (1 - target) * input - share * F.logsigmoid(input)
+    loss = (1 - target) * input + share * torch.logaddexp(torch.zeros_like(input), -input)
     return reduced(loss if weight is None else weight * loss, reduction, size_average, reduce)
 
 
@@ -142,6 +143,10 @@ def _cosine_embedding_loss(
     cosine = (input1 * input2).sum(-1) / lengths
     apart = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
     return reduced(torch.where(target == 1, 1 - cosine, apart), reduction, size_average, reduce)
+
+
+def _logsigmoid(keys: Keys, input: Tensor) -> Tensor:
+    return logsigmoid(input)
 
 
 def _glu(keys: Keys, input: Tensor, dim: int = -1) -> Tensor:
@@ -211,6 +216,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.hinge_embedding_loss: _hinge_embedding_loss,
     F.huber_loss: _huber_loss,
     F.kl_div: _kl_div,
+    F.logsigmoid: _logsigmoid,
     F.mse_loss: _mse_loss,
     F.smooth_l1_loss: _smooth_l1_loss,
 }

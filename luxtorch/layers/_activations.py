@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone
 from luxtorch.core import InputError, suggest
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -55,6 +56,19 @@ def logcosh(x: Tensor) -> Tensor:
     return x + F.softplus(-2 * x) - math.log(2)
 
 
+def logsigmoid(x: Tensor) -> Tensor:
+    """Return `log(sigmoid(x))`, without overflow.
+
+    Example:
+        >>> import torch
+        >>> logsigmoid(torch.tensor([0.0, -1000.0]))
+        tensor([-6.9315e-01, -1.0000e+03])
+
+    Source: `torch.nn.functional.logsigmoid`, whose derivative by forward mode does not nest under vmap.
+    """
+    return F.logsigmoid(x) if reverse_alone() else -torch.logaddexp(torch.zeros_like(x), -x)
+
+
 def trelu(x: Tensor) -> Tensor:
     """Return `x` where it is above 1, and 0 elsewhere.
 
@@ -80,7 +94,7 @@ ACTIVATIONS: dict[str, Activation | None] = {
     "leakyrelu": F.leaky_relu,
     "lisht": lisht,
     "logcosh": logcosh,
-    "logsigmoid": F.logsigmoid,
+    "logsigmoid": logsigmoid,
     "mish": F.mish,
     "relu": torch.relu,
     "relu6": F.relu6,

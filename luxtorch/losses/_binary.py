@@ -77,7 +77,7 @@ class BinaryCrossEntropyLoss(Loss):
             if reverse_alone():
                 return F.binary_cross_entropy_with_logits(y_hat, y, weight, reduction="none", pos_weight=pos_weight)
             share = 1 if pos_weight is None else (pos_weight - 1) * y + 1
-            losses = (1 - y) * y_hat - share * F.logsigmoid(y_hat)
+            losses = (1 - y) * y_hat - share * _logsigmoid(y_hat)
             return losses if weight is None else weight * losses
         epsilon = machine_epsilon(y_hat, self.epsilon)
         yes, no = y.xlogy(y_hat + epsilon), (1 - y).xlogy(1 - y_hat + epsilon)
@@ -118,7 +118,7 @@ class BinaryFocalLoss(Loss):
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the weighted negative log-likelihoods."""
         if self.logits:
-            log_yes, log_no = F.logsigmoid(y_hat), F.logsigmoid(-y_hat)
+            log_yes, log_no = _logsigmoid(y_hat), _logsigmoid(-y_hat)
         else:
             epsilon = machine_epsilon(y_hat, self.epsilon)
             log_yes, log_no = (y_hat + epsilon).log(), (1 - y_hat + epsilon).log()
@@ -126,6 +126,11 @@ class BinaryFocalLoss(Loss):
         yes = (self.gamma * log_no).exp() * log_yes
         no = (self.gamma * log_yes).exp() * log_no
         return -y * yes - (1 - y) * no
+
+
+def _logsigmoid(x: Tensor) -> Tensor:
+    # torch's kernel resizes what it computes where vmap is in vmap.
+    return F.logsigmoid(x) if reverse_alone() else -torch.logaddexp(torch.zeros_like(x), -x)
 
 
 class DiceCoeffLoss(Loss):

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
 import luxtorch as lt
+from luxtorch.core import named_leaves
 from luxtorch.testing._laws import LAWS
+from luxtorch.testing._orders import EVERY
 
 MODELS = int(os.environ.get("FUZZ_MODELS", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -40,6 +42,7 @@ WIDTHS = st.integers(1, 4)
 LINEAR = {1: ["linear"], 2: ["bilinear", "bicubic"], 3: ["trilinear"]}
 MODES = st.sampled_from([lt.train_mode, lt.test_mode])
 DTYPES = st.sampled_from([*[torch.float64] * 4, torch.float32, torch.bfloat16])
+WORD = st.sampled_from([word for word in EVERY if len(word) == 3])  # two of them a model, drawn like the model
 EXACT = [
     "setup",
     "purity",
@@ -260,18 +263,32 @@ def test_random_models_keep_every_law(kind):
         model = data.draw(models(shape, longest=12), label="model")
         mode, number = data.draw(MODES), data.draw(st.integers(0, 2**32 - 1), label="seed")
         seldom = () if data.draw(st.integers(0, 4)) == 0 else ("compile", "names")
+        words = (data.draw(WORD, label="word"), data.draw(WORD, label="word"))
         dtype = data.draw(DTYPES, label="dtype")
         torch.compiler.reset()
         with default_dtype(dtype):
+            x = lt.random.normal(lt.random.key(number), (BATCH, *shape))
             lt.testing.check_layer(
                 model,
-                lt.random.normal(lt.random.key(number), (BATCH, *shape)),
+                x,
                 rng=number,
                 modes=(mode,),
                 laws=[law for law in (LAWS if dtype == torch.float64 else EXACT) if law not in seldom],
+                words=words,
             )
+            if dtype == torch.float64:
+                states_alone_are_the_same(model, x, *lt.setup(number, model), mode)
 
     check()
+
+
+def states_alone_are_the_same(model, x, ps, st, mode):
+    """Check that a jitted function that returns the states alone keeps what is computed for them."""
+    st = mode(st)
+    jitted = lt.jit(lambda ps, st, x: model(x, ps, st)[1], backend="replay")
+    got, expected = jitted(ps, st, x), model(x, ps, st)[1]
+    for (name, a), (_, b) in zip(named_leaves(got), named_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"jitted states, {name}: {text}")
 
 
 @contextmanager

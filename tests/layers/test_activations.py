@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import luxtorch as lt
 from luxtorch import BatchNorm, Dense, InputError, Scale
 from luxtorch.layers import ACTIVATIONS
+from luxtorch.testing import check_derivatives
+from luxtorch.testing._orders import WORDS
 
 X = [-1000.0, -4.0, -2.5, -1.0, -0.3, 0.0, 0.2, 0.9, 1.1, 3.5, 7.0, 1000.0]
 CLOSED_FORMS = {
@@ -42,6 +44,13 @@ def test_the_values_are_right(name):
 def test_every_transform_knows_them(make_key, name):
     laws = ["gradient", "forward", "orders", "vmap_inputs", "vmap_models", "compile", "value"]
     lt.testing.check_layer(Dense(3, 2, name), lt.random.normal(make_key(), (4, 3)), rng=make_key(), laws=laws)
+
+
+@pytest.mark.parametrize("name", [name for name, activation in ACTIVATIONS.items() if activation])
+def test_derivatives_of_every_order(rng, name):
+    x = 2 * torch.randn(3, 4, generator=rng, dtype=torch.float64)
+    check_derivatives(ACTIVATIONS[name], x, words=(*WORDS, "rf", "RfR"))
+    check_derivatives(ACTIVATIONS[name], torch.zeros(2, dtype=torch.float64), words=("R", "F"))
 
 
 def test_a_name_and_its_function_are_the_same_layer():

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 import luxtorch as lt
 from luxtorch import losses as L
+from luxtorch.testing import check_derivatives
+from luxtorch.testing._orders import QUICK, WORDS
 
 
 def cosh_error(y_hat, y):
@@ -120,6 +122,32 @@ def test_hessian_agrees_with_differences(form):
         columns.append((gradient(x + step * direction) - gradient(x - step * direction)) / (2 * step))
     differences = torch.stack(columns).reshape(x.shape + x.shape)
     torch.testing.assert_close(torch.func.hessian(run)(x), differences, rtol=1e-4, atol=1e-7)
+
+
+def test_derivatives_of_every_order(form, make_key):
+    _, run, x, _ = form
+    check_derivatives(run, x, rng=make_key(), words=("RF", "FR", "FF", "rr", "rf", "fR", "RFR", "FRF", "RfR"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agg", ["mean", "sum", "none", torch.amax], ids=["mean", "sum", "none", "function"])
+def test_derivatives_of_every_order_with_every_aggregation(form, make_key, agg):
+    loss, _, x, y = form
+    predictions = next(f for form_loss, f, *_ in FORMS.values() if form_loss is loss)
+    other = dataclasses.replace(loss, agg=agg)
+    check_derivatives(lambda x: other(predictions(x), y), x, rng=make_key(), words=QUICK if agg == "none" else WORDS)
+
+
+def test_learning_rates_by_seeds(form, make_key):
+    _, run, x, _ = form
+    rates = torch.tensor([0.1, 0.01], dtype=x.dtype)
+    xs = torch.stack([x, 1.1 * x, 0.9 * x])
+
+    def step(rate, x):
+        return run(x - rate * torch.func.grad(run)(x))
+
+    got = torch.vmap(torch.vmap(step, (None, 0)), (0, None))(rates, xs)
+    torch.testing.assert_close(got, torch.stack([torch.stack([step(rate, x) for x in xs]) for rate in rates]))
 
 
 def test_compiled_is_eager(form):
