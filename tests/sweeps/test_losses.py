@@ -163,6 +163,8 @@ def forms(how: str) -> Iterator[tuple[Any, ...]]:
             continue
         if 0 in shape and kind != "ordinary" or kind == "ordinary" and where != "both":
             continue
+        if how == "recorded" and (dtype != torch.float64 or kind not in ("ordinary", "nan")):
+            continue
         yield dtype, agg, shape, kind, value, where
 
 
