@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from .problems import PROBLEMS
-from .report import draw, markdown, replace_between, summary
-from .turns import ROOT, Row, Settings, candidates, interpreters, measure
+from .report import changes, draw, markdown, replace_between, summary
+from .turns import BEFORE, ROOT, Row, Settings, candidates, interpreters, measure
 
 HERE = Path(__file__).parent
 
@@ -26,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.15, help="the length of a turn")
     parser.add_argument("--jax", default=str(ROOT / ".venv-jax/bin/python"), help="the interpreter that has JAX")
+    parser.add_argument("--against", type=Path, help="another checkout, whose luxtorch is timed beside this one")
     parser.add_argument("--out", type=Path, help="the folder for report.md and report.png")
     return parser.parse_args()
 
@@ -41,19 +42,26 @@ def main() -> int:
     pythons, missing = interpreters(options.jax)
     if options.device != "cpu":
         pythons, missing = {"torch": sys.executable}, "on a GPU only torch is timed"
-    settings = Settings(pythons, options.device, options.threads, options.rounds, options.seconds)
+    against = options.against.resolve() if options.against else None
+    settings = Settings(pythons, options.device, options.threads, options.rounds, options.seconds, against)
     results: dict[str, list[Row]] = {}
     versions: dict[str, str] = {}
-    out = options.out or (HERE / "results" if patterns or options.candidates else HERE)
+    partial = bool(patterns or options.candidates or against)
+    out = options.out or (HERE / "results" if partial else HERE)
     out.mkdir(parents=True, exist_ok=True)
     names = candidates(chosen, pythons)
     for problem in chosen:
         print(f"{problem.name}: {problem.title}", flush=True)
         wanted = [one for one in names[problem.name] if not options.candidates or _matches(one[1], options.candidates)]
+        if against:
+            ours = [one for one in wanted if one[1].startswith(("luxtorch", "lt.jit"))]
+            wanted = [(side, name + ending) for side, name in ours for ending in (BEFORE, "")]
         results[problem.name], found = measure(problem, wanted, settings)
         versions |= found
+        for line in changes(results[problem.name]):
+            print(f"  {line}", flush=True)
         _write(results, settings, versions, missing, out)  # as far as it is: a long run may be stopped
-    if not (patterns or options.candidates) and options.device == "cpu":
+    if not partial and options.device == "cpu":
         page = ROOT / "docs/performance.md"
         page.write_text(replace_between(page.read_text(), summary(results)))
     print(f"Written to {out}/report.md")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .problems import PROBLEMS
-from .turns import Row
+from .turns import BEFORE, Row
 
 _JAX = ("equinox", "flax", "optax")
 KINDS = {
@@ -35,6 +35,18 @@ def best(rows: Sequence[Row]) -> dict[str, float]:
     medians = {name: statistics.median(values) for name, values in ratios(rows).items()}
     found = {kind: [ratio for name, ratio in medians.items() if of(name)] for kind, of in KINDS.items()}
     return {kind: min(values) for kind, values in found.items() if values}
+
+
+def changes(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each candidate that another checkout ran too: median and middle half of the ratios."""
+    before = {row.candidate.removesuffix(BEFORE): row for row in rows if row.candidate.endswith(BEFORE)}
+    lines = []
+    for row in rows:
+        if row.candidate in before and row.seconds and before[row.candidate].seconds:
+            pairs = zip(row.seconds, before[row.candidate].seconds, strict=True)
+            low, middle, high = statistics.quantiles([now / then for now, then in pairs], n=4)
+            lines.append(f"{row.candidate}: {middle:.3f} of before ({low:.3f} to {high:.3f})")
+    return lines
 
 
 def summary(results: Mapping[str, Sequence[Row]]) -> str:

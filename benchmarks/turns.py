@@ -16,7 +16,9 @@ from .problems import Problem
 from .worker import CHECKED
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+BEFORE = ", before"
+"""What follows the name of a candidate that another checkout of this project runs."""
+
 TOLERANCE = 5e-6
 """How much the first results may differ, relative to those of the first candidate."""
 
@@ -48,6 +50,7 @@ class Settings(NamedTuple):
         threads: How many threads each candidate has.
         rounds: How many turns each candidate gets.
         seconds: How long a turn takes.
+        against: Another checkout of this project; candidates whose names end with `BEFORE` run there.
     """
 
     pythons: dict[str, str]
@@ -55,6 +58,7 @@ class Settings(NamedTuple):
     threads: int
     rounds: int
     seconds: float
+    against: Path | None = None
 
 
 class Process:
@@ -63,13 +67,15 @@ class Process:
     def __init__(self, side: str, problem: Problem, candidate: str, settings: Settings, folder: str) -> None:
         self.candidate = candidate
         own = tempfile.mkdtemp(dir=folder)  # no candidate finds what another has compiled
+        name, before, _ = candidate.partition(BEFORE)
+        root = settings.against if before and settings.against else ROOT
         environment = os.environ | {
             "OMP_NUM_THREADS": str(settings.threads),
-            "PYTHONPATH": PATH,
+            "PYTHONPATH": _path(root),
             "TORCHINDUCTOR_CACHE_DIR": own,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers beside each candidate
         }
-        arguments = [side, problem.name, candidate, settings.device, str(settings.threads)]
+        arguments = [side, problem.name, name, settings.device, str(settings.threads)]
         self._log = open(f"{own}/log", "w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [settings.pythons[side], "-m", "benchmarks.worker", *arguments],
@@ -78,6 +84,7 @@ class Process:
             stderr=self._log,
             text=True,
             env=environment,
+            cwd=root,  # Python looks there first
         )
         self.built = self._answer()
         self.times: list[float] = []
@@ -121,7 +128,7 @@ def candidates(problems: Iterable[Problem], pythons: dict[str, str]) -> dict[str
             f"import json; from benchmarks import {side}_rows as rows, problems; "
             f"print(json.dumps({{name: [*rows.candidates(problems.PROBLEMS[name])] for name in {[*found]!r}}}))"
         )
-        environment = os.environ | {"PYTHONPATH": PATH}
+        environment = os.environ | {"PYTHONPATH": _path(ROOT)}
         run = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
         for problem, names in json.loads(run.stdout).items():
             found[problem] += [(side, name) for name in names]
@@ -190,3 +197,7 @@ def interpreters(jax_python: str) -> tuple[dict[str, str], str]:
     if run.returncode:
         return pythons, (run.stderr.strip().splitlines() or ["it does not start"])[-1]
     return pythons | {"jax": jax_python}, ""
+
+
+def _path(root: Path) -> str:
+    return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -49,6 +54,90 @@ def reverse_alone() -> bool:
     return forward_ad._current_level < 0 and kinds in ([], [torch._C._functorch.TransformType.Grad])
 
 
+def differentiated() -> bool:
+    """Tell whether a transform of torch.func, or forward mode, differentiates what is computed now."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    transforms = torch._C._functorch.TransformType
+    return forward_ad._current_level >= 0 or transforms.Grad in kinds or transforms.Jvp in kinds
+
+
+def first_order(*tensors: Tensor | None) -> bool:
+    """Tell whether what is computed now is differentiated once at most, and in reverse mode.
+
+    Some of torch's fused kernels have a derivative that is right, and one of that which is not. Where a transform of
+    torch.func is at work, a tape around it, which `tensors` may be on, can be differentiated any number of times.
+
+    Args:
+        tensors: What the kernel would get.
+    """
+    return _one_reverse() and (torch.compiler.is_compiling() or not any(map(_taped, tensors)))
+
+
+def _one_reverse() -> bool:
+    """Tell whether all transforms of torch.func at work are vmaps, but for one of reverse mode at most."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = [level.key() for level in stack]
+    once = kinds.count(torch._C._functorch.TransformType.Grad) <= 1
+    return once and forward_ad._current_level < 0 and torch._C._functorch.TransformType.Jvp not in kinds
+
+
+def _taped(tensor: Tensor | None) -> bool:
+    """Tell whether a tape records a tensor, outside of all transforms of torch.func."""
+    if tensor is None:
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def saved_aside() -> bool:
+    """Tell whether hooks take away what a tape saves, as those of a checkpoint do, which give it back once only."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+        and torch.is_grad_enabled()
+    )
+
+
+def differentiate_again(y: Tensor, formula: Callable[[Any], Callable[..., Tensor] | None]) -> Tensor:
+    """Return what a kernel computed, with the derivatives of a formula where those are recorded to be differentiated.
+
+    The backward of the kernel runs as ever, and costs a call more. What it records is wrong from some order on; so
+    where a tape records it, as with `create_graph=True`, the formula's derivative takes its place.
+
+    Args:
+        y: What the kernel computed, at once, from `x`, and from a weight and a bias if it has those.
+        formula: Takes the node of the tape that saved the kernel's arguments to a function `(x, weight, bias)`, or to
+            None where it is another kernel's. The bias counts as 0.
+    """
+    if y.requires_grad and _CURRENT_NODE is not None and not (torch.compiler.is_compiling() or watched()):
+        y.grad_fn.register_hook(_hooks(formula))  # type: ignore[union-attr]
+    return y
+
+
+@lru_cache
+def _hooks(formula: Callable[[Any], Callable[..., Tensor] | None]) -> Callable[..., Any]:
+    def hook(gradients: tuple[Tensor | None, ...], cotangents: tuple[Tensor, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        node = _CURRENT_NODE()  # type: ignore[misc]
+        computed = formula(node)
+        if computed is None:
+            return None
+        x, weight = node._saved_input, node._saved_weight
+        bias = None if gradients[2] is None else torch.zeros_like(gradients[2]).requires_grad_()
+        # Of tensors that are the same each needs a gradient of its own.
+        x, weight = (None if tensor is None else tensor.view_as(tensor) for tensor in (x, weight))
+        wanted = [tensor for tensor, found in zip((x, weight, bias), gradients, strict=False) if found is not None]
+        slopes = iter(torch.autograd.grad(computed(x, weight, bias), wanted, cotangents[0], create_graph=True))
+        return tuple(None if found is None else next(slopes) for found in gradients)
+
+    return hook
+
+
+_CURRENT_NODE = getattr(torch._C, "_current_autograd_node", None)
+
+
 def transform_level() -> int:
     """Return how many transforms of torch.func surround the caller."""
     top = torch._C._functorch.peek_interpreter_stack()
@@ -59,3 +148,4 @@ def transform_level() -> int:
 # that sets this mark, torch.compiler.assume_constant_result, would load the whole compiler.
 transform_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 reverse_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_one_reverse._dynamo_marked_constant = True  # type: ignore[attr-defined]

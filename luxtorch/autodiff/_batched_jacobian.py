@@ -71,7 +71,7 @@ def batched_jacobian(
             lambda index: (jvp(outputs, (x,), [_same_for_all(index, x)])[1],), x.shape[1:].numel(), (y,), chunk_size
         )
         by_sample = by_column.movedim(0, -1)
-    return by_sample.reshape(len(x), y.shape[1:].numel(), x.shape[1:].numel())
+    return by_sample.reshape(x.shape[0], y.shape[1:].numel(), x.shape[1:].numel())
 
 
 def _same_for_all(index: Tensor, batch: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _same_for_all(index: Tensor, batch: Tensor) -> Tensor:
 def _check_batches(x: Any, y: Any) -> None:
     check_outputs(y, real=True)
     both = isinstance(x, Tensor) and isinstance(y, Tensor)
-    if both and x.dim() and y.dim() and len(x) == len(y):
+    if both and x.dim() and y.dim() and x.shape[0] == y.shape[0]:
         return
     raise InputError(
         "The function does not take a batch to a batch.",

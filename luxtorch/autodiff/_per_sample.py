@@ -109,7 +109,8 @@ def _is_key(leaf: Any) -> bool:
 
 def _samples(batch: Tree) -> int:
     """Return the number of samples of a batch, or raise if it is none."""
-    found: dict[int, str] = {}
+    # Sizes are compared, not hashed, nor made numbers of by len: while `jit` traces, they may be symbols.
+    found: list[tuple[int, str]] = []
     for path, leaf in named_leaves(batch):
         where = f"'{path}' of the batch" if path else "The batch"
         if not isinstance(leaf, Tensor):
@@ -119,17 +120,18 @@ def _samples(batch: Tree) -> int:
                 got=describe(leaf),
                 fix="Close over what is the same for all samples.",
             )
-        if leaf.ndim == 0 or len(leaf) == 0:
+        if leaf.ndim == 0 or leaf.shape[0] == 0:
             raise InputError(
                 f"{where} has no samples.",
                 expected="a tensor with the samples along its first dimension",
                 got=describe(leaf),
             )
-        found[len(leaf)] = where
+        if all(leaf.shape[0] != size for size, _ in found):
+            found.append((leaf.shape[0], where))
     if len(found) != 1:
         raise InputError(
             "The tensors of the batch differ in their number of samples." if found else "The batch has no tensors.",
             expected="one number",
-            got=", ".join(f"{size} in {where}" for size, where in found.items()) or "an empty tree",
+            got=", ".join(f"{size} in {where}" for size, where in found) or "an empty tree",
         )
-    return next(iter(found))
+    return found[0][0]

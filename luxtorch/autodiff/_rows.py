@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from luxtorch.core import InputError, tree_leaves, tree_map
 
@@ -95,10 +97,67 @@ def stack(
 def batched(f: Callable[..., Any], chunk_size: int | None, *trees: Any) -> Any:
     """Call a function along the first dimension of trees: by `vmap`, or with a chunk size of 1 by a loop without it."""
     if chunk_size != 1:
-        return torch.func.vmap(f, chunk_size=chunk_size)(*trees)
+        mapped = torch.func.vmap(f, chunk_size=chunk_size)
+        try:
+            return mapped(*trees)
+        except Exception as error:
+            if not _looked(error):
+                raise
+        with _Numberless():
+            return mapped(*trees)
     numbers = range(len(tree_leaves(trees)[0]))
     results = [f(*tree_map(lambda leaf, i=i: leaf[i], trees)) for i in numbers]
     return tree_map(lambda *leaves: torch.stack(leaves), *results)
+
+
+class _Numberless(TorchFunctionMode):
+    """Name what asks for numbers that vmap does not have, and give `one_hot` a form that does not ask.
+
+    It is entered where a call has failed already: to go without it costs nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.one_hot and (classes := _classes(*args, **kwargs)) > 0:
+            index = args[0] if args else kwargs["input"]
+            return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).long()
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if not _looked(error):
+                raise
+            name = "one_hot without num_classes" if func is F.one_hot else resolve_name(func) or str(func)
+            raise InputError(
+                "What runs under vmap does not depend on the numbers of a sample, in its course or in its shapes.",
+                expected="the same operations and shapes for all samples",
+                got=name,
+                fix="Write it with torch.where, or pass num_classes, minlength or output_size; "
+                "or take one sample after another: chunk_size=1.",
+            ) from error
+
+
+def _classes(input: Tensor | None = None, num_classes: int = -1) -> int:
+    return num_classes
+
+
+def _looked(error: Exception) -> bool:
+    """Tell whether an error is torch's about numbers that are not to be had under vmap."""
+    return any(part in str(error) for part in _LOOKED) and "randomness" not in str(error)
+
+
+_LOOKED = (
+    "vmap: It looks like you're",
+    "vmap: We do not support batching operators that can",
+    "vmap: Attempted to vmap over",
+    "vmap: Attempting to",
+    "When vmap-ing torch.nn.functional.one_hot",
+    "data pointer of Tensor that doesn't have storage",
+    "vmapping over the `repeats`",
+    "Batching rule not implemented",
+    "vmap over torch.",
+    "Attempted to vmap over `mask`",
+    "stack expects each tensor to be equal size",
+)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

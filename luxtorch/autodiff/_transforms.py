@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _level
 from ._aux import Tree, pack, unpack
+from ._forward_rules import differentiable
 from ._level import Trees, WithAux
 
 
@@ -38,6 +39,7 @@ def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
 
 def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     """Return the value of `f(*xs)`, the product of its Jacobian with vectors, one for each leaf, and the aux."""
+    f = differentiable(f)
     if _level.usable():
         return _level.jvp(f, xs, us)
     leaves, spec = pytree.tree_flatten(xs)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from ._axes import Axes, Shape
 from ._build import check_flat
 from ._elementwise import Named
-from ._stamp import Stamp, is_stale, take_stamp
+from ._stamp import Stamp, is_stale, is_wrapped, narrowed, narrowed_in_trace, take_stamp
 from ._trace import find, leaf_sizes, top, transform_depth
 
 R = TypeVar("R", bound="Reading")
@@ -25,28 +25,44 @@ class Reading(Named):
     axes: Axes
     """The names and shapes of the components."""
 
-    # A vector of its own has its tensor here, or whatever a tree library puts in its place.
+    # The tensor, or whatever a tree library puts in its place; of a group, once it was asked for.
     _data: Any = None
-    # A group has the tensor that it is a part of, with its start in it, and its pieces of that tensor's split.
+    # A group has the tensor that it is a part of, with its start in it, and what tells whether its own may be kept.
     _whole: tuple[Tensor, int] | None = None
+    _part_stamp: Stamp | None = None
+    # The group's pieces of the split of that tensor, as long as nobody has asked for a tensor of the group.
     _pieces: Sequence[Tensor] | None = None
     # The components once they were read, and what tells whether they may be read again.
     _components: dict[str, Any] | None = None
     _stamp: Stamp | None = None
+    # Whether nothing but the whole is differentiated by, see `split_once`.
+    _once: bool = False
     # How deep in function transforms torch.compile traced the making of this object, if it did.
     _traced_at: int | None = None
 
     @property
     def flat(self) -> Tensor:
         """All elements in one tensor of shape `(*batch, size)`; not a copy."""
-        if self._whole is None:
-            return self._data  # type: ignore[no-any-return]
-        whole, start = self._whole
-        return whole.narrow(-1, start, self.axes.size)
+        return self._data if self._whole is None else self._part(*self._whole)  # type: ignore[no-any-return]
+
+    def _part(self, whole: Tensor, start: int) -> Any:
+        """Return the tensor of a group: the same one each time, and from now on the components are views of it."""
+        data = self._data
+        if is_dynamo_compiling():
+            return narrowed_in_trace(whole, start, self.axes.size, transform_depth()) if data is None else data
+        if data is None or (self._part_stamp is not None and is_stale(self._part_stamp)):
+            data = narrowed(whole, start, self.axes.size)
+            self._root(data, whole)
+        return data
+
+    def _root(self, data: Tensor, whole: Tensor) -> None:
+        """Keep a tensor as that of a group, and forget views that do not come from it."""
+        stamp = take_stamp(whole, data, recorded=data.requires_grad or not whole.requires_grad)
+        self.__dict__.update(_data=data, _part_stamp=stamp, _pieces=None, _components=None, _stamp=None)
 
     def _origin(self) -> tuple[Tensor, int]:
-        """Return the tensor that holds the elements, and where they start in it."""
-        return self._whole or (self._data, 0)
+        """Return the tensor that the components are views of, and where the elements start in it."""
+        return self._whole if self._whole is not None and self._data is None else (self._data, 0)
 
     def _named(self) -> dict[str, Any]:
         """Return the components of the top level."""
@@ -54,15 +70,31 @@ class Reading(Named):
 
     def _kept(self) -> dict[str, Any]:
         """Return the components of the top level: made at the first call, and kept."""
-        components = self._components
-        if components is None or (self._stamp is not None and is_stale(self._stamp)):
-            pieces = self._pieces
-            if pieces is None:
-                pieces = self._split()
-                if pieces:
-                    self.__dict__["_stamp"] = take_stamp(self._origin()[0], pieces[0])
-            self.__dict__["_components"] = components = self._read(pieces)
+        components, stamp = self._components, self._stamp
+        stale = stamp is not None and is_stale(stamp)
+        if components is None or stale:
+            state = self.__dict__
+            if self._pieces is not None and not stale:
+                components = self._read(self._pieces)
+            else:
+                state["_pieces"] = None
+                components = self._read_anew()
+            state["_components"] = components
         return components
+
+    def _read_anew(self) -> dict[str, Any]:
+        """Return the components of the top level from a new split.
+
+        A group and its leaves may both be differentiated by, as they lie in a tree, where a tape runs: there a group is
+        a piece of the tensor, and its leaves are pieces of it. Everywhere else one split for all leaves costs less, and
+        so does its backward.
+        """
+        flat = self.flat
+        nested = flat.requires_grad and torch.is_grad_enabled() and not self._once and not is_wrapped(flat)
+        pieces = self._split([place.size for _, place in top(self.axes)] if nested else leaf_sizes(self.axes))
+        if pieces:
+            self.__dict__["_stamp"] = take_stamp(flat, pieces[0])
+        return self._read(pieces, nested)
 
     def _in_trace(self, name: str | None = None) -> dict[str, Any]:
         """Return the components of the top level, or a single one, in a trace of torch.compile.
@@ -77,46 +109,50 @@ class Reading(Named):
         if recorded and self._traced_at is not None and (depth == 0) == (self._traced_at == 0):
             components = self._components
             if components is None:
-                self.__dict__["_components"] = components = self._read(self._pieces or self._split())
+                self.__dict__["_components"] = components = self._read(
+                    self._pieces or self._split(leaf_sizes(self.axes))
+                )
             return components
         if name is None:
-            return self._read(self._split())
+            return self._read(self._split(leaf_sizes(self.axes)))
         place = find(self.axes, name)
         if place is None:
             return {}
         start = offset + place.start
         if isinstance(place.child, Axes):
-            return {name: self._group(place.child, whole, start, None)}
+            return {name: self._group(place.child, whole, start)}
         return {name: _shaped(whole.narrow(-1, start, place.size), tuple(whole.shape[:-1]), place.child)}
 
-    def _split(self) -> Sequence[Tensor]:
-        """Return one piece for each leaf, all from one operation, so that the backward is one concatenation."""
+    def _split(self, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Return pieces of some sizes, all from one operation, so that the backward is one concatenation."""
         flat = self.flat
-        sizes = leaf_sizes(self.axes)
         try:
             return flat.split_with_sizes(sizes, -1) if sizes else ()
         except (RuntimeError, AttributeError):
             check_flat(flat, self.axes)
             raise
 
-    def _read(self, pieces: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the components of the top level, given the pieces of all leaves."""
+    def _read(self, pieces: Sequence[Tensor], nested: bool = False) -> dict[str, Any]:
+        """Return the components of the top level, given the pieces of all leaves, or if nested, of the top level."""
         whole, offset = self._origin()
         batch = tuple(pieces[0].shape[:-1]) if pieces and pieces[0].dim() > 1 else ()
         components: dict[str, Any] = {}
-        for name, (child, start, _, leaf, leaves) in top(self.axes):
-            if isinstance(child, Axes):
-                components[name] = self._group(child, whole, offset + start, pieces[leaf : leaf + leaves])
+        for number, (name, (child, start, _, leaf, leaves)) in enumerate(top(self.axes)):
+            if not isinstance(child, Axes):
+                components[name] = _shaped(pieces[number if nested else leaf], batch, child)
+                continue
+            components[name] = group = self._group(child, whole, offset + start)
+            if nested:
+                group._root(pieces[number], whole)
             else:
-                components[name] = _shaped(pieces[leaf], batch, child)
+                group.__dict__.update(_pieces=pieces[leaf : leaf + leaves], _stamp=self._stamp, _once=self._once)
         return components
 
-    def _group(self, axes: Axes, whole: Tensor, start: int, pieces: Sequence[Tensor] | None) -> Self:
+    def _group(self, axes: Axes, whole: Tensor, start: int) -> Self:
         """Return a group that begins at `start` in the tensor that it is a part of."""
-        group = make(type(self), None, axes)
-        state = group.__dict__
-        state["_whole"] = (whole, start)
-        state["_pieces"] = pieces
+        # A trace that enters a transform before it asks for the tensor could not leave it again, see `narrowed`.
+        group = make(type(self), whole.narrow(-1, start, axes.size) if is_dynamo_compiling() else None, axes)
+        group.__dict__["_whole"] = (whole, start)
         return group
 
 
@@ -130,6 +166,16 @@ def make(cls: type[R], data: Any, axes: Axes) -> R:
     if is_dynamo_compiling():
         state["_traced_at"] = transform_depth()
     return vector
+
+
+def split_once(vector: R) -> R:
+    """Return a vector for a function that nothing but the whole of the vector is differentiated by.
+
+    All leaves then come from one split also where a tape runs: they are not computed from the groups that they are in.
+    """
+    once = make(type(vector), vector.flat, vector.axes)
+    once.__dict__["_once"] = True
+    return once
 
 
 def _shaped(piece: Tensor, batch: Shape, shape: Shape) -> Tensor:

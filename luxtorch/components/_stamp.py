@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, maybe_get_level
+from torch._C._functorch import _unwrap_for_grad, get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
 
 # What torch reports as the level of a tensor whose transform has ended.
 _ENDED = -2
@@ -16,11 +16,17 @@ _ENDED = -2
 Stamp: TypeAlias = "tuple[Tensor, Tensor, int, bool, bool]"
 
 
-def take_stamp(tensor: Tensor, view: Tensor) -> Stamp:
-    """Return what has to be known later about views made just now."""
+def take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> Stamp:
+    """Return what has to be known later about views made just now; `recorded` is whether autograd recorded that."""
     # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
     version = tensor._version if tensor.requires_grad else -1
-    return tensor, view, version, torch.is_grad_enabled(), is_functorch_wrapped_tensor(view)
+    return (
+        tensor,
+        view,
+        version,
+        torch.is_grad_enabled() if recorded is None else recorded,
+        is_functorch_wrapped_tensor(view),
+    )
 
 
 def is_stale(stamp: Stamp) -> bool:
@@ -33,3 +39,28 @@ def is_stale(stamp: Stamp) -> bool:
     if tensor.requires_grad and (tensor._version != version or (torch.is_grad_enabled() and not recorded)):
         return True
     return in_transform and maybe_get_level(view) == _ENDED
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a transform of torch.func owns a tensor."""
+    return is_functorch_wrapped_tensor(tensor)
+
+
+def narrowed(whole: Tensor, start: int, size: int) -> Tensor:
+    """Return a part of the last dimension, as the transforms know it that know the whole.
+
+    Whatever transform is running wraps what is made in it, also if it knows nothing of the whole. But a transform that
+    is to differentiate by a part takes it as a value from outside.
+    """
+    part, level = whole.narrow(-1, start, size), maybe_get_level(whole)
+    while maybe_get_level(part) > level:
+        part = get_unwrapped(part)
+    return part
+
+
+def narrowed_in_trace(whole: Tensor, start: int, size: int, depth: int) -> Tensor:
+    """Return the same where torch.compile traces, `depth` transforms deep, and the whole comes from outside."""
+    part = whole.narrow(-1, start, size)
+    for level in range(depth, 0, -1):
+        part = _unwrap_for_grad(part, level)
+    return part

@@ -254,7 +254,7 @@ class ComponentVector(Reading):
     # What Python and torch ask for.
 
     def _strip(self) -> Tensor:
-        return self.flat if self._whole is not None else self._data
+        return self.flat
 
     def _rename(self, result: Any) -> Any:
         if not isinstance(result, Tensor):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from luxtorch._errors import InputError
 from luxtorch.random import fold_in
 
 from ._layer import Layer
+from ._stateful import StatefulLayer
+from ._value import Value
 
 
 class ContainerLayer(Layer):
@@ -94,3 +99,99 @@ class WrapperLayer(ContainerLayer):
     def __call__(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
         """Call the layer inside."""
         return self.children()[""](x, ps, st)
+
+
+def refuse_modules(value: Any, what: str, where: str = "") -> None:
+    """Raise if something that is to be part of a model holds tensors of its own.
+
+    A module of torch.nn, or a function that calls one, looks like a function of the input; but what it holds would be
+    neither among the parameters nor among the states, and so be trained, saved, moved and switched by nobody.
+
+    Args:
+        value: The value.
+        what: What it is, for the error.
+        where: The layer that it belongs to, for the error.
+
+    Raises:
+        InputError: If it does.
+    """
+    if torch.compiler.is_compiling():
+        return
+    found = next(_holders(value, True, set()), None)
+    if found is None:
+        return
+    is_tensor, is_box = isinstance(found, Tensor), isinstance(found, StatefulLayer)
+    got = f"a tensor of shape {tuple(found.shape)} that requires grad" if is_tensor else f"{found!r:.80}"
+    fix = "Convert it with its numbers: layer, ps, st = lt.from_torch(module)."
+    if isinstance(found, nn.Module) and not any(True for _ in _tensors(found)):
+        fix = "Use the layer or the function of the same kind, such as lt.Dropout, or lt.from_torch(module)[0]."
+    raise InputError(
+        f"{what} holds what is neither parameter nor state, and would be trained and saved by nobody.",
+        expected="a layer, or a pure function",
+        got=got if found is value else f"{got}, in {value!r:.80}",
+        fix="Make it a parameter of a layer."
+        if is_tensor
+        else "Use the layer of the box, box.layer."
+        if is_box
+        else fix,
+        where=where,
+    )
+
+
+def _holders(value: Any, direct: bool, seen: set[int]) -> Iterator[Any]:
+    """Yield what in a value holds tensors; what a function merely refers to only if it is there to be trained."""
+    if id(value) in seen or isinstance(value, type | Layer):
+        return
+    seen.add(id(value))
+    inside: list[Any] = []
+    if isinstance(value, nn.Module):
+        if _is_impure(value) if direct else any(tensor.requires_grad for tensor in _tensors(value)):
+            yield value
+    elif isinstance(value, StatefulLayer) or (isinstance(value, Tensor) and value.requires_grad):
+        yield value
+    elif isinstance(value, list | tuple):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, FunctionType):
+        code, kept = value.__code__, [cell for cell in value.__closure__ or () if cell is not None]
+        read = [value.__globals__.get(name) for name in code.co_names]
+        closed = [cell.cell_contents for cell in kept if _is_filled(cell)]
+        inside = [*closed, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        # A name may also be that of an attribute: of what is global, only what is trained counts, and nothing in it.
+        inside += [each for each in read if isinstance(each, nn.Module | Tensor | StatefulLayer)]
+        direct = False
+    elif not isinstance(value, Value | ModuleType):
+        held = getattr(value, "__dict__", {}).values()
+        inside, direct = [each for each in held if isinstance(each, nn.Module | Tensor | StatefulLayer)], False
+    for each in inside:
+        yield from _holders(each, direct, seen)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a module: parameters, buffers, and any others among the attributes."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
+
+
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def _is_impure(module: nn.Module) -> bool:
+    """Tell whether a module is more than a pure function of its input: it has tensors, draws, or writes."""
+    impure = any(isinstance(part, _RANDOM) or getattr(part, "inplace", False) for part in module.modules())
+    return impure or any(True for _ in _tensors(module))

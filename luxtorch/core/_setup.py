@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from luxtorch._errors import InputError
+from luxtorch._errors import DTypeError, InputError, LuxtorchError
 from luxtorch.random import Rng, as_key, fold_in
 
+from ._container import refuse_modules
 from ._layer import Layer, Parameters, States
 from ._nowhere import NOWHERE, without_numbers
+from ._static import Static
 from ._tree import count, tree_map
 
 
@@ -24,6 +29,10 @@ def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns:
         `(ps, st)`: two nested dicts. A layer's values depend on the key and on its path alone.
+
+    Raises:
+        InputError: If the model is none, or a layer in it does not make nested dicts with strings as names.
+        DTypeError: If a parameter is not a tensor of real or complex numbers, or a state neither a tensor nor `Static`.
 
     Example:
         >>> import luxtorch as lt
@@ -46,7 +55,7 @@ def initial_parameters(rng: Rng, layer: Layer) -> dict[str, Any]:
         >>> list(lt.initial_parameters(0, lt.Dense(3, 2)))
         ['weight', 'bias']
     """
-    return _checked(layer).initial_parameters(as_key(rng))
+    return _sound(_checked(layer).initial_parameters(as_key(rng)), layer, "parameter")
 
 
 def initial_states(rng: Rng, layer: Layer) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def initial_states(rng: Rng, layer: Layer) -> dict[str, Any]:
         >>> lt.initial_states(0, lt.Dense(3, 2))
         {}
     """
-    return _checked(layer).initial_states(fold_in(as_key(rng), "states"))
+    return _sound(_checked(layer).initial_states(fold_in(as_key(rng), "states")), layer, "state")
 
 
 def parameter_length(model: Layer | Parameters) -> int:
@@ -165,6 +174,88 @@ def _checked(layer: Any) -> Layer:
             "Only a layer can be set up.",
             expected="a luxtorch layer",
             got=f"{layer!r:.80} of type {type(layer).__name__}",
-            fix="The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction.",
+            fix="A module becomes a layer with its trees: layer, ps, st = lt.from_torch(module)."
+            if isinstance(layer, torch.nn.Module)
+            else "The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction.",
         )
+    if not torch.compiler.is_compiling():
+        _check_fields(layer, ())
     return layer
+
+
+def _check_fields(layer: Layer, path: tuple[str, ...]) -> None:
+    """Raise if a layer, or one inside, has a field that holds tensors of its own."""
+    for item in fields(layer):
+        value = getattr(layer, item.name)
+        if not isinstance(value, str | int | float):
+            where = f"{'.'.join(('model', *path))} ({type(layer).__name__})"
+            refuse_modules(value, f"The field '{item.name}'", where)
+    for name, child in layer.children().items():
+        _check_fields(child, (*path, name) if name else path)
+
+
+def _sound(tree: dict[str, Any], layer: Layer, what: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a tree that a layer has made, or raise unless it is what every function on trees expects."""
+    if not isinstance(tree, Mapping):
+        raise _misshapen(tree, layer, what, path)
+    owner, rest = _follow(layer, path)
+    groups = {} if rest else owner.children()
+    for name, entry in tree.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise InputError(
+                f"The name of a {what} is not a string without dots.",
+                expected="a string, not empty; dots separate the names in a path",
+                got=repr(name),
+                where=_owner(layer, path),
+            )
+        if isinstance(entry, Tensor) and name not in groups:
+            if what == "parameter" and not (entry.is_floating_point() or entry.is_complex()):
+                raise DTypeError(
+                    f"The parameter '{'.'.join((*path, name))}' does not hold real or complex numbers.",
+                    expected="a floating dtype, as it is differentiated by",
+                    got=str(entry.dtype),
+                    fix="Make it a state, in initial_states, or convert it, .float().",
+                    where=_owner(layer, (*path, name)),
+                )
+        elif not (what == "state" and isinstance(entry, Static)):
+            _sound(entry, layer, what, (*path, name))
+    return tree
+
+
+def _misshapen(entry: Any, layer: Layer, what: str, path: tuple[str, ...]) -> LuxtorchError:
+    """Explain an entry that is neither a tensor nor a group."""
+    where, name = _owner(layer, path), ".".join(path)
+    place = f"'{name}'" if name else f"what initial_{what}s returned"
+    if isinstance(entry, list | tuple | Tensor):
+        return InputError(
+            f"The {what}s of a layer are not nested dicts: {place} is a {type(entry).__name__}.",
+            expected="a dict of tensors, nested or not",
+            got=f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"{len(entry)} entries",
+            fix='Name the entries: {"0": ..., "1": ...}, read as ps["ws"]["0"].',
+            where=where,
+        )
+    fix = "Make it a tensor, torch.tensor(...), or a field of the layer."
+    return DTypeError(
+        f"A {what} is not a tensor: {place}.",
+        expected="a tensor" + ", or a lt.core.Static that never changes in a call" * (what == "state"),
+        got=f"{entry!r:.80} of type {type(entry).__name__}",
+        fix="Leave it out." if entry is None else fix,
+        where=where,
+    )
+
+
+def _owner(layer: Layer, path: tuple[str, ...]) -> str:
+    """Return the place of the layer that made what lies at a path, as errors name it."""
+    owner, rest = _follow(layer, path)
+    names = path[: len(path) - len(rest)]
+    return f"{'.'.join(('model', *names))} ({f'{type(owner).__name__} {owner.extra_repr()}'.strip()})"
+
+
+def _follow(layer: Layer, path: tuple[str, ...]) -> tuple[Layer, tuple[str, ...]]:
+    """Return the innermost layer on a path, and what of the path lies inside of its own trees."""
+    children = layer.children()
+    if "" in children:
+        return _follow(children[""], path)
+    if path and path[0] in children:
+        return _follow(children[path[0]], path[1:])
+    return layer, path

@@ -78,6 +78,9 @@ def flatten_names(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     Returns:
         A dict in the order of the tree.
 
+    Raises:
+        InputError: If there is a list or a tuple of tensors in the tree.
+
     Example:
         >>> import luxtorch as lt
         >>> ps, st = lt.setup(0, lt.Chain(lt.Dense(2, 3), lt.BatchNorm(3)))
@@ -133,6 +136,13 @@ def _flat_names(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tupl
             yield from _flat_names(entry, (*path, name))
         elif isinstance(entry, Tensor):
             yield ".".join((*path, name)), entry
+        elif isinstance(entry, list | tuple) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(entry)):
+            raise InputError(
+                f"Only tensors in dicts have names, and '{'.'.join((*path, name))}' is a {type(entry).__name__}.",
+                expected="nested dicts of tensors",
+                got=f"a {type(entry).__name__} of {len(entry)}",
+                fix='Name its entries, {"0": ..., "1": ...}.',
+            )
 
 
 def _both(name: str) -> InputError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luxtorch.core import DTypeError
 
-from ._tensors import map_tensors
+from ._tensors import map_tensors, own_numbers
 
 _COMPLEX = {torch.float16: torch.complex32, torch.float32: torch.complex64, torch.float64: torch.complex128}
 
@@ -31,14 +31,19 @@ def in_precision(tensor: Tensor, precision: torch.dtype) -> torch.dtype:
 
 
 def _cast(tree: Any, precision: torch.dtype) -> Any:
-    return map_tensors(lambda tensor: tensor.to(in_precision(tensor, precision)), tree)
+    kept = own_numbers(tree, precision)
+    return map_tensors(
+        lambda tensor: tensor if id(tensor) in kept else tensor.to(in_precision(tensor, precision)), tree
+    )
 
 
 def f16(tree: Any) -> Any:
     """Cast the floating point and complex tensors of a tree to half precision.
 
     Integers, booleans, random keys and whatever is no tensor are left as they are. A tensor that already has the
-    precision is not copied, and one that the tree holds twice is still one tensor afterwards.
+    precision is not copied, and one that the tree holds twice is still one tensor afterwards. Of an optimizer's state,
+    or of a whole `TrainState`, what there is of each element of a parameter is cast, and no hyperparameter or count;
+    averages of gradients are not cast to float16, which has no room for their squares.
 
     Args:
         tree: A tree of tensors.

@@ -11,7 +11,7 @@ from torch import Tensor
 from luxtorch.core import DTypeError, InputError, named_leaves
 
 from ._cast import in_precision
-from ._tensors import map_tensors
+from ._tensors import map_tensors, own_numbers
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Device:
     Args:
         device: A torch device, or its name.
         dtype: The precision to cast floating point and complex tensors to; None keeps theirs. Integers, booleans and
-            random keys are never cast.
+            random keys are never cast, nor are the hyperparameters and counts in the state of an optimizer; see `f16`.
 
     Raises:
         DTypeError: `dtype` is no floating point dtype.
@@ -61,12 +61,13 @@ class Device:
         Raises:
             InputError: The tree holds a layer or a module.
         """
-        return map_tensors(self._move, tree)
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        if self.dtype is None:
-            return tensor.to(self.device)
-        return tensor.to(self.device, in_precision(tensor, self.dtype))
+        device, dtype = self.device, self.dtype
+        if dtype is None:
+            return map_tensors(lambda tensor: tensor.to(device), tree)
+        kept = own_numbers(tree, dtype)
+        return map_tensors(
+            lambda tensor: tensor.to(device, tensor.dtype if id(tensor) in kept else in_precision(tensor, dtype)), tree
+        )
 
 
 def to_device(tree: Any, device: Device | torch.device | str) -> Any:

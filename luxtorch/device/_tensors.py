@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from luxtorch.core import InputError, Layer, named_leaves, tree_map
+from luxtorch.core import InputError, Layer, named_leaves, tree_leaves, tree_map
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -32,6 +33,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return leaf
 
     return tree_map(apply, tree)
+
+
+def own_numbers(tree: Any, dtype: torch.dtype) -> set[int]:
+    """Return which tensors of a tree a cast to a dtype leaves alone, by their ids.
+
+    A node may have numbers that follow no precision, such as the hyperparameters of an optimizer: it then has a method
+    `own_numbers(dtype)`, which lists them.
+    """
+    nodes = filter(_has_numbers, tree_leaves(tree, is_leaf=_has_numbers))
+    return {id(number) for node in nodes for number in node.own_numbers(dtype)}
+
+
+def _has_numbers(node: Any) -> bool:
+    return hasattr(type(node), "own_numbers")
 
 
 def _refuse(leaf: Layer | nn.Module, tree: Any) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings that change no weights and have forward-mode derivatives; weights that are normalised."""
+"""Embeddings that change no weights and have forward-mode derivatives."""
 
 from __future__ import annotations
 
@@ -96,26 +96,7 @@ def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     return short + (rows - rows.detach())
 
 
-def _normalize(
-    keys: Keys, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Tensor:
-    y = F.normalize(input, p, dim, eps)
-    # The spectral norms of torch.nn.utils give their buffer as `out`, which no transform takes.
-    # What is under no_grad there has tangents all the same.
-    return y if out is None else out.copy_(y.detach())
-
-
-def _weight_norm(keys: Keys, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    if not functional():
-        return torch._weight_norm(v, g, dim)
-    others = list(range(v.ndim)) if dim == -1 else [other for other in range(v.ndim) if other != dim % v.ndim]
-    scale: Tensor = g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
-    return v * scale
-
-
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
-    F.normalize: _normalize,
-    torch._weight_norm: _weight_norm,
 }

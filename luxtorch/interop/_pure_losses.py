@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from luxtorch._transforms import transformed, watched
+from luxtorch._transforms import reverse_alone, transformed, watched
+from luxtorch.layers._glu import gated
 
 from ._keys import Keys
 
@@ -57,6 +58,94 @@ def _huber_loss(
     error = (input - target).abs()
     loss = torch.where(error <= delta, 0.5 * error**2, delta * (error - 0.5 * delta))
     return reduced(loss if weight is None else loss * weight, reduction)
+
+
+def _mse_loss(
+    keys: Keys,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if reverse_alone():
+        # The weight is not in every version of torch.
+        weighted = {} if weight is None else {"weight": weight}
+        return F.mse_loss(input, target, size_average, reduce, reduction, **weighted)
+    squares = (input - target).square()
+    if weight is None:
+        return reduced(squares, reduction, size_average, reduce)
+    loss = squares * weight
+    return loss.sum() / weight.sum() if reduction == "mean" else reduced(loss, reduction)
+
+
+def _smooth_l1_loss(
+    keys: Keys,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    if reverse_alone():
+        return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
+    error = (input - target).abs()
+    loss = error if beta == 0 else torch.where(error < beta, error.square() / (2 * beta), error - beta / 2)
+    return reduced(loss, reduction, size_average, reduce)
+
+
+def _binary_cross_entropy_with_logits(
+    keys: Keys,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    if reverse_alone():
+        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    share = 1 if pos_weight is None else (pos_weight - 1) * target + 1
+    loss = (1 - target) * input - share * F.logsigmoid(input)
+    return reduced(loss if weight is None else weight * loss, reduction, size_average, reduce)
+
+
+@under_transforms(F.hinge_embedding_loss)
+def _hinge_embedding_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    # torch writes zeros into what vmap may not have batched.
+    apart = torch.where(target != 1, (margin - input).clamp_min(0), 0.0)
+    return reduced(apart + torch.where(target != -1, input, 0.0), reduction, size_average, reduce)
+
+
+@under_transforms(F.cosine_embedding_loss)
+def _cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    tiny = 1e-12  # what torch adds
+    lengths = ((input1.square().sum(-1) + tiny) * (input2.square().sum(-1) + tiny)).sqrt()
+    cosine = (input1 * input2).sum(-1) / lengths
+    apart = torch.where(target == -1, (cosine - margin).clamp_min(0), 0.0)
+    return reduced(torch.where(target == 1, 1 - cosine, apart), reduction, size_average, reduce)
+
+
+def _glu(keys: Keys, input: Tensor, dim: int = -1) -> Tensor:
+    return gated(input, dim)
 
 
 @under_transforms(F.kl_div)
@@ -114,8 +203,14 @@ def reduced(loss: Tensor, reduction: str, size_average: bool | None = None, redu
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.bilinear: _bilinear,
+    F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
+    F.cosine_embedding_loss: _cosine_embedding_loss,
     F.cross_entropy: _cross_entropy,
     F.gaussian_nll_loss: _gaussian_nll_loss,
+    F.glu: _glu,
+    F.hinge_embedding_loss: _hinge_embedding_loss,
     F.huber_loss: _huber_loss,
     F.kl_div: _kl_div,
+    F.mse_loss: _mse_loss,
+    F.smooth_l1_loss: _smooth_l1_loss,
 }

@@ -17,6 +17,7 @@ from . import (
     _pure_lookup,
     _pure_losses,
     _pure_margins,
+    _pure_norms,
     _pure_random,
     _pure_rnn,
 )
@@ -32,6 +33,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_lookup.REPLACEMENTS,
     **_pure_losses.REPLACEMENTS,
     **_pure_margins.REPLACEMENTS,
+    **_pure_norms.REPLACEMENTS,
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
 }

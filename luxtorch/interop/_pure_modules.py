@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luxtorch._transforms import transformed, watched
 from luxtorch.core import InputError
 from luxtorch.layers._batchnorm import batch_normalised, moments
 from luxtorch.layers._instancenorm import instance_statistics
-from luxtorch.layers._normalise import normalised
+from luxtorch.layers._normalise import layer_normalised, normalised
 
 from ._branch import Branch
 from ._keys import Keys
 from ._pure_mode import PureMode
+from ._pure_norms import instance_normalised
 
 
 class Pure(nn.Module):
@@ -76,7 +76,20 @@ class PureInstanceNorm(PureNorm):
                 return normalised(input, mean, var, self.weight, self.bias, self.eps)
             mean, var = instance_statistics(input, mean, var, float(self.momentum or 0.0))
             self._buffers.update(running_mean=mean, running_var=var)
-        return F.instance_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return instance_normalised(input, self.weight, self.bias, self.eps)
+
+
+class PureLayerNorm(Pure):
+    """Have right derivatives of every order."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised input."""
+        return layer_normalised(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class PureRNN(Pure):
@@ -110,22 +123,32 @@ class PureLookup(Pure):
 _PURE: dict[type[nn.Module], type[Pure]] = {
     nn.modules.batchnorm._BatchNorm: PureBatchNorm,
     nn.modules.instancenorm._InstanceNorm: PureInstanceNorm,
+    nn.LayerNorm: PureLayerNorm,
     nn.RNNBase: PureRNN,
     nn.RNNCellBase: PureLookup,
     nn.Embedding: PureLookup,
     nn.EmbeddingBag: PureLookup,
     **dict.fromkeys(
         (
+            nn.BCEWithLogitsLoss,
             nn.Bilinear,
+            nn.CosineEmbeddingLoss,
+            nn.CosineSimilarity,
             nn.CrossEntropyLoss,
             nn.GaussianNLLLoss,
+            nn.GLU,
+            nn.HingeEmbeddingLoss,
             nn.HuberLoss,
             nn.KLDivLoss,
+            nn.MSELoss,
             nn.MarginRankingLoss,
             nn.MultiLabelMarginLoss,
             nn.MultiMarginLoss,
+            nn.PairwiseDistance,
+            nn.SmoothL1Loss,
             nn.SoftMarginLoss,
             nn.TripletMarginLoss,
+            nn.TripletMarginWithDistanceLoss,
         ),
         PureLookup,
     ),

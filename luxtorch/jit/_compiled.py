@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -14,16 +15,21 @@ from torch import Tensor, fx
 from luxtorch.core import DTypeError
 
 from ._cuda_graph import CudaGraph
-from ._donate import Donated, Pair, give_up, own, pairs, refuse
+from ._donate import Donated, Owner, Pair, give_up, pairs, refuse
 from ._flatten import Spec
+from ._purity import explained
 from ._replay import Program, replay
-from ._signature import static_value
+from ._sizes import OfArguments
+from ._strides import Strides, other_strides, restrided, settled
 from ._trace import Trace, trace
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
 
 # torch's compiler keeps much in global variables: one compilation at a time.
 _COMPILING = RLock()
+
+
+_COMPUTED = ("input", "output", "number")
 
 
 class Compiled:
@@ -34,7 +40,7 @@ class Compiled:
         leaves: The leaves of the first call.
         spec: Their structure.
         donated: Which leaves are donated.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
         backend: What runs the graph.
         options: Settings of inductor.
         background: Whether to begin by replay, and compile meanwhile.
@@ -46,7 +52,7 @@ class Compiled:
         leaves: list[Any],
         spec: Spec,
         donated: Collection[int],
-        dynamic: Collection[int],
+        dynamic: Mapping[int, Collection[int]],
         backend: Backend,
         options: Mapping[str, Any],
         background: bool,
@@ -54,10 +60,15 @@ class Compiled:
         _check_leaves(leaves)
         with _COMPILING:
             self.trace = trace(fn, leaves, spec, dynamic)
+            self.settled = settled(self.trace)
+            if self.settled:
+                leaves = self._restrided(leaves, self.settled)
+                self.trace = trace(fn, leaves, spec, dynamic)
         self.signature = self.trace.signature
         self.code = ""
         self._unflatten = self.trace.out_spec.unflatten
-        self._statics = [value for kind, value in self.trace.results if kind == "static"]
+        self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in _COMPUTED]
+        self._statics = None if any(kind != "static" for kind, _ in self._fixed) else [one for _, one in self._fixed]
         self._autocast = torch._C._is_any_autocast_enabled()
         self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
         tensors = self.signature.tensors(leaves)
@@ -77,20 +88,52 @@ class Compiled:
     def __call__(self, leaves: list[Any]) -> Any:
         """Return the result of a call whose leaves fit the signature."""
         tensors = self.signature.tensors(leaves) if self.signature.statics else leaves
-        run, order, written = self._run
-        if self._donated:
-            return self._unflatten(self._give(tensors, run, order, written))
+        run, order, owner = self._run
         if order is None:
             return self._unflatten(run(tensors))
-        pool = [*tensors, *run(list(tensors)), *self._statics]
+        statics = self._statics if self._statics is not None else self._renewed(leaves)
+        if self._donated:
+            return self._unflatten(self._give(tensors, run, order, owner, statics))
+        pool = [*tensors, *run(list(tensors)), *statics]
         return self._unflatten([pool[i] for i in order])
 
-    def _give(self, tensors: list[Tensor], run: Program, order: Any, written: list[int]) -> list[Any]:
+    def _renewed(self, leaves: list[Any]) -> list[Any]:
+        """Return what is not computed: leaves of the arguments, and copies of what the caller may change."""
+        copies = iter(copy.deepcopy([value for kind, value in self._fixed if kind == "copied"]))
+        return [
+            leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
+            for kind, value in self._fixed
+        ]
+
+    def fitted(self, leaves: list[Any], spec: Spec, settled: bool) -> list[Any] | None:
+        """Return the leaves of a call with the strides that this was compiled for, or None if more is different.
+
+        Args:
+            leaves: The leaves.
+            spec: Their structure.
+            settled: Whether to do so only for inputs that this was not compiled for as they came.
+        """
+        strides = other_strides(self.trace, self.signature.tensors(leaves)) if spec == self.signature.spec else None
+        if not strides or (settled and not strides.keys() <= self.settled.keys()):
+            return None
+        leaves = self._restrided(leaves, strides)
+        return leaves if self.signature.fits(leaves, spec) else None
+
+    def _restrided(self, leaves: list[Any], strides: Mapping[int, Strides]) -> list[Any]:
+        leaves = list(leaves)
+        for n, new in strides.items():
+            place = self.trace.signature.places[n]
+            leaves[place] = restrided(leaves[place], new)
+        return leaves
+
+    def _give(
+        self, tensors: list[Tensor], run: Program, order: Any, owner: Owner | None, statics: list[Any]
+    ) -> list[Any]:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
-        if written:
-            own(tensors, written)
-        pool = [*tensors, *run(list(tensors)), *self._statics]
+        if owner is not None:
+            owner.own(tensors)
+        pool = [*tensors, *run(list(tensors)), *statics]
         picked = [pool[i] for i in order]
         # What was written or is returned lives on under a new name; a compiler also returns `x + 0` as it is.
         held = set(map(id, picked))
@@ -100,23 +143,31 @@ class Compiled:
 
     def _set(self, program: Program, chosen: list[Pair]) -> None:
         """Use a program from now on; all that belongs to it changes at once, since other threads may be calling."""
+        # A compiler asks more of the sizes than the trace did.
+        self.signature.assume(self.trace.sizes.condition(self.trace.fakes))
         if self._autocast:
             program = _without_autocast(program)
+        if self.trace.numbers is not None:
+            program = _with_numbers(program, self.trace.numbers)
         written = {output: n for n, output in chosen}
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # Where each leaf of the result is, in the list of the inputs, the outputs and the constants.
+        # Where each leaf of the result is, in the list of the inputs, the outputs, the numbers, and the rest.
+        numbers = sum(kind == "number" for kind, _ in results)
         order, statics = [], 0
         for kind, value in results:
-            if kind == "static":
-                order.append(inputs + len(remaining) + statics)
+            if kind not in _COMPUTED:
+                order.append(inputs + len(remaining) + numbers + statics)
                 statics += 1
+            elif kind == "number":
+                order.append(inputs + len(remaining) + value)
             elif kind == "input" or value in written:
                 order.append(value if kind == "input" else written[value])
             else:
                 order.append(inputs + remaining.index(value))
         plain = not self._donated and len(remaining) == len(results)
-        self._run: tuple[Program, list[int] | None, list[int]] = program, None if plain else order, [*written.values()]
+        owner = Owner(self.trace.fakes, self.trace.constants(), [*written.values()]) if written else None
+        self._run: tuple[Program, list[int] | None, Owner | None] = program, None if plain else order, owner
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
@@ -139,7 +190,8 @@ class Compiled:
         from ._inductor import compiling
         from ._recorded import recorded
 
-        with _COMPILING, compiling(self.trace, options if backend == "inductor" else {}), torch.enable_grad():
+        settings = compiling(self.trace, options if backend == "inductor" else {})
+        with _COMPILING, settings, torch.enable_grad(), explained():
             return recorded(self.trace, tensors, "inductor" if backend == "inductor" else "replay", options)
 
 
@@ -171,18 +223,37 @@ def _without_autocast(program: Program) -> Program:
     return run
 
 
+def _with_numbers(program: Program, numbers: OfArguments) -> Program:
+    """Return a program that returns sizes as well, and numbers made of them."""
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        found = numbers(inputs)
+        return [*program(inputs), *found]
+
+    return run
+
+
 def _check_leaves(leaves: list[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            static_value(leaf)
-        elif isinstance(leaf, Donated):
+            continue
+        if isinstance(leaf, Donated):
             refuse()
-        elif type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
+        kind = _kind(leaf)
+        if kind:
             raise DTypeError(
                 "A jitted function takes plain dense tensors.",
-                got=f"a {type(leaf).__name__} of layout {leaf.layout}",
-                fix="Call the function itself, or under torch.compile.",
+                got=f"a {type(leaf).__name__}{kind}",
+                fix="Pass x.resolve_neg()." if leaf.is_neg() else "Call the function itself, or under torch.compile.",
             )
+
+
+def _kind(tensor: Tensor) -> str:
+    """Say in which way a tensor is not what compilers take for granted; nothing if it is."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return f" of layout {tensor.layout}"
+    lazy = {"nested": tensor.is_nested, "negated": tensor.is_neg(), "without memory": tensor._is_zerotensor()}
+    return f", quantized to {tensor.dtype}" if tensor.is_quantized else next((f", {k}" for k in lazy if lazy[k]), "")
 
 
 @cache

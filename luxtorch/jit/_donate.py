@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from operator import add, le
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -75,7 +76,7 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     free = [i for i in donated if i not in returned and not views_of[i] and _is_reusable(fakes[i])]
     fresh = {j for j, shared in enumerate(others) if not shared}
     chosen: list[Pair] = []
-    for i, j in [*_same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
+    for i, j in [*same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
         alike = fakes[i].shape == outputs[j].shape and fakes[i].dtype == outputs[j].dtype
         if i in free and j in fresh and alike and fakes[i].device == outputs[j].device:
             chosen.append((i, j))
@@ -84,14 +85,52 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     return sorted(chosen)
 
 
-def own(tensors: list[Tensor], donated: Sequence[int]) -> None:
-    """Replace donated tensors that share memory with another argument by copies, in place in the list."""
-    addresses = list(map(Tensor.data_ptr, tensors))
-    if len(set(addresses)) == len(addresses):
-        return
-    for i in donated:
-        if addresses[i] != 0 and addresses.count(addresses[i]) > 1:
+class Owner:
+    """See to it that what is written into a donated tensor is written nowhere else.
+
+    Args:
+        fakes: What the arguments were while tracing; their sizes and strides tell how much memory each spans.
+        constants: The tensors that the graph closes over.
+        written: Which arguments are written into; each fills its memory without a gap.
+    """
+
+    def __init__(self, fakes: Sequence[Tensor], constants: Sequence[Tensor], written: Sequence[int]) -> None:
+        self._written = written
+        self._constants = list(constants)  # which keeps them where they are
+        self._fixed = [tensor.data_ptr() for tensor in constants]
+        spans = [None if _is_symbolic(fake) else _span(fake) for fake in fakes]
+        self._spans = None if None in spans else [*spans, *map(_span, constants)]
+
+    def own(self, tensors: list[Tensor]) -> None:
+        """Replace what is written into and shares memory with another tensor by a copy, in place in the list."""
+        starts = [*map(Tensor.data_ptr, tensors), *self._fixed]
+        spans: Any = self._spans or [*map(_span, tensors), *map(_span, self._constants)]
+        stops = list(map(add, starts, spans))
+        # Nothing overlaps if each range begins after as many have ended as have begun.
+        begun = sorted(starts)
+        del begun[:1]
+        if all(map(le, sorted(stops), begun)):
+            return
+        shared: set[int] = set()
+        furthest = -1  # which range reaches furthest so far
+        for i in sorted((i for i, span in enumerate(spans) if span), key=starts.__getitem__):
+            if furthest >= 0 and starts[i] < stops[furthest]:
+                shared |= {i, furthest}
+            if furthest < 0 or stops[i] > stops[furthest]:
+                furthest = i
+        for i in shared.intersection(self._written):
             tensors[i] = tensors[i].detach().clone()
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how many bytes lie between the first element of a tensor and the end of the last."""
+    if not tensor.numel():
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+
+
+def _is_symbolic(fake: Tensor) -> bool:
+    return any(isinstance(number, torch.SymInt) for number in (*fake.shape, *fake.stride()))
 
 
 def give_up(tensors: Iterable[Tensor]) -> None:
@@ -104,13 +143,19 @@ def _is_reusable(fake: Tensor) -> bool:
     return fake.nbytes >= _WORTH_REUSE and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
 
 
-def _same_places(trace: Trace, donated: Collection[int]) -> list[Pair]:
-    """Pair the leaves of each argument with those of the first part of the result that has its structure."""
+def same_places(trace: Trace, inputs: Collection[int], *, alone: bool = True) -> list[Pair]:
+    """Pair the leaves of each argument with those of the first part of the result that has its structure.
+
+    Args:
+        trace: The trace.
+        inputs: Which inputs to pair.
+        alone: Whether a tensor that is an argument, or an item of one, by itself is paired too.
+    """
     found: list[Pair] = []
     places = {place: n for n, place in enumerate(trace.signature.places)}
     results = list(_parts(trace.out_spec))
     for spec, leaves in _parts(trace.signature.spec):
-        if spec.num_leaves and any(places.get(leaf) in donated for leaf in leaves):
+        if spec.num_leaves and (alone or not spec.is_leaf()) and any(places.get(leaf) in inputs for leaf in leaves):
             match = next((there for other, there in results if other == spec), None)
             for here, there in zip(leaves, match or (), strict=False):
                 kind, value = trace.results[there]

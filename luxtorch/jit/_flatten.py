@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any, TypeAlias
 
 import optree
+import torch
+import torch.utils._pytree as pytree
+
+from ._constants import Constant
 
 Spec: TypeAlias = "optree.PyTreeSpec"
 
@@ -15,10 +22,54 @@ _NAMESPACE = "luxtorch.jit"
 _KEEP_ORDER = optree.dict_insertion_ordered(True, namespace=_NAMESPACE)
 _KEEP_ORDER.__enter__()
 
+_REGISTERING = Lock()
+
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Return the leaves of a tree and its structure; `unflatten` of the structure is the way back."""
     return optree.tree_flatten(tree, namespace=_NAMESPACE)
+
+
+def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
+    """Return leaves and structure with all nodes that torch knows taken apart as well.
+
+    optree does not know what was registered by `torch.utils._pytree` alone, such as dataclasses and the outputs of
+    many models: it takes these for leaves. They are registered here when they are first met, so that the next call
+    finds them without a search.
+    """
+    # torch would make a plain tuple of a shape.
+    while new := ({type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys()) - {torch.Size}:
+        tree = spec.unflatten(leaves)
+        with _REGISTERING:
+            for cls in new:
+                _register(cls)
+        leaves, spec = flatten(tree)
+    return leaves, spec
+
+
+def _register(cls: Any) -> None:
+    """Register with optree, for `jit` alone, a class that is registered with torch."""
+
+    def take_apart(node: Any) -> tuple[tuple[Any, ...], Constant]:
+        children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(node)
+        return tuple(children), Constant(context)
+
+    def put_together(context: Any, children: Any) -> Any:
+        return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.value)
+
+    with contextlib.suppress(ValueError):  # another thread has been faster
+        optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)
+
+
+def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return the leaves of a tree with their paths; nodes of the class `stop` are leaves here."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, lambda node: type(node) is stop, namespace=_NAMESPACE)
+    return list(zip(paths, leaves, strict=True))
+
+
+def written(path: Sequence[Any]) -> str:
+    """Return a path as one would write it: `["a"][0]`."""
+    return "".join(f"[{entry!r}]" for entry in path)
 
 
 def leaf_ranges(spec: Spec, start: int = 0) -> list[range]:

@@ -12,6 +12,7 @@ from torch import fx
 from ._donate import Pair
 from ._replay import Program
 from ._small import is_small, on_one_thread, options_for
+from ._strides import kept
 from ._trace import Trace, record
 from ._transposed import turn_products
 
@@ -60,7 +61,13 @@ def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
             tensors[place].copy_(outputs[output])
         return [output for i, output in enumerate(outputs) if i not in written]
 
-    return record(torch.func.functionalize(function), trace.fakes, select_decomp_table(), trace.symbolic)
+    graph = record(torch.func.functionalize(function), trace.fakes, select_decomp_table(), trace.symbolic)
+    # A state that comes back with other strides would be compiled for a second time.
+    states = kept(trace)
+    remaining = [output for output in range(len(trace.outputs())) if output not in written]
+    visible = [n for n, output in enumerate(remaining) if output in states]
+    graph.graph.output_node().meta["user_visible_output_idxs"] = visible
+    return graph
 
 
 def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, backward: bool = False) -> Any:
@@ -84,19 +91,25 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
 def compiling(trace: Trace, options: Mapping[str, Any]) -> Iterator[None]:
     """Set inductor up for a trace."""
     from torch._guards import TracingContext, tracing
-    from torch._inductor import config
     from torch._inductor.virtualized import V
 
     mode = next((fake.fake_mode for fake in trace.fakes), None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        # The asserts are also where a program learns of symbolic sizes.
-        asserts = {"size_asserts": True} if trace.symbolic else {}
-        stack.enter_context(config.patch({**DEFAULTS, **asserts, **options}))
+        stack.enter_context(settings(trace, options))
         if mode is not None:
             stack.enter_context(tracing(TracingContext(mode)))
             stack.enter_context(V.set_fake_mode(mode))
         yield
+
+
+def settings(trace: Trace, options: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Return the settings of inductor for a trace."""
+    from torch._inductor import config
+
+    # The asserts are also where a program learns of symbolic sizes.
+    asserts = {"size_asserts": True} if trace.symbolic else {}
+    return config.patch({**DEFAULTS, **asserts, **options})  # type: ignore[no-any-return]
 
 
 def _cpp_wrapper() -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from types import MethodType
+from typing import Any, TypeAlias, TypeVar, overload
 
+import torch
 from typing_extensions import ParamSpec
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, Layer
 
 from ._compiled import Backend
 from ._jitted import Jitted
+
+Dynamic: TypeAlias = "bool | str | Sequence[str] | Mapping[str, int | Sequence[int]]"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +27,7 @@ def jit(
     *,
     donate: str | Sequence[str] = ...,
     static: str | Sequence[str] = ...,
-    dynamic: bool | str | Sequence[str] = ...,
+    dynamic: Dynamic = ...,
     backend: Backend = ...,
     options: Mapping[str, Any] | None = ...,
     background: bool = ...,
@@ -34,7 +38,7 @@ def jit(
     *,
     donate: str | Sequence[str] = ...,
     static: str | Sequence[str] = ...,
-    dynamic: bool | str | Sequence[str] = ...,
+    dynamic: Dynamic = ...,
     backend: Backend = ...,
     options: Mapping[str, Any] | None = ...,
     background: bool = ...,
@@ -46,7 +50,7 @@ def jit(
     *,
     donate: str | Sequence[str] = (),
     static: str | Sequence[str] = (),
-    dynamic: bool | str | Sequence[str] = False,
+    dynamic: Dynamic = False,
     backend: Backend = None,
     options: Mapping[str, Any] | None = None,
     background: bool = False,
@@ -79,7 +83,12 @@ def jit(
         static: The names of arguments that are compared by their values as a whole. They must be hashable. Numbers,
             strings, functions and layers are static in any case.
         dynamic: The names of arguments whose tensors may have any first dimension, such as a batch, without a new
-            graph for each size above 1; True for all arguments that are not donated.
+            graph for each size above 1; True for all arguments that are not donated. Other dimensions are named by a
+            mapping, `{"x": (0, 1), "y": -1}`; in a tree, that is said of each tensor that has such a dimension. Sizes
+            0 and 1 have graphs of their own, and so have both ways of an `if` on a size. A size that is returned, also
+            as a part of a number such as `1 / n`, is that of the call. Where the function can't do without the number
+            itself, as for `len(x)`, `float(n)`, `range(n)` or a recurrence over time, there is a graph for each size,
+            and a warning with the line.
         backend: `"inductor"` compiles kernels. `"replay"` runs the operators one by one, without Python in between;
             it is ready in milliseconds. A function is called with the graph and its inputs, and returns what to run
             (calls that autograd records are replayed then).
@@ -116,17 +125,27 @@ def jit(
     Source: `jax.jit`; inductor and AOTAutograd are those of `torch.compile`. In Lux it is `@compile` of Reactant.
     """
     names = {"donate": _names(donate), "static": _names(static)}
-    symbolic = dynamic if isinstance(dynamic, bool) else _names(dynamic)
     if twice := set(names["donate"]) & set(names["static"]):
         raise InputError(f"The argument '{twice.pop()}' is both donated and static.", fix="Choose one.")
     if not (backend in (None, "inductor", "replay") or callable(backend)):
         raise InputError("There is no such backend.", expected="inductor, replay, or a function", got=repr(backend))
 
-    def jitted(fn: Callable[..., Any]) -> Jitted[..., Any]:
+    def jitted(fn: Callable[..., Any]) -> Any:
+        owner = getattr(fn, "__self__", None)
+        if isinstance(fn, torch.nn.Module) or isinstance(owner, torch.nn.Module):
+            raise InputError(
+                "A torch.nn.Module is not a pure function: its parameters would be constants of the graph.",
+                expected="a function of parameters and inputs",
+                got=f"a {type(owner or fn).__name__}",
+                fix="Make it a layer: layer, ps, st = lt.from_torch(module), and jit a function that calls it.",
+            )
+        if isinstance(fn, MethodType) and not isinstance(owner, (type, Layer)):
+            # What the method belongs to is an argument as others are: it may change from call to call.
+            return MethodType(jitted(fn.__func__), owner)
         return Jitted(
             fn,
             **names,
-            dynamic=symbolic,
+            dynamic=_dims(dynamic),
             backend=backend,
             options=options or {},
             background=background,
@@ -138,3 +157,20 @@ def jit(
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _dims(dynamic: Dynamic) -> bool | dict[str, tuple[int, ...] | None]:
+    """Return which dimensions of which arguments are dynamic; None where only the name was given."""
+    if isinstance(dynamic, bool):
+        return dynamic
+    if not isinstance(dynamic, Mapping):
+        return dict.fromkeys(_names(dynamic))
+    found = {name: tuple(dims) if isinstance(dims, Sequence) else (dims,) for name, dims in dynamic.items()}
+    for name, dims in found.items():
+        if wrong := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int)]:
+            raise InputError(
+                f"The dimensions of '{name}' that are dynamic are not given by their numbers.",
+                expected="an int, or several, as in dynamic={'x': (0, 1)}",
+                got=repr(wrong[0]),
+            )
+    return found  # type: ignore[return-value]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from threading import Lock
+from operator import attrgetter
+from threading import Lock, RLock
 from types import MethodType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,7 +20,10 @@ from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, KeyNameError, Static, suggest
 
 from ._compiled import Backend, Compiled, default_backend
-from ._flatten import flatten, leaf_ranges
+from ._constants import Constant, Refused, fingerprint, is_mutable, refusal
+from ._flatten import flatten, leaf_ranges, places, with_nodes, written
+from ._purity import TracingError
+from ._where import user_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,7 +70,7 @@ class Jitted(Generic[P, R]):
         fn: Callable[P, R],
         donate: Sequence[str],
         static: Sequence[str],
-        dynamic: bool | Sequence[str],
+        dynamic: bool | Mapping[str, Sequence[int] | None],
         backend: Backend,
         options: Mapping[str, Any],
         background: bool,
@@ -78,7 +83,10 @@ class Jitted(Generic[P, R]):
         self._settings = backend, options, background
         self._maxsize = maxsize
         self._known: tuple[Compiled, ...] = ()
-        self._lock = Lock()
+        self._strides: set[Any] = set()  # those that calls came with, and were copied
+        self._compiling = RLock()  # a function may ask for itself while it is traced
+        self._changing = Lock()  # held for a moment: nobody waits for it while something is compiled
+        self._warned: set[tuple[str, int]] = set()
         self._hits = self._misses = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,8 +106,16 @@ class Jitted(Generic[P, R]):
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self, instance)
 
-    def __reduce__(self) -> str:
-        return self.__qualname__  # type: ignore[attr-defined,no-any-return]  # by its name, as a function
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        name: str = getattr(self, "__qualname__", "")
+        try:
+            found = attrgetter(name)(sys.modules[self.__module__])
+        except (AttributeError, KeyError):
+            found = None
+        if found is self:
+            return name  # as a function
+        settings = (self._fn, self._donate, self._static, self._dynamic, *self._settings, self._maxsize)
+        return type(self), settings  # what was compiled is not taken along
 
     def __repr__(self) -> str:
         return f"jit({getattr(self._fn, '__qualname__', self._fn)})"
@@ -110,8 +126,9 @@ class Jitted(Generic[P, R]):
 
     def cache_clear(self) -> None:
         """Forget what was compiled."""
-        with self._lock:
+        with self._changing:
             self._known = ()
+            self._strides = set()
             self._hits = self._misses = 0
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
@@ -126,25 +143,50 @@ class Jitted(Generic[P, R]):
                 add = torch.ops.aten.add.Tensor(sin, 1);  sin = None
                 return [add]
         """
+        if watched():
+            raise TracingError(
+                f"{self!r} was asked what it is compiled to while a function is traced, where it is not compiled.",
+                fix="Call lower outside, with tensors that have numbers.",
+                where=user_line(),
+            )
         compiled, _ = self._find_or_compile(*flatten(self._fixed(args, kwargs)))
         return Lowered(str(compiled.trace.graph.code).strip(), compiled.code)
 
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
         """Return what is compiled for these leaves, and the leaves to call it with."""
+        leaves, spec = with_nodes(leaves, spec)
         # The guards of torch take no tensor twice.
         if len(set(map(id, leaves))) < len(leaves):
             leaves = _distinct(leaves)
         compiled = self._find(leaves, spec)
         if compiled is None:
-            return self._compile(leaves, spec), leaves
+            compiled, leaves = self._find_fitted(leaves, spec)
+        if compiled is None:
+            compiled = self._compile(leaves, spec)
+            return compiled, compiled.fitted(leaves, spec, settled=True) or leaves
         self._hits += 1
         return compiled, leaves
+
+    def _find_fitted(self, leaves: list[Any], spec: Any) -> tuple[Compiled | None, list[Any]]:
+        """Return what is compiled for other strides, and leaves that are copied to these.
+
+        Strides that come for the first time may be in passing; when they come again, they get a graph of their own.
+        """
+        strides = (spec, *(leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        again = strides in self._strides
+        for compiled in self._known:
+            if (other := compiled.fitted(leaves, spec, settled=again)) is not None:
+                if len(self._strides) == self._maxsize:
+                    self._strides.clear()
+                self._strides.add(strides)
+                return compiled, other
+        return None, leaves
 
     def _find(self, leaves: list[Any], spec: Any) -> Compiled | None:
         return next((compiled for compiled in self._known if compiled.signature.fits(leaves, spec)), None)
 
     def _compile(self, leaves: list[Any], spec: Any) -> Compiled:
-        with self._lock:
+        with self._compiling:
             # Another thread may have been faster.
             found = self._find(leaves, spec)
             if found is not None:
@@ -152,10 +194,12 @@ class Jitted(Generic[P, R]):
             backend, options, background = self._settings
             backend = default_backend() if backend is None else backend
             donated = self._leaves_of(spec, self._donate)
-            dynamic = self._leaves_of(spec, self._dynamic) - donated
-            fn = self._unfixed
-            compiled = Compiled(fn, leaves, spec, donated, dynamic, backend, options, background)
+            dynamic = self._dynamic_dims(leaves, spec, donated)
+            constants = self._constants(leaves, spec)
+            compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, backend, options, background)
+            self._check_unchanged(constants, self._constants(leaves, spec))
             self._misses += 1
+            self._warn_of_fixed(compiled)
             if self._misses == _MANY:
                 last = self._known[0].signature.difference(compiled.signature) if self._known else "the first call"
                 warnings.warn(
@@ -164,36 +208,108 @@ class Jitted(Generic[P, R]):
                     RuntimeWarning,
                     stacklevel=5,
                 )
-            self._known = (compiled, *self._known)[: self._maxsize]
+            with self._changing:
+                self._known = (compiled, *self._known)[: self._maxsize]
             return compiled
 
+    def _dynamic_dims(self, leaves: list[Any], spec: Any, donated: set[int]) -> dict[int, set[int]]:
+        """Return which dimensions of which leaves may have another size later."""
+        found: dict[int, set[int]] = {}
+        everywhere = {True: None} if self._dynamic else {}
+        for name, dims in (everywhere if isinstance(self._dynamic, bool) else self._dynamic).items():
+            own = self._leaves_of(spec, name if name is True else (name,)) - donated
+            tensors = {i: leaves[i] for i in sorted(own) if isinstance(leaves[i], torch.Tensor)}
+            for dim in (0,) if dims is None else dims:
+                having = [i for i, tensor in tensors.items() if -tensor.dim() <= dim < tensor.dim()]
+                if tensors and not having and dims is not None:
+                    raise InputError(
+                        f"The argument '{name}' has no dimension {dim}, which was named dynamic.",
+                        expected=f"a tensor, or one in a tree, with a dimension {dim}",
+                        got=", ".join(f"one of shape {tuple(tensor.shape)}" for tensor in tensors.values()),
+                        fix=f"Change dynamic={{'{name}': ...}} of the jitted function.",
+                    )
+                for i in having:
+                    found.setdefault(i, set()).add(dim % tensors[i].dim())
+        return found
+
+    def _warn_of_fixed(self, compiled: Compiled) -> None:
+        """Warn, once for each dimension, where there will be a graph for each size although it is dynamic."""
+        trace = compiled.trace
+        for (place, dim), (line, reason) in trace.sizes.fixed().items():
+            (by_name, first, *rest) = trace.signature.spec.paths()[trace.signature.places[place]]
+            name = first if by_name else (*self._names[first : first + 1], f"argument {first}")[0]
+            name = f"{name}{''.join(f'[{entry!r}]' for entry in rest)}"
+            if (name, dim) not in self._warned:
+                self._warned.add((name, dim))
+                warnings.warn(
+                    f"{line}: {self!r} needs the size of dimension {dim} of {name} as a number, so it is compiled for "
+                    f"each size, though it is named dynamic{f' ({reason})' if reason else ''}. That is so for len(x), "
+                    "float(n), math.sqrt(n), range(n), torch.tensor(n), loops over x, and text with n in it; "
+                    "x.shape[0], n**0.5, torch.full((), n) and arithmetic leave it open.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+
     def _to_front(self, compiled: Compiled) -> None:
-        # Only for speed: nobody waits for it while another thread compiles.
-        if self._lock.acquire(blocking=False):
+        # Only for speed: nobody waits for it.
+        if self._changing.acquire(blocking=False):
             try:
                 if compiled in self._known:
                     self._known = (compiled, *(other for other in self._known if other is not compiled))
             finally:
-                self._lock.release()
+                self._changing.release()
+
+    def _constants(self, leaves: list[Any], spec: Any) -> dict[str, Any]:
+        """Return the fingerprints of the arguments' values that are not tensors, by their places.
+
+        Raises:
+            DTypeError: If one cannot be compared.
+        """
+        constants = {}
+        for (kind, name, *path), leaf in places(spec.unflatten(leaves), Static):
+            if isinstance(leaf, torch.Tensor):
+                continue
+            if kind == 0:
+                name = self._names[name] if name < len(self._names) else f"args[{name}]"
+            where = f"{name}{written(path)}"
+            value = leaf.value if isinstance(leaf, Static) else leaf
+            given = isinstance(value, Constant)  # an argument named in `static`
+            value = value.value if given else value
+            try:
+                constants[where] = fingerprint(value)
+                if isinstance(leaf, Static) and not given and is_mutable(value):
+                    raise Refused("", "a value that can change")
+            except Refused as error:
+                raise refusal(error, value, where) from None
+        return constants
+
+    def _check_unchanged(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        for where, key in before.items():
+            if after[where] != key:
+                raise TracingError(
+                    f"A jitted function changes its argument {where}, which it would do at the first call alone.",
+                    fix="Return the new values instead.",
+                    where=user_line(),
+                )
 
     def _fixed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments with the static ones as constants of the structure."""
         if not self._static:
             return args, kwargs
         args = tuple(
-            Static((type(value), value)) if i < len(self._names) and self._names[i] in self._static else value
+            _fixed(self._names[i], value) if i < len(self._names) and self._names[i] in self._static else value
             for i, value in enumerate(args)
         )
-        kwargs = {name: Static((type(v), v)) if name in self._static else v for name, v in kwargs.items()}
+        kwargs = {name: _fixed(name, value) if name in self._static else value for name, value in kwargs.items()}
         return args, kwargs
 
     def _unfixed(self, args: Any, kwargs: Any) -> Any:
         if self._static:
             args = tuple(
-                value.value[1] if i < len(self._names) and self._names[i] in self._static else value
+                value.value.value if i < len(self._names) and self._names[i] in self._static else value
                 for i, value in enumerate(args)
             )
-            kwargs = {name: v.value[1] if name in self._static else v for name, v in kwargs.items()}
+            kwargs = {name: v.value.value if name in self._static else v for name, v in kwargs.items()}
         return self._fn(*args, **kwargs)
 
     def _leaves_of(self, spec: Any, names: bool | Collection[str]) -> set[int]:
@@ -209,6 +325,14 @@ class Jitted(Generic[P, R]):
         return {
             i for name, leaves in zip(called, ranges, strict=True) if names is True or name in names for i in leaves
         }
+
+
+def _fixed(name: str, value: Any) -> Static[Constant]:
+    """Return an argument as a constant of the structure."""
+    try:
+        return Static(Constant(value))
+    except Refused as error:
+        raise refusal(error, value, name) from None
 
 
 def _parameters(fn: Any, used: Collection[str]) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ._inductor import DEFAULTS, compile_graph
-from ._purity import tensors_in
+from ._inductor import compile_graph, settings
+from ._purity import Known
 from ._replay import Program, replay
 from ._trace import Trace
 
@@ -18,27 +18,12 @@ from ._trace import Trace
 class _Function(torch.nn.Module):
     """A function in the form that AOTAutograd takes."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], known: Known) -> None:
         super().__init__()
-        self._function = function
+        self._function, self._known = function, known
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with _Known():  # type: ignore[no-untyped-call]
-            return tuple(self._function(*tensors))
-
-
-class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Compute what depends on closed-over tensors alone, as in the first trace, so that its value can be read."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = tensors_in([*args, *kwargs.values()])
-        if given and all(type(tensor) is Tensor for tensor in given) and not any(t.requires_grad for t in given):
-            with _disable_current_modes():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        return tuple(self._known.outputs(self._function(*tensors)))
 
 
 def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]) -> Program:
@@ -55,7 +40,6 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
     """
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
 
     def forward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -64,18 +48,36 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
     def backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         if backend == "replay":
             return replay(gm)
-        # It is compiled at the first backward pass, long after the settings below have been left.
-        with torch.no_grad(), config.patch({**DEFAULTS, **options}):
+        # It is compiled at the first backward pass, long after the settings below have been left. What it reads was
+        # saved by another program, so that sizes and strides are checked here.
+        with torch.no_grad(), settings(trace, {"size_asserts": True, **options}):
             return compile_graph(gm, example_inputs, inference=False, backward=True)
 
-    module: Any = _Function(trace.function)
+    # As in the first trace, what is closed over can be read; the backward pass may use it too.
+    known = Known()
+    module: Any = _Function(trace.function, known)
     pairs = zip(trace.fakes, tensors, strict=True)
-    compiled = aot_module_simplified(
-        module,
-        [fake.detach().requires_grad_(tensor.requires_grad) for fake, tensor in pairs],
-        fw_compiler=forward,
-        bw_compiler=backward,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions={} if backend == "replay" else select_decomp_table(),
-    )
+    with _as_inductor_takes_it(), known:
+        compiled = aot_module_simplified(
+            module,
+            [fake.detach().requires_grad_(tensor.requires_grad) for fake, tensor in pairs],
+            fw_compiler=forward,
+            bw_compiler=backward,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions={} if backend == "replay" else select_decomp_table(),
+        )
     return lambda inputs: compiled(*inputs)
+
+
+@contextlib.contextmanager
+def _as_inductor_takes_it() -> Iterator[None]:
+    """Set AOTAutograd up as `torch._inductor.compile_fx` does."""
+    from torch._functorch import config
+
+    # The order of effects, as of the check that a matrix was not singular, is kept by tokens. As inputs and outputs of
+    # the graph they would shift the strides that inductor reports, and each saved tensor would be read by those of
+    # its neighbour.
+    tokens = {"unlift_effect_tokens": True}
+    # What forward saves is not overwritten by backward, which may run again with `retain_graph=True`.
+    with config.patch({**tokens, "donated_buffer": False}):
+        yield

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
-from luxtorch.core import DTypeError
-
+from ._constants import Refused, fingerprint
 from ._flatten import Spec
+from ._sizes import OfArguments, static
 
 
 class Signature:
@@ -28,33 +28,39 @@ class Signature:
     Args:
         leaves: The leaves of the arguments.
         spec: Their structure.
-        symbols: Which tensors have any first dimension, with the value in the call at hand and its symbol.
+        fakes: What the tensors were while tracing; those of their sizes that are symbols may be others.
     """
 
-    def __init__(self, leaves: Sequence[Any], spec: Spec, symbols: dict[int, Any] | None = None) -> None:
+    def __init__(self, leaves: Sequence[Any], spec: Spec, fakes: Sequence[Any]) -> None:
         self.spec = spec
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.statics = {i: static_value(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        self.statics = {i: fingerprint(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         self.shapes = [(leaf.dtype, tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
         self._count = len(leaves)
         self._values = {i: leaves[i] for i in self.statics}
         self._device = _default_device()
         self._same_settings = GlobalStateGuard().check
-        self._symbols = symbols or {}
-        tensors = self.tensors(leaves)
-        sizes: Any = [list(tensor.shape) for tensor in tensors]
-        for place in self._symbols:
-            sizes[place][0] = None
-        strides: Any = [list(tensor.stride()) for tensor in tensors]
-        self._same_tensors = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        self._condition = _condition(self._symbols.values())
+        sizes: Any = [list(map(static, fake.shape)) for fake in fakes]
+        strides: Any = [list(map(static, fake.stride())) for fake in fakes]
+        guards = TensorGuards(*self.tensors(leaves), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._same_tensors = guards.check
+        self._condition: OfArguments | None = None
+
+    def assume(self, condition: OfArguments | None) -> None:
+        """Have a further test of the tensors: what was assumed of their sizes that are symbols."""
+        self._condition = condition
 
     def fits(self, leaves: list[Any], spec: Spec) -> bool:
         """Tell whether a call with these leaves may use what was compiled for this signature."""
         if len(leaves) != self._count:
             return False
         if self.statics:
-            if any(isinstance(leaves[i], Tensor) or static_value(leaves[i]) != one for i, one in self.statics.items()):
+            try:
+                if any(
+                    isinstance(leaves[i], Tensor) or fingerprint(leaves[i]) != one for i, one in self.statics.items()
+                ):
+                    return False
+            except Refused:  # it is refused with its place, where it would be compiled for
                 return False
             leaves = self.tensors(leaves)
         return (
@@ -62,7 +68,7 @@ class Signature:
             and self._same_settings()
             and spec == self.spec
             and self._device == _default_device()
-            and (not self._symbols or self._condition([int(leaves[i].shape[0]) for i in self._symbols]))
+            and (self._condition is None or bool(self._condition(leaves)))
         )
 
     def tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
@@ -87,41 +93,6 @@ class Signature:
         return "strides, requires_grad or class of a tensor, or a setting of torch"
 
 
-def static_value(leaf: Any) -> tuple[Any, ...]:
-    """Return what a leaf that is no tensor is compared by: 1, 1.0 and True are not the same, nor are 0.0 and -0.0.
-
-    Raises:
-        DTypeError: If it has no hash, as an array of NumPy.
-    """
-    if isinstance(leaf, float):
-        return float, leaf.hex()
-    try:
-        hash(leaf)
-    except TypeError as error:
-        raise DTypeError(
-            "An argument of a jitted function is neither a tensor nor a constant.",
-            expected="tensors in any pytree; besides, hashable values, of which each makes a graph of its own",
-            got=f"a {type(leaf).__name__}",
-            fix="Convert it by torch.as_tensor.",
-        ) from error
-    return type(leaf), leaf
-
-
 def _default_device() -> torch.device | None:
     # It is set by a function mode; without any there is no need to ask.
     return torch.get_default_device() if torch._C._len_torch_function_stack() else None
-
-
-def _condition(symbols: Iterable[Any]) -> Any:
-    """Return the test of what a trace has assumed about its symbolic sizes."""
-    sizes = list(symbols)
-    if not sizes:
-        return None
-    env = sizes[0].node.shape_env
-    text = env.produce_guards_expression(sizes)
-
-    def holds(values: list[int]) -> bool:
-        # Sizes 0 and 1 are traced apart, since they broadcast.
-        return min(values) > 1 and (text is None or bool(env.evaluate_guards_expression(text, values)))
-
-    return holds

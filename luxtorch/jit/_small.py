@@ -55,7 +55,7 @@ def _is_small(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
         return False  # who knows what is in it
     arguments = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
-    result = node.meta["val"]
+    result = node.meta.get("val")
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((arguments, result)) if isinstance(leaf, Tensor)]
     if any(tensor.device.type != "cpu" or not isinstance(tensor.numel(), int) for tensor in tensors):
         return False

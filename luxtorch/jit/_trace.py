@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Collection, Iterator
+import copy
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from ._flatten import Spec, flatten
-from ._purity import Outs, TracingError, Watch, storage
+from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
+from ._flatten import Spec, flatten, with_nodes, written
+from ._purity import Functions, TracingError, Watch, explained, storage
 from ._signature import Signature
+from ._sizes import OfArguments, Sizes, hides_symbols, is_number
+from ._where import user_line
 
 
 @dataclass
@@ -26,7 +29,12 @@ class Trace:
         fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
         signature: What all this depends on.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, or `("static", value)`.
+        results: The leaves of the result: `("output", i)`, `("input", i)`, `("number", i)`, or what is not computed:
+            `("argument", i)`, a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each
+            call returns a copy.
+        sizes: The symbols among the sizes of the arguments.
+        numbers: Computes, from the arguments, the results that are made of sizes alone; None if there are none.
+        strides: Whether the function has asked how a tensor lies in memory.
     """
 
     function: Callable[..., list[Tensor]]
@@ -35,11 +43,19 @@ class Trace:
     signature: Signature
     out_spec: Spec
     results: list[tuple[str, Any]]
+    sizes: Sizes
+    numbers: OfArguments | None
+    strides: bool
 
     @property
     def symbolic(self) -> bool:
         """Whether any size is a symbol."""
         return any(isinstance(size, torch.SymInt) for fake in self.fakes for size in fake.shape)
+
+    def constants(self) -> list[Tensor]:
+        """Return the tensors that the graph closes over."""
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        return [one for one in (getattr(self.graph, node.target) for node in nodes) if isinstance(one, Tensor)]
 
     def outputs(self) -> list[Any]:
         """Return what the outputs of the graph were while tracing; those that it closes over are as they are."""
@@ -47,29 +63,22 @@ class Trace:
         return [node.meta["val"] if "val" in node.meta else getattr(self.graph, node.target) for node in nodes]
 
 
-def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collection[int]) -> Trace:
+def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mapping[int, Collection[int]]) -> Trace:
     """Trace a function.
 
     Args:
         fn: Takes `(args, kwargs)`.
         leaves: The leaves of these.
         spec: Their structure.
-        dynamic: Which leaves may have another first dimension later.
+        dynamic: Which dimensions of which leaves may have another size later.
 
     Raises:
         TracingError: If the function is not pure, or depends on the values of tensors.
         InputError: If it closes over a tensor that autograd records.
     """
-    # All this takes seconds to import, and only who compiles needs it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    symbolic = bool(dynamic)
-    # Sizes and numbers that depend on the values of tensors are errors.
-    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
+    sizes = Sizes()
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    fakes = [_fake(mode, leaves[i], f"input{n}", i in dynamic) for n, i in enumerate(places)]
+    fakes = [sizes.fake(leaves[i], n, dynamic.get(i, ())) for n, i in enumerate(places)]
     parts: dict[str, Any] = {}
     values = list(leaves)
 
@@ -77,13 +86,23 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
         full = list(values)
         for i, tensor in zip(places, tensors, strict=True):
             full[i] = tensor
-        out, parts["spec"] = flatten(fn(*spec.unflatten(full)))
+        arguments = spec.unflatten(full)
+        out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        if "results" in parts:  # traced once more, for its derivative
+            return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
+        _check_unchanged(arguments, full, spec)
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
-        parts["results"] = []
+        constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
+        parts["results"], parts["numbers"] = [], []
         made: list[Tensor] = []
-        for leaf in out:
-            if not isinstance(leaf, Tensor):
-                parts["results"].append(("static", leaf))
+        for i, leaf in enumerate(out):
+            if id(leaf) in constants:
+                parts["results"].append(("argument", constants[id(leaf)]))
+            elif is_number(leaf):
+                parts["results"].append(("number", len(parts["numbers"])))
+                parts["numbers"].append(leaf)
+            elif not isinstance(leaf, Tensor):
+                parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:
@@ -94,16 +113,77 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
     for i in places:
         values[i] = None  # or the arguments of the first call would be kept
     watch = Watch()
+    functions = Functions(watch)
 
     def watched(*tensors: Tensor) -> list[Tensor]:
-        with watch.given(tensors), Outs():
-            return function(*tensors)
+        with watch.given(tensors), functions:
+            made = watch.outputs(function(*tensors))
+        watch.check_given(tensors)
+        return made
 
-    graph = record(watched, fakes, {}, symbolic)
-    watch.check_leaks()
+    def with_fixed_sizes(line: str, reason: str) -> Trace:
+        fixed = trace(fn, leaves, spec, {})
+        fixed.sizes.fixed_by(line, reason, sizes)
+        return fixed
+
+    try:
+        with sizes.spelt_out() if dynamic else contextlib.nullcontext():
+            graph = record(watched, fakes, {}, bool(dynamic))
+    except Exception as error:
+        if not dynamic:
+            raise
+        # Some of torch's operators take no symbols, symbols have no hash, and so on. With numbers it may go; if not,
+        # the error has the numbers.
+        return with_fixed_sizes(user_line(error), f"{type(error).__name__}: {str(error).splitlines()[0]}")
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    free = {n: fake.shape[0] for n, fake in enumerate(fakes) if fake.dim() and isinstance(fake.shape[0], torch.SymInt)}
-    return Trace(function, graph, fakes, Signature(leaves, spec, free), parts["spec"], parts["results"])
+    watch.check_leaks()  # from here on nothing but a leak holds what the function was given
+    statics = [value for kind, value in parts["results"] if kind in ("static", "copied")]
+    if dynamic and hides_symbols([parts["spec"], *statics]):
+        return with_fixed_sizes(user_line(), "it is in the structure of the result")
+    signature = Signature(leaves, spec, fakes)
+    numbers = sizes.numbers(parts["numbers"]) if parts["numbers"] else None
+    return Trace(function, graph, fakes, signature, parts["spec"], parts["results"], sizes, numbers, functions.strides)
+
+
+def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:
+    """Raise if a function has changed dicts or other nodes of its arguments."""
+    after, structure = with_nodes(*flatten(arguments))
+    if structure != spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
+        raise TracingError(
+            "A jitted function changes a dict or another node of its arguments in place.",
+            fix="Make a new one and return it: {**ps, name: value}.",
+            where=user_line(),
+        )
+
+
+def _kind(value: Any, spec: Spec, leaf: int) -> str:
+    """Return whether each call may return the same object as a leaf of its result, or a copy.
+
+    Raises:
+        TracingError: If it can do neither, since it holds a tensor that is traced or a state that goes on.
+    """
+    place = f"result{written(spec.paths()[leaf])}"
+    try:
+        key, mutable = fingerprint(value), is_mutable(value)
+        if mutable:
+            copy.deepcopy(value)
+    except Exception as error:
+        held = f", which holds {error.what} at {place}{error.place}" if isinstance(error, Refused) else ""
+        raise TracingError(
+            f"A jitted function returns at {place} what is neither a tensor nor a constant.",
+            expected="any pytree of tensors; what else it returns is the same at each call",
+            got=f"a {type(value).__name__}{held}",
+            fix=f"Return the tensors, or make the class a pytree node, {REGISTER}.",
+            where=user_line(),
+        ) from None
+    if any("FakeTensor(" in text for text in texts(key)):
+        raise TracingError(
+            f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
+            got=f"{value!r:.80}",
+            fix="Return the tensor, and format it outside.",
+            where=user_line(),
+        )
+    return "copied" if mutable else "static"
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:
@@ -112,30 +192,10 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
 
     kind: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
-    try:
-        with _unlogged():
-            graph = traced(*fakes)
-    except RuntimeError as error:
-        if "not supported for tensor subclasses" in str(error):
-            raise TracingError(
-                "A jitted function takes the numbers out of a tensor, but what it traces has none.",
-                got=str(error),
-                fix="Keep to torch's functions of tensors.",
-            ) from error
-        raise
+    with explained():
+        graph = traced(*fakes)
     _tidy(graph)
     return graph
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep torch from logging, traceback and all, an error that it raises anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _tidy(graph: fx.GraphModule) -> None:
@@ -173,14 +233,3 @@ def aliases(trace: Trace) -> tuple[list[set[int]], list[set[int]]]:
         for j, one in enumerate(outputs)
     ]
     return of_inputs, others
-
-
-def _fake(mode: Any, tensor: Tensor, name: str, dynamic: bool) -> Any:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    if not dynamic or tensor.dim() == 0:
-        return mode.from_tensor(tensor, source=ConstantSource(name))
-    kinds = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (tensor.dim() - 1)
-    context: Any = StatelessSymbolicContext(kinds)
-    return mode.from_tensor(tensor, static_shapes=False, source=ConstantSource(name), symbolic_context=context)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import Layer, Parameters, States
+from luxtorch.core import Layer, Parameters, States, refuse_modules
 
 
 class NoOpLayer(Layer):
@@ -40,6 +40,10 @@ class WrappedFunction(Layer):
     Shape:
         Whatever the function takes to whatever it returns.
 
+    Raises:
+        InputError: If the function is, or refers to, a module of torch.nn with tensors of its own, or a tensor that
+            requires grad: `lt.from_torch` makes a layer of a module.
+
     Example:
         >>> import torch, luxtorch as lt
         >>> y, st = lt.WrappedFunction(torch.exp)(torch.zeros(2), {}, {})
@@ -50,6 +54,9 @@ class WrappedFunction(Layer):
     """
 
     function: Callable[[Any], Any]
+
+    def __post_init__(self) -> None:
+        refuse_modules(self.function, "A function in a model")
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return `(function(x), st)`."""

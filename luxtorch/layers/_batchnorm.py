@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import differentiate_again, saved_aside, transformed
 from luxtorch.core import TRAINING, InputError, Parameters, States
 
 from ._activations import activated
@@ -112,18 +116,29 @@ def batch_normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise by the batch's own moments; return also the running ones, in which those have the given weight."""
     mean, var = mean.detach(), var.detach()
-    if isinstance(weight, float) and not transformed():
+    if isinstance(weight, float) and not transformed() and not saved_aside():
         # torch's kernel writes the statistics that it is given: it gets copies.
         mean, var = mean.clone(), var.clone()
         # It also wants all four in one dtype, where the input may be of a lower precision.
         scale, bias = (None if p is None else p.to(mean.dtype) for p in (scale, bias))
-        return F.batch_norm(x, mean, var, scale, bias, True, weight, eps), mean, var
+        y = F.batch_norm(x, mean, var, scale, bias, True, weight, eps)
+        return differentiate_again(y, _batch_norm_formula(eps)), mean, var
     batch_mean, batch_var = moments(x)
     y = normalised(x, batch_mean, batch_var, scale, bias, eps)
     count = x.numel() // x.shape[1]
     mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
     var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
     return y, mean, var
+
+
+@lru_cache
+def _batch_norm_formula(eps: float) -> Callable[[Any], Callable[..., Tensor] | None]:
+    def formula(node: Any) -> Callable[..., Tensor] | None:
+        if not hasattr(node, "_saved_weight"):
+            return None
+        return lambda x, scale, bias: normalised(x, *moments(x), scale, bias, eps)
+
+    return formula
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

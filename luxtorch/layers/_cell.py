@@ -89,4 +89,4 @@ class Cell(Layer):
 
 def first_of(xs: Tensor) -> Tensor:
     """Return the input of the first step, or one like it if there are none."""
-    return xs[0] if len(xs) else xs.new_zeros(xs.shape[1:])
+    return xs[0] if xs.shape[0] else xs.new_zeros(xs.shape[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, show_value, suggest
+from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, refuse_modules, show_value, suggest
 
 from ._basic import NoOpLayer, WrappedFunction
 
@@ -60,6 +60,7 @@ def check_combines(name: str, combine: Any) -> None:
     """Raise unless something can combine values: a function, or a layer."""
     if not callable(combine) or isinstance(combine, type):
         raise InputError(f"The {name} combines values.", expected="a function or a layer", got=f"{combine!r:.80}")
+    refuse_modules(combine, f"The {name}")
 
 
 def show_combines(name: str, combine: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, Layer, StatefulLayer, Static
+from luxtorch.core import DTypeError, InputError, Layer, StatefulLayer, Static, refuse_modules
 
 from ._compact_parts import Constant, Content, Group, Leaf, Part
 
@@ -105,6 +105,8 @@ def _static(value: Any, what: str) -> Any:
             f"{what} {problem}, and is neither a layer nor a tensor.",
             expected="a layer, a tensor, a list or dict of these, or a plain hashable value",
             got=f"{value!r:.80} of type {type(value).__name__}",
-            fix="Arrays become tensors by torch.as_tensor; the layer of a StatefulLayer is its attribute layer.",
+            fix="Arrays become tensors by torch.as_tensor; the layer of a StatefulLayer is its attribute layer."
+            + " A module becomes a layer by lt.from_torch." * isinstance(value, torch.nn.Module),
         )
+    refuse_modules(value, what)
     return value

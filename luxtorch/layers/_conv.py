@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone
 from luxtorch.core import InputError, Layer, Parameters, States, show_value
 from luxtorch.init import Initializer, glorot_uniform, zeros
 from luxtorch.random import fold_in
@@ -244,7 +245,8 @@ class ConvTranspose(_Convolution):
         """Return the transposed convolution of the input after bias and activation, and `st`."""
         convolve, cut = _CONV_TRANSPOSE[self._dims], symmetric(self._cut)
         bias = ps["bias"] if self.bias else None
-        if cut is not None:
+        # With an output_padding torch takes no third derivative.
+        if cut is not None and (not any(self.output_padding) or reverse_alone()):  # type: ignore[arg-type]
             y = convolve(x, ps["weight"], bias, self.stride, cut, self.output_padding, self.groups, self.dilation)
         else:
             ends = zip(self._cut, self.output_padding, strict=True)  # type: ignore[arg-type]

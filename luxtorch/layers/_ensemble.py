@@ -32,6 +32,10 @@ class Ensemble(WrapperLayer):
     The members are what `lt.setup` makes of n keys, and their trees are those of the layer, stacked: `lt.unstack(ps)`
     lists them, and `lt.stack` makes an ensemble's parameters out of those of models trained apart.
 
+    In a training, take the *sum* of the members' losses, so that the gradient of each is its own, and an optimizer that
+    looks at more than one number at a time, such as `ClipNorm`, `LAMB`, `Adafactor`, `Muon` or `LBFGS`, as
+    `optim.per_member(rule, n)`: by itself it would take the stack for one large model, and couple the members.
+
     Args:
         layer: A layer or a plain function.
         n: The number of members.

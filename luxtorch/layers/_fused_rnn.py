@@ -69,7 +69,7 @@ def _fits(gates: int, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> bo
 def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
     """Return the same, step by step, after one matrix product for the inputs of all steps."""
     projected = cell.project(xs, weights)
-    if not len(xs):
+    if not xs.shape[0]:
         return projected[..., : carry[0].shape[-1]], carry
     ys = []
     # To index step by step would cost time quadratic in the length when it is differentiated.

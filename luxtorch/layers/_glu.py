@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import reverse_alone, transformed
 from luxtorch.core import InputError, Layer, Parameters, States
 
 
@@ -37,11 +37,20 @@ class GLU(Layer):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the gated half and `st`."""
-        return F.glu(x, self.dim), st
+        return gated(x, self.dim), st
 
     def expected_input(self) -> str:
         """Name the dimension."""
         return f"a tensor whose size is even along dimension {self.dim}"
+
+
+def gated(x: Tensor, dim: int = -1) -> Tensor:
+    """Return one half of a tensor along a dimension, gated by the other."""
+    # Derivatives that torch takes of its kernel by forward mode have none themselves. It says best what does not fit.
+    if reverse_alone() or not -x.ndim <= dim < x.ndim or x.shape[dim] % 2:
+        return F.glu(x, dim)
+    half, gate = x.chunk(2, dim)
+    return half * gate.sigmoid()
 
 
 class PReLU(Layer):

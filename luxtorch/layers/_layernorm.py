@@ -13,7 +13,7 @@ from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._normalise import shown
+from ._normalise import layer_normalised, shown
 
 
 class LayerNorm(Layer):
@@ -90,7 +90,7 @@ class LayerNorm(Layer):
         """Return the normalised input and `st`."""
         scale = ps["scale"] if self.affine else None
         bias = ps["bias"] if self.affine and self.bias else None
-        return activated(F.layer_norm(x, self.shape, scale, bias, self.eps), self.activation), st
+        return activated(layer_normalised(x, self.shape, scale, bias, self.eps), self.activation), st
 
     def expected_input(self) -> str:
         """Name the last dimensions."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import KW_ONLY
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import differentiate_again, first_order, functional, reverse_alone, saved_aside, transformed
 from luxtorch.core import TRAINING, InputError, Layer, Static, show_value
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
@@ -74,6 +76,50 @@ def group_normalised(x: Tensor, groups: int, scale: Tensor | None, bias: Tensor 
     # torch computes a derivative that can be differentiated again in the input's dtype, from differences that cancel.
     scale, bias = (None if tensor is None else tensor.float() for tensor in (scale, bias))
     return F.group_norm(x.float(), groups, scale, bias, eps).to(x.dtype)
+
+
+def layer_normalised(
+    x: Tensor, shape: tuple[int, ...], scale: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise over the last dimensions, which have the given shape.
+
+    torch's kernel has right first and second derivatives, in reverse mode; by forward mode the second is wrong, and
+    by any the third.
+    """
+    if not functional() and not saved_aside():
+        return differentiate_again(F.layer_norm(x, shape, scale, bias, eps), _layer_norm_formula(shape, eps))
+    same = all(tensor is None or tensor.dtype == x.dtype for tensor in (scale, bias))
+    # In two dtypes, as under autocast, the kernel's derivative has no batching rule. It says best what does not fit.
+    if (same and first_order(x, scale, bias)) or x.shape[-len(shape) :] != shape:
+        return F.layer_norm(x, shape, scale, bias, eps)
+    return _layer_normalised(x, shape, scale, bias, eps)
+
+
+def _layer_normalised(
+    x: Tensor, shape: tuple[int, ...], scale: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    wide = x.float() if x.dtype in HALVES else x
+    centred = wide - wide.mean(dims, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@lru_cache
+def _layer_norm_formula(shape: tuple[int, ...], eps: float) -> Callable[[Any], Callable[..., Tensor]]:
+    return lambda node: lambda x, scale, bias: _layer_normalised(x, shape, scale, bias, eps)
+
+
+def euclidean_norm(v: Tensor, dims: list[int] | None, *, keepdim: bool = False) -> Tensor:
+    """Return the square root of the sum of squares over some dimensions, or over all; at 0 its derivatives are 0."""
+    if reverse_alone():
+        norm: Tensor = torch.linalg.vector_norm(v, dim=dims, keepdim=keepdim)
+        return norm
+    # torch does not differentiate what it computes of a norm in forward mode twice in reverse mode.
+    squares = v.square().sum(dims, keepdim=keepdim)
+    zero = squares == 0
+    return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def normalised(x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

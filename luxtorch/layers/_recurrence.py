@@ -75,7 +75,7 @@ class Recurrence(WrapperLayer):
             )
         swap = self.batch_first and x.ndim > 2
         xs = x.transpose(0, 1) if swap else x
-        if not (len(xs) or self.return_sequence):
+        if not (xs.shape[0] or self.return_sequence):
             raise InputError(
                 "A sequence without steps has no last output.",
                 expected="at least one step",

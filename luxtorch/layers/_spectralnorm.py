@@ -15,6 +15,7 @@ from luxtorch.core._nowhere import NOWHERE
 from luxtorch.init import normal
 from luxtorch.random import fold_in
 
+from ._normalise import euclidean_norm
 from ._reparametrized import Reparametrized
 
 
@@ -120,7 +121,7 @@ class SpectralNorm(Reparametrized):
         divided = dict(ps)
         for name in self.names:
             if ps[name].ndim == 1:
-                divided[name] = F.normalize(ps[name], dim=0, eps=self.eps)
+                divided[name] = ps[name] / euclidean_norm(ps[name], None).clamp_min(self.eps)
         for name, weight in self._matrices(ps):
             u, v = new[f"{name}_u"].detach(), new[f"{name}_v"].detach()
             divided[name] = ps[name] / torch.vdot(u, torch.mv(weight, v))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, Parameters, States, WrapperLayer, tree_map
+from luxtorch.core._locate import wrong_names
 
 from ._cell import Cell
 from ._recurrence import check_cell
@@ -34,7 +36,7 @@ class StatefulRecurrentCell(WrapperLayer):
 
     States:
         Those of the cell, not nested, and:
-        carry: The carry of the last call; zeros before the first one.
+        carry: The carry of the last call; zeros before the first one. The parts of a tuple are named "0", "1", ...
         started: Whether there was a call, a boolean tensor.
 
     Shape:
@@ -73,7 +75,7 @@ class StatefulRecurrentCell(WrapperLayer):
         ps, st = self.cell.initial_parameters(key), self.cell.initial_states(key)
         carry, _ = self.cell.initial_carry(torch.zeros(self._shape(), device=key.device), ps, st)
         started = torch.zeros((), dtype=torch.bool, device=key.device)
-        return {**st, "carry": tree_map(torch.zeros_like, carry), "started": started}
+        return {**st, "carry": _as_groups(tree_map(torch.zeros_like, carry)), "started": started}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the cell's output, and the state with the new carry."""
@@ -86,9 +88,9 @@ class StatefulRecurrentCell(WrapperLayer):
             )
         own: States = {name: value for name, value in st.items() if name not in _OWN}
         start, own = self.cell.initial_carry(x, ps, own)
-        carry = tree_map(lambda a, b: torch.where(st["started"], a.to(b.dtype), b), st["carry"], start)
+        carry = tree_map(lambda a, b: torch.where(st["started"], a.to(b.dtype), b), _like(start, st["carry"]), start)
         (y, carry), own = self.cell((x, carry), ps, own)
-        carry = tree_map(lambda new, old: new.detach().to(old.dtype), carry, st["carry"])
+        carry = tree_map(lambda new, old: new.detach().to(old.dtype), _as_groups(carry), st["carry"])
         return y, {**own, "carry": carry, "started": torch.ones_like(st["started"])}
 
     def _shape(self) -> tuple[int, ...]:
@@ -102,3 +104,26 @@ class StatefulRecurrentCell(WrapperLayer):
     def extra_repr(self) -> str:
         """Return for instance `batch_size=8`."""
         return "" if self.batch_size is None else f"batch_size={self.batch_size}"
+
+
+def _as_groups(carry: Any) -> Any:
+    """Return a carry as states are: a tuple as a dict."""
+    return {str(i): _as_groups(part) for i, part in enumerate(carry)} if isinstance(carry, tuple) else carry
+
+
+def _like(carry: Any, groups: Any, path: tuple[str, ...] = ("carry",)) -> Any:
+    """Return the carry that the groups stand for, given one of its structure."""
+    if not isinstance(carry, tuple):
+        return groups
+    names = [str(i) for i in range(len(carry))]
+    error = wrong_names(
+        groups if isinstance(groups, Mapping) else {},
+        frozenset(names),
+        "state",
+        "Make them anew with lt.initial_states.",
+    )
+    if error is not None:
+        error.inside = path
+        raise error
+    parts = [_like(part, groups[name], (*path, name)) for name, part in zip(names, carry, strict=True)]
+    return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)

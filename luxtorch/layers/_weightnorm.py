@@ -12,6 +12,7 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, KeyNameError, Parameters, States, suggest
 
+from ._normalise import euclidean_norm
 from ._reparametrized import Reparametrized
 
 
@@ -123,5 +124,4 @@ def _norm(v: Tensor, dim: int | None) -> Tensor:
     if v.ndim == 1 and dim is not None:
         return v.abs()
     others = None if dim is None else [other for other in range(v.ndim) if other != dim % v.ndim]
-    norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim is not None)
-    return norm
+    return euclidean_norm(v, others, keepdim=dim is not None)

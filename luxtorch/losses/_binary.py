@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone
+
 from ._classes import as_floats
 from ._loss import Loss, machine_epsilon
 
@@ -72,7 +74,11 @@ class BinaryCrossEntropyLoss(Loss):
             for value in (self.weight, self.pos_weight)
         )
         if self.logits:
-            return F.binary_cross_entropy_with_logits(y_hat, y, weight, reduction="none", pos_weight=pos_weight)
+            if reverse_alone():
+                return F.binary_cross_entropy_with_logits(y_hat, y, weight, reduction="none", pos_weight=pos_weight)
+            share = 1 if pos_weight is None else (pos_weight - 1) * y + 1
+            losses = (1 - y) * y_hat - share * F.logsigmoid(y_hat)
+            return losses if weight is None else weight * losses
         epsilon = machine_epsilon(y_hat, self.epsilon)
         yes, no = y.xlogy(y_hat + epsilon), (1 - y).xlogy(1 - y_hat + epsilon)
         losses = -(yes if pos_weight is None else pos_weight * yes) - no

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.core import DTypeError, InputError
+from luxtorch.core._weighted import watched_means
 
-from ._loss import Loss, as_numbers, machine_epsilon
+from ._loss import Loss, as_numbers, machine_epsilon, total
 
 
 class ClassLoss(Loss):
@@ -66,8 +68,22 @@ class ClassLoss(Loss):
         """Return the aggregated loss; the mean over class indices is weighted and leaves out what is ignored."""
         y_hat, y = self.checked(y_hat, y)
         if self.agg == "mean" and y.ndim < y_hat.ndim:
+            taken = watched_means()
+            if taken is not None and self._is_weighted(y):
+                taken.append(self)
             return self.picked(self.scores(y_hat), y, "mean")
         return self.aggregate(self.each(y_hat, y))
+
+    def sum_and_weight(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the losses, and the sum of the weights of the target classes without what is ignored."""
+        if self.agg != "mean" or y.ndim == y_hat.ndim:
+            return super().sum_and_weight(y_hat, y)
+        y_hat, y = self.checked(y_hat, y)
+        scores, ignored = self.scores(y_hat), y == self.ignore_index
+        share, weight = (~ignored).to(torch.promote_types(scores.dtype, torch.float32)), self.weights(scores)
+        if weight is not None:
+            share = share * weight[y.masked_fill(ignored, 0)]
+        return total(self.picked(scores, y, "none")), share.sum()
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return one loss a sample: 0 for what is ignored."""
@@ -81,12 +97,30 @@ class ClassLoss(Loss):
 
     def picked(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
         """Return minus the scores of the target classes."""
+        if scores.ndim > 2 and not reverse_alone():
+            return self._gathered(scores, y, reduction)
         try:
             return F.nll_loss(scores, y, self.weights(scores), ignore_index=self.ignore_index, reduction=reduction)
         except (IndexError, RuntimeError) as error:
             if "out of bounds" not in str(error):
                 raise
             raise self._out_of_range(scores, error) from error
+
+    def _gathered(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
+        """Pick without torch's kernel for images, whose third derivative wants what its second does not give."""
+        ignored = y == self.ignore_index
+        index = y.masked_fill(ignored, 0)
+        losses = -scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)
+        weight = self.weights(scores)
+        share = (~ignored).to(scores.dtype) if weight is None else weight[index].masked_fill(ignored, 0.0)
+        return losses * share if reduction == "none" else (losses * share).sum() / share.sum()
+
+    def _is_weighted(self, y: Tensor) -> bool:
+        """Say whether the mean over the targets is a weighted one, as far as that is seen without waiting for a device."""
+        if self.weight is not None or self.ignore_index != ClassLoss.ignore_index:
+            return True
+        readable = y.device.type == "cpu" and not (transformed() or watched())
+        return readable and bool((y == self.ignore_index).any())
 
     def weights(self, scores: Tensor) -> Tensor | None:
         """Return the weights of the classes as a tensor beside the scores."""

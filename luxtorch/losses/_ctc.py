@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import traced, transformed
 from luxtorch.core import DTypeError
 
-from ._loss import Loss
+from ._loss import Loss, total
 
 # Stands for the logarithm of 0: minus infinity has no derivative, and this is out of reach of real losses.
 _NEVER = -1e30
@@ -19,8 +19,8 @@ class CTCLoss(Loss):
     """Take the negative log-likelihood of a sequence of labels, summed over all its alignments with the predictions.
 
     The mean is that of torch: each sequence's loss is divided by its length first. Under the transforms of torch.func,
-    forward-mode differentiation and torch.compile, for which torch's kernel has no rules, the recursion is run in
-    plain operations, one step after another. On an ordinary autograd tape there is no second derivative.
+    forward-mode differentiation, torch.compile and `lt.jit`, for which torch's kernel has no rules, the recursion is
+    run in plain operations, one step after another. On an ordinary autograd tape there is no second derivative.
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses, one a sequence.
@@ -71,14 +71,24 @@ class CTCLoss(Loss):
 
     def value(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the aggregated loss; the mean is that of the losses divided by the sequences' lengths."""
+        return self.aggregate(self._shares(y_hat, y))
+
+    def sum_and_weight(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the losses divided by the sequences' lengths, and the number of sequences."""
+        if self.agg != "mean":
+            return super().sum_and_weight(y_hat, y)
+        losses = self._shares(y_hat, y)
+        return total(losses), losses.numel()
+
+    def _shares(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         y_hat, y = self.checked(y_hat, y)
         losses = self.each(y_hat, y)
-        return self.aggregate(losses / y[2].clamp_min(1).to(losses.dtype) if self.agg == "mean" else losses)
+        return losses / y[2].clamp_min(1).to(losses.dtype) if self.agg == "mean" else losses
 
     def each(self, y_hat: Tensor, y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return one loss a sequence."""
         log_p = y_hat.float() if y_hat.dtype in (torch.float16, torch.bfloat16) else y_hat
-        if transformed():
+        if transformed() or traced():
             log_likelihoods = _log_likelihoods(log_p, *y, self.blank)
             beyond = 0.0 if self.zero_infinity else torch.inf
             return torch.where(log_likelihoods > _NEVER / 2, -log_likelihoods, beyond).to(y_hat.dtype)

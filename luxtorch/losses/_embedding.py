@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import reverse_alone
+
 from ._loss import Loss, as_numbers
+
+_NOT_ZERO = 1e-12
+"""What torch adds to squared lengths before it divides by them."""
 
 
 class SiameseContrastiveLoss(Loss):
@@ -77,7 +84,12 @@ class CosineEmbeddingLoss(Loss):
 
     def each(self, y_hat: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         """Return the losses of the pairs."""
-        return F.cosine_embedding_loss(*y_hat, y, margin=self.margin, reduction="none")
+        if reverse_alone():
+            return F.cosine_embedding_loss(*y_hat, y, margin=self.margin, reduction="none")
+        x1, x2 = y_hat
+        lengths = ((x1.square().sum(-1) + _NOT_ZERO) * (x2.square().sum(-1) + _NOT_ZERO)).sqrt()
+        cosine = (x1 * x2).sum(-1) / lengths
+        return torch.where(y == 1, 1 - cosine, torch.where(y == -1, (cosine - self.margin).relu(), 0.0))
 
 
 class TripletMarginLoss(Loss):
@@ -126,11 +138,21 @@ class TripletMarginLoss(Loss):
     def each(self, y_hat: tuple[Tensor, Tensor, Tensor], y: None) -> Tensor:
         """Return the losses of the triples."""
         anchor, positive, negative = y_hat
-        to_positive = F.pairwise_distance(anchor, positive, self.p, self.eps)
-        to_negative = F.pairwise_distance(anchor, negative, self.p, self.eps)
+        to_positive = _distance(anchor, positive, self.p, self.eps)
+        to_negative = _distance(anchor, negative, self.p, self.eps)
         if self.swap:
-            to_negative = to_negative.minimum(F.pairwise_distance(positive, negative, self.p, self.eps))
+            to_negative = to_negative.minimum(_distance(positive, negative, self.p, self.eps))
         return (to_positive - to_negative + self.margin).relu()
+
+
+def _distance(a: Tensor, b: Tensor, p: float, eps: float) -> Tensor:
+    """Return `torch.nn.functional.pairwise_distance`, whose third derivative torch cannot take through forward mode."""
+    if reverse_alone():
+        return F.pairwise_distance(a, b, p, eps)
+    apart = (a - b + eps).abs()
+    if p == math.inf:
+        return apart.amax(-1)
+    return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
 
 
 def checked_embeddings(loss: Loss, y_hat: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -98,6 +98,46 @@ class Loss(Value, ABC, kw_only=True):
             return losses.sum()
         return self.agg(losses) if callable(self.agg) else losses
 
+    def sum_and_weight(self, y_hat: Any, y: Any) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the losses and its weight, whose quotient is the mean; no weight for the sum itself.
+
+        By these the losses of the parts of a batch become that of the batch. An objective that uses this loss returns
+        the pair in place of a number, to be right for microbatches. Whoever defines `value` anew defines this too.
+
+        Args:
+            y_hat: The predictions.
+            y: The targets.
+
+        Raises:
+            InputError: If the loss of a batch cannot be told from those of its parts.
+
+        Example:
+            >>> import torch, luxtorch as lt
+            >>> lt.CrossEntropyLoss(ignore_index=0)(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+            tensor(0.6931)
+            >>> lt.CrossEntropyLoss(ignore_index=0).sum_and_weight(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+            (tensor(1.3863), tensor(2.))
+        """
+        defined = [next(c for c in type(self).__mro__ if name in vars(c)) for name in ("value", "aggregate")]
+        own = next(c for c in type(self).__mro__ if "sum_and_weight" in vars(c))
+        if self.agg not in ("mean", "sum") or not all(issubclass(own, c) for c in defined):
+            raise self.error(
+                "The loss of a batch cannot be told from those of its parts.",
+                expected="agg='mean' or agg='sum', and a method sum_and_weight that goes with the loss's own value",
+                got=f"agg={show_value(self.agg)} of {type(self).__name__}",
+                fix="Define sum_and_weight(y_hat, y), or compute the loss of the whole batch at once.",
+            )
+        losses = self.each(*self.checked(y_hat, y))
+        return total(losses), losses.numel() if self.agg == "mean" else None
+
+    def of_microbatch(
+        self, model: Model, ps: Parameters, st: States, data: tuple[Any, Any]
+    ) -> tuple[tuple[Tensor, Tensor | int | None], States, dict[str, Any]]:
+        """Return `(sum_and_weight, st, {})`: the objective to take for a part of a batch."""
+        x, y = self._pair(data)
+        y_hat, st = model(x, ps, st)
+        return self.sum_and_weight(y_hat, y), st, {}
+
     @overload
     def __call__(self, y_hat: Any, y: Any, /) -> Tensor: ...
 
@@ -110,17 +150,24 @@ class Loss(Value, ABC, kw_only=True):
         """Return `value(y_hat, y)`, or `(value, st, {})` of a model's output for `x` against `y`."""
         if len(args) == 2:
             return self.value(*args)
-        if len(args) != 4 or not isinstance(args[3], tuple | list) or len(args[3]) != 2:
-            raise self.error(
-                "The arguments are of neither of the two call forms.",
-                expected="loss(y_hat, y) or loss(model, ps, st, (x, y))",
-                got=f"{len(args)} arguments"
-                if len(args) != 4
-                else f"data that is {type(args[3]).__name__}, not (x, y)",
-            )
-        model, ps, st, (x, y) = args
+        if len(args) != 4:
+            raise self._form_error(f"{len(args)} arguments")
+        model, ps, st, data = args
+        x, y = self._pair(data)
         y_hat, st = model(x, ps, st)
         return self.value(y_hat, y), st, {}
+
+    def _pair(self, data: Any) -> Any:
+        if isinstance(data, tuple | list) and len(data) == 2:
+            return data
+        raise self._form_error(f"data that is {type(data).__name__}, not (x, y)")
+
+    def _form_error(self, got: str) -> InputError:
+        return self.error(
+            "The arguments are of neither of the two call forms.",
+            expected="loss(y_hat, y) or loss(model, ps, st, (x, y))",
+            got=got,
+        )
 
     def require_floating(self, y_hat: Tensor) -> None:
         """Raise a DTypeError unless the predictions are real floating-point numbers."""
@@ -169,6 +216,11 @@ class Loss(Value, ABC, kw_only=True):
             elif value != item.default:
                 shown.append(f"{item.name}={show_value(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def total(losses: Tensor) -> Tensor:
+    """Return the sum of losses, in a dtype that has room for it."""
+    return losses.sum(dtype=torch.float32 if losses.dtype == torch.float16 else None)
 
 
 def as_numbers(y: Tensor, y_hat: Tensor) -> Tensor:

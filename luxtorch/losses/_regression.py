@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from luxtorch._transforms import reverse_alone
 
 from ._loss import Loss, machine_epsilon
 
@@ -49,10 +52,14 @@ class MSELoss(Loss):
 
     def value(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the aggregated squared errors."""
-        if self.agg != "mean":
+        # The usual case by the kernel that need not keep the squares, but has no rules for transforms in transforms.
+        if self.agg != "mean" or not reverse_alone():
             return super().value(y_hat, y)
-        # The usual case by the kernel that need not keep the squares.
         return F.mse_loss(*self.checked(y_hat, y))
+
+    def sum_and_weight(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Return the sum of the squared errors, and their number."""
+        return super().sum_and_weight(y_hat, y)
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return `(y_hat - y)**2`."""
@@ -91,7 +98,10 @@ class HuberLoss(Loss):
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the Huber losses."""
-        return F.huber_loss(y_hat, y, reduction="none", delta=self.delta)
+        if reverse_alone():
+            return F.huber_loss(y_hat, y, reduction="none", delta=self.delta)
+        error = (y_hat - y).abs()
+        return torch.where(error <= self.delta, error.square() / 2, self.delta * (error - self.delta / 2))
 
 
 class SmoothL1Loss(Loss):
@@ -120,7 +130,12 @@ class SmoothL1Loss(Loss):
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the smooth absolute errors."""
-        return F.smooth_l1_loss(y_hat, y, reduction="none", beta=self.beta)
+        if reverse_alone():
+            return F.smooth_l1_loss(y_hat, y, reduction="none", beta=self.beta)
+        error = (y_hat - y).abs()
+        if self.beta == 0:
+            return error
+        return torch.where(error < self.beta, error.square() / (2 * self.beta), error - self.beta / 2)
 
 
 class MSLELoss(Loss):

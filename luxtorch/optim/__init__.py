@@ -33,6 +33,7 @@ from ._nesterov import Nesterov as Nesterov
 from ._oadam import OAdam as OAdam
 from ._opt_state import OptState as OptState
 from ._optimiserchain import OptimiserChain as OptimiserChain
+from ._per_member import per_member as per_member
 from ._radam import RAdam as RAdam
 from ._rmsprop import RMSProp as RMSProp
 from ._rprop import Rprop as Rprop
@@ -51,4 +52,5 @@ from ._schedules import warmup_cosine as warmup_cosine
 from ._scipy import scipy_least_squares as scipy_least_squares
 from ._scipy import scipy_minimize as scipy_minimize
 from ._setup import setup as setup
+from ._transfer import transfer as transfer
 from ._update import update as update

@@ -25,7 +25,8 @@ class AccumGrad(ListRule):
     one compiled graph, which computes the step each time and keeps it at the n-th.
 
     A parameter whose gradient is missing at some calls steps by the mean of those that came; where it is missing
-    at the n-th, it keeps what has come for the next time.
+    at the n-th, it keeps what has come for the next time. Each call counts the same, whatever its batch: for weighted
+    means, ignored targets and batches of different sizes, `accumulate=n` of a training step is that of the whole.
 
     Args:
         n: The number of calls.

@@ -128,5 +128,5 @@ def alike(params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slo
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-COUNTS = ("step", "mu_product")
+COUNTS = ("step", "mu_product", "count")
 """The slots that hold one number for the whole parameter."""

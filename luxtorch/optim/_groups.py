@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torchopt.base import GradientTransformation
 from typing_extensions import Self
 
@@ -95,6 +97,16 @@ class Groups(ListRule):
     def map_states(self, change: ChangeState, state: GroupsState) -> GroupsState:
         parts = zip(self.rules, state.states, strict=True)
         return state._replace(states=tuple(rule.map_states(change, part) for rule, part in parts))
+
+    def in_force(self, state: GroupsState) -> Groups:
+        rule = copy.copy(self)
+        parts = zip(self.rules, state.states, strict=True)
+        object.__setattr__(rule, "rules", tuple(inner.in_force(part) for inner, part in parts))
+        return rule
+
+    def own_numbers(self, state: GroupsState, dtype: torch.dtype) -> list[Tensor]:
+        parts = zip(self.rules, state.states, strict=True)
+        return [number for rule, part in parts for number in rule.own_numbers(part, dtype)]
 
     def describe(self, state: GroupsState) -> str:
         parts = zip(self.paths, self.rules, state.states, strict=True)

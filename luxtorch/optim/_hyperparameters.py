@@ -101,6 +101,17 @@ def show(vector: Tensor, shapes: Shapes) -> str:
     return ", ".join(f"{name}={_show(value, shapes[name])}" for name, value in unpack(vector, shapes).items())
 
 
+def readable(value: Tensor, shape: tuple[int, ...]) -> Any:
+    """Return a hyperparameter as a user would write it; as the tensor if it is traced, batched or on a tape."""
+    if value.shape != shape or (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    try:
+        numbers = value.tolist()
+    except RuntimeError:
+        return value
+    return tuple(numbers) if shape else numbers
+
+
 def _show(value: Tensor, shape: tuple[int, ...]) -> str:
     if value.shape != shape:
         return f"<{'x'.join(map(str, value.shape))}>"

@@ -95,6 +95,9 @@ class LBFGS(ListRule):
         memory |= {name: torch.zeros_like(flat) for names in _names(memory["rho"]) for name in names}
         return state._replace(leaves={**state.leaves, ALL: memory})
 
+    def own_numbers(self, state: RuleState, dtype: torch.dtype) -> list[Tensor]:
+        return state._replace(leaves={}).own_numbers(dtype)  # all of the memory meets the gradient in products
+
     def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
         check_names(leaves.names, [name for name in state.leaves if name != ALL])
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves.params, leaves.grads, strict=True)]

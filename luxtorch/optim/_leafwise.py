@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from luxtorch.core import InputError
@@ -83,7 +84,8 @@ class LeafwiseRule(ListRule):
                 updates.append(None)
                 continue
             old = state.leaves[name]
-            delta, new = self.delta(g, p, old, hyper[name])
+            # The square of a small float16 number is zero.
+            delta, new = self.delta(g.float() if g.dtype == torch.float16 else g, p, old, hyper[name])
             if delta.shape != p.shape:
                 _check_shapes(self, leaves, state)
             # A 0-d parameter would be promoted by the float64 hyperparameters.

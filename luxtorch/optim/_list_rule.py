@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from math import prod
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, KeyNameError
 
 from ._fused import Slots, unobserved
-from ._hyperparameters import pack, show
+from ._hyperparameters import pack, readable, show, unpack
 from ._leaves import Leaves, from_components, pair, rebuild, to_components
 from ._rule import Rule
 from ._rule_state import Hyper, RuleState, map_hyper
-from ._schedule import Value, evaluate, scale_of, schedule_of
+from ._schedule import Scaled, Schedule, Value, evaluate, scale_of, schedule_of
 
 Updates: TypeAlias = "list[Tensor | None]"
 """What to add to each parameter, or its new gradient; None where it is left alone."""
@@ -86,6 +88,32 @@ class ListRule(Rule):
         """Return the state, with that of this rule, or of each rule that it is made of, changed."""
         return change(self, state)
 
+    def in_force(self, state: Any) -> ListRule:
+        """Return the rule with the hyperparameters of a state: a number, or a tensor where it cannot be read.
+
+        Where parameters have different ones, adjusted by path, there is None.
+        """
+        if not isinstance(state, RuleState):
+            return self
+        hyper = state.hyper.values() if isinstance(state.hyper, dict) else [state.hyper]
+        vectors = list({id(vector): vector for vector in hyper}.values())
+        rule = copy.copy(self)
+        if vectors:
+            rows = [unpack(vector, self.hyperparameters) for vector in vectors]
+            for name, shape in self.hyperparameters.items():
+                value = _common([readable(row[name], shape) for row in rows])
+                schedule = schedule_of(getattr(self, name))
+                if schedule is not None and value is not None:
+                    alone = isinstance(value, float) and value == 1.0
+                    value = schedule if alone else Scaled(cast("Schedule", schedule), value)
+                object.__setattr__(rule, name, value)
+        return rule
+
+    def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        """Return what of a state stays as it is where parameters and states are cast to a dtype."""
+        nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+        return [number for node in nodes if isinstance(node, RuleState) for number in node.own_numbers(dtype)]
+
     def slots(self, p: Tensor) -> Slots:
         """Return what the rule remembers of a parameter before the first step."""
         return {}
@@ -93,7 +121,7 @@ class ListRule(Rule):
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
         names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
-        _check_parameters(names, tensors)
+        check_parameters(names, tensors)
         device = tensors[0].device if tensors else torch.device("cpu")
         hyper = pack({name: scale_of(getattr(self, name)) for name in self.hyperparameters}, beside=device)
         steps = torch.zeros((), dtype=torch.int64, device=hyper.device) if self.counts() else ()
@@ -174,7 +202,14 @@ class ListRule(Rule):
         return dict(zip(self.hyperparameters, torch.split(hyper, sizes, -1) if sizes else (), strict=True))
 
 
-def _check_parameters(names: list[str], tensors: list[Tensor]) -> None:
+def _common(values: list[Any]) -> Any:
+    """Return the value that all are, or None."""
+    first = values[0]
+    return first if len(values) == 1 or all(type(v) is type(first) and v == first for v in values) else None
+
+
+def check_parameters(names: list[str], tensors: list[Tensor]) -> None:
+    """Raise unless parameters have names of their own and are real."""
     if len(set(names)) < len(names):
         raise KeyNameError(
             "Two parameters have the same dotted name.",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from luxtorch.core import InputError
 
 from ._hyperparameters import pack
 from ._leaves import Leaves, pair, to_components
-from ._list_rule import ChangeState, ListRule, Updates
+from ._list_rule import ChangeState, ListRule, Updates, check_parameters
 from ._optimiserchain import list_rule
 from ._rule_state import RuleState, check_names
 
@@ -21,7 +23,7 @@ class MixedPrecision(ListRule):
 
     Small steps then add up that would be lost in the rounding of parameters in bfloat16. The state holds the
     copies; what happens to the parameters outside the steps is overwritten by them. A parameter that has the
-    dtype of the copies already has none.
+    dtype of the copies already has none. Where all is cast, as by `lt.bf16(ts)`, copies and averages stay as they are.
 
     Args:
         rule: The rule, or a chain of all rules.
@@ -61,13 +63,20 @@ class MixedPrecision(ListRule):
 
     def map_states(self, change: ChangeState, state: Any) -> Any:
         masters, inner = state
-        return masters, self.rule.map_states(change, inner)
+        return change(self, masters), self.rule.map_states(change, inner)
+
+    def in_force(self, state: Any) -> MixedPrecision:
+        return MixedPrecision(self.rule.in_force(state[1]), self.dtype)
+
+    def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        return pytree.tree_leaves(state)  # its precision is that of the copies
 
     def describe(self, state: Any) -> str:
         return f"MixedPrecision({self.rule.describe(state[1])}, {self.dtype})"
 
     def init(self, params: Any) -> Any:
         names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
+        check_parameters(names, tensors)
         masters = [p.to(self.dtype) for p in tensors]
         inner = self.rule.init(dict(zip(names, masters, strict=True)))
         slots = {
@@ -83,12 +92,15 @@ class MixedPrecision(ListRule):
     def step(self, leaves: Leaves, state: Any) -> tuple[Any, Any]:
         copies, inner = state
         check_names(leaves.names, copies.leaves)
-        masters = [copies.leaves[name].get("master", p) for name, p in zip(leaves.names, leaves.params, strict=True)]
+        masters = [  # there is none yet where a parameter had the dtype of the copies before a cast
+            copies.leaves[name].get("master", p).to(self.dtype)
+            for name, p in zip(leaves.names, leaves.params, strict=True)
+        ]
         grads = [None if g is None else g.to(self.dtype) for g in leaves.grads]
         new, inner = self.rule.step(Leaves(leaves.names, masters, grads), inner)
         slots = {
-            name: {"master": master} if copies.leaves[name] else {}
-            for name, master in zip(leaves.names, new, strict=True)
+            name: {} if p.dtype == self.dtype else {"master": master}
+            for name, p, master in zip(leaves.names, leaves.params, new, strict=True)
         }
         params = [
             p if g is None else master.to(p.dtype)

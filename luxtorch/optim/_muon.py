@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from luxtorch._transforms import functional
 from luxtorch.core import InputError
 
 from ._formula import zeros
@@ -104,5 +105,12 @@ def _orthogonal(x: Tensor, eps: Tensor, steps: int) -> Tensor:
     a, b, c = _QUINTIC
     for _ in range(steps):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1.0)
     return x
+
+
+def _addmm(base: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return `beta * base + alpha * (x @ y)`, rounded once, as torch.addmm does; under vmap it would round thrice."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not functional():
+        return torch.addmm(base, x, y, beta=beta, alpha=alpha)
+    return (beta * base.float() + alpha * (x.float() @ y.float())).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes
@@ -49,6 +50,18 @@ class OptState:
         self.layout = layout
         self.state = state
 
+    @property
+    def rule(self) -> GradientTransformation:
+        """The rule, with the hyperparameters that are in force; None for one that parameters have different values of.
+
+        Of a torchopt optimizer, the rule as it was given: its hyperparameters cannot be read.
+        """
+        return in_force(self.layout.rule, self.state)
+
+    def own_numbers(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return what stays as it is where a tree is cast to a dtype: see `RuleState.own_numbers`."""
+        return _own_numbers(self.layout.rule, self.state, dtype)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return OptState, (self.layout, self.state)
 
@@ -64,6 +77,21 @@ def map_rules(change: ChangeState, rule: GradientTransformation, state: Any) -> 
     if isinstance(rule, ChainedGradientTransformation):
         return tuple(map_rules(change, *part) for part in zip(rule.transformations, state, strict=True))
     return rule.map_states(change, state) if isinstance(rule, ListRule) else state
+
+
+def in_force(rule: GradientTransformation, state: Any) -> GradientTransformation:
+    """Return a rule with the hyperparameters that its state holds."""
+    if isinstance(rule, ChainedGradientTransformation):
+        parts = tuple(map(in_force, rule.transformations, state))
+        return rule if parts == tuple(rule.transformations) else ChainedGradientTransformation(*parts)
+    return rule.in_force(state) if isinstance(rule, ListRule) else rule
+
+
+def _own_numbers(rule: GradientTransformation, state: Any, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(rule, ChainedGradientTransformation):
+        parts = zip(rule.transformations, state, strict=True)
+        return [number for part in parts for number in _own_numbers(*part, dtype)]
+    return rule.own_numbers(state, dtype) if isinstance(rule, ListRule) else []
 
 
 def splits_vectors(rule: GradientTransformation) -> bool:

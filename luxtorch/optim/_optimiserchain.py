@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.core import DTypeError, InputError
@@ -73,6 +74,13 @@ class OptimiserChain(ListRule):
 
     def map_states(self, change: ChangeState, state: Any) -> Any:
         return tuple(rule.map_states(change, part) for rule, part in zip(self.rules, state, strict=True))
+
+    def in_force(self, state: Any) -> OptimiserChain:
+        return OptimiserChain(*(rule.in_force(part) for rule, part in zip(self.rules, state, strict=True)))
+
+    def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        parts = zip(self.rules, state, strict=True)
+        return [number for rule, part in parts for number in rule.own_numbers(part, dtype)]
 
     def describe(self, state: Any) -> str:
         parts = (rule.describe(part) for rule, part in zip(self.rules, state, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch.core import KeyNameError
 
-from ._fused import Slots
+from ._fused import COUNTS, Slots
 from ._hyperparameters import Shapes, unpack
 
 Hyper: TypeAlias = "Tensor | dict[str, Tensor]"
@@ -34,6 +34,21 @@ class RuleState(NamedTuple):
     def after(self, leaves: dict[str, Slots]) -> RuleState:
         """Return the state after a step."""
         return RuleState(self.hyper, leaves, self.steps + 1 if isinstance(self.steps, Tensor) else ())
+
+    def own_numbers(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return what stays as it is where a tree is cast: hyperparameters and counts, which would be spoilt.
+
+        What there is of each element of a parameter, such as an average, gets the dtype of the parameters, as in
+        torch.optim; but not float16, which has no room for squares of gradients.
+        """
+        hyper = self.hyper.values() if isinstance(self.hyper, dict) else [self.hyper]
+        slots = [
+            value
+            for leaf in self.leaves.values()
+            for name, value in leaf.items()
+            if name in COUNTS or value.ndim == 0 or dtype == torch.float16
+        ]
+        return [*hyper, *slots, *([self.steps] if isinstance(self.steps, Tensor) else [])]
 
 
 torch.serialization.add_safe_globals([RuleState])

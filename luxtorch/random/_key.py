@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 from hashlib import blake2b
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -190,3 +191,22 @@ def checked(key: Tensor) -> Tensor:
             fix="Make one with lt.random.key(0).",
         )
     return key
+
+
+def _reduced(tensor: Tensor) -> tuple[Any, ...]:
+    """Take a tensor apart for pickle and copy, as torch does, but so that keys can be put together again.
+
+    For its newer dtypes, such as that of keys, torch passes a storage that only `torch.load` knows how to read.
+    """
+    rebuild, arguments, *rest = tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+    if arguments and isinstance(arguments[0], torch.UntypedStorage):
+        typed = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+            wrap_storage=arguments[0], dtype=torch.uint8, _internal=True
+        )
+        arguments = (typed, *arguments[1:])
+    return (rebuild, arguments, *rest)
+
+
+# Keys lie in states, which are plain data for pickle, joblib and others. Tensors of other classes, parameters of
+# modules among them, are not asked for here; `torch.save` writes the same bytes as before.
+copyreg.pickle(torch.Tensor, _reduced)

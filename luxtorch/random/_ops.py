@@ -59,8 +59,14 @@ def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: int) -> _Ba
 
 @torch.library.custom_op("luxtorch::fold_in_tensor", mutates_args=())
 def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
-    """Return the key that each key and one integer on the device lead to."""
-    return _backend(key).fold_in_tensor(key, data)  # type: ignore[no-any-return]
+    """Return the key that each key and an integer on the device lead to.
+
+    There is one integer, or one for each of the keys along the first dimensions.
+    """
+    if data.ndim == 0:
+        return _backend(key).fold_in_tensor(key, data)  # type: ignore[no-any-return]
+    pairs = zip(key.unbind(), data.unbind(), strict=True)
+    return torch.stack([fold_in_tensor(one, number) for one, number in pairs]) if key.shape[0] else key.clone()
 
 
 @fold_in_tensor.register_fake
@@ -70,11 +76,11 @@ def _(key: Tensor, data: Tensor) -> Tensor:
 
 @fold_in_tensor.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: Tensor) -> _Batched:
-    keys = _batch_first(key, in_dims[0]) if in_dims[0] is not None else key.expand(info.batch_size, *key.shape)
-    if in_dims[1] is None:
-        return fold_in_tensor(keys, data), 0
-    pairs = zip(keys.unbind(), data.unbind(in_dims[1]), strict=True)
-    return torch.stack([fold_in_tensor(one, number) for one, number in pairs]), 0
+    key, data = (
+        one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+        for one, dim in zip((key, data), in_dims, strict=True)
+    )
+    return fold_in_tensor(key, data), 0
 
 
 @torch.library.custom_op("luxtorch::uniform", mutates_args=())
@@ -117,8 +123,10 @@ def _batch_first(key: Tensor, dim: int | None) -> Tensor:
 def call(operator: Any, kernel: str, key: Tensor, *arguments: Any) -> Tensor:
     """Run a primitive: through its operator where a transform looks on, else straight by the kernel.
 
-    Going through the operator costs more than the draw of a small mask itself.
+    Going through the operator costs more than the draw of a small mask itself. The kernels know no number that is a
+    symbol, as a size may be while `jit` traces.
     """
-    if transformed() or not _philox.has_kernels(key.device.type):
+    symbolic = type(arguments[0]) is torch.SymInt
+    if symbolic or transformed() or not _philox.has_kernels(key.device.type):
         return operator(key, *arguments)  # type: ignore[no-any-return]
     return getattr(_philox, kernel)(key, *arguments)  # type: ignore[no-any-return]

@@ -16,8 +16,9 @@ class EMA(Value):
 
     The average weighs the parameters of n steps ago by `decay**n`, and all weights sum to one from the start: the bias
     to the first values that a plain recursion has is corrected. There are three functions, all of them pure, so that
-    they can be compiled and vmapped: `init` makes a state, `update` takes in the parameters after a step, and
-    `parameters` gives the average.
+    they can be compiled, vmapped and differentiated: `init` makes a state, `update` takes in the parameters after a
+    step, and `parameters` gives the average. Of tensors that autograd records, such as the parameters of a
+    `torch.nn.Module`, the average is on their tape: call these under `torch.no_grad()` beside an optimizer of torch.
 
     Args:
         decay: The factor by which a weight shrinks in a step, at least 0 and below 1.
@@ -124,7 +125,6 @@ class EMA(Value):
         return (1 - self.decay) / -torch.expm1(wide * math.log(self.decay)) if self.decay else torch.ones_like(wide)
 
     def _kept(self, leaf: Tensor) -> Tensor:
-        leaf = leaf.detach()
         return leaf if self.dtype is None or not leaf.is_floating_point() else leaf.to(self.dtype)
 
 

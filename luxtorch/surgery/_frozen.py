@@ -33,7 +33,8 @@ class Frozen(Rewired):
 
     States:
         frozen_params: The frozen ones, nested as in the layer's parameters. (With underscores at the end where the
-            layer has a state of that name.)
+            layer has a state of that name.) The layer returns them as they came, so that derivatives by what they
+            were made of pass; all other states are detached, as everywhere.
 
         Besides, those of the layer, not nested.
 
@@ -116,6 +117,8 @@ def freeze(layer: Layer, ps: Parameters, st: States, *paths: Path) -> tuple[Laye
     """Freeze parameters of a model: they move from the parameters to the states.
 
     Whatever then takes the parameters, be it a gradient, an optimizer or a `ComponentVector`, sees only the others.
+    That is a matter of what is an argument, not of what is differentiable: inside of a transform, or on an autograd
+    tape, derivatives by what the frozen parameters were made of are those of the plain model.
 
     Args:
         layer: The model.
@@ -210,6 +213,7 @@ def with_frozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Col
         return layer, ps, st
     frozen = Frozen(layer, *names)
     rest, chosen = taken(ordered(ps, layer.initial_parameters(NOWHERE)), names)
-    # A view would keep the whole of a ComponentVector in memory, and in each file.
-    alone = tree_map(lambda leaf: leaf.detach().clone() if leaf._is_view() else leaf.detach(), pruned(chosen))
+    # A view would keep the whole of a ComponentVector in memory, and in each file. Nothing is detached: to freeze says
+    # what is an argument, and a transform or a tape around it sees through.
+    alone = tree_map(lambda leaf: leaf.clone() if leaf._is_view() else leaf, pruned(chosen))
     return frozen, rest, {**st, frozen.place: alone}

@@ -12,6 +12,7 @@ from torch import Tensor, equal
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map, unflatten_names
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import select_any
+from luxtorch.core._values import physical
 from luxtorch.layers._chain import as_layer
 
 from ._rewired import Rewired, Triple, everywhere
@@ -244,4 +245,8 @@ def _require_alike(
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and one.dtype == other.dtype and equal(one, other))
+    if one is other or one.shape != other.shape or one.dtype != other.dtype:
+        return one is other
+    # Under vmap, that of all models at once.
+    whole, other_whole = physical(one), physical(other)
+    return whole.shape == other_whole.shape and equal(whole, other_whole)

@@ -2,3 +2,4 @@
 
 from ._check import check_layer as check_layer
 from ._compare import LawError as LawError
+from ._orders import check_derivatives as check_derivatives

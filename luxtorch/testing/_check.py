@@ -12,7 +12,8 @@ from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mo
 from luxtorch.random import Rng, as_key
 
 from ._compare import LawError
-from ._laws import LAWS
+from ._laws import LAWS, OLD_NAMES
+from ._orders import QUICK
 from ._subject import Subject
 
 
@@ -24,12 +25,13 @@ def check_layer(
     skip: Iterable[str] = (),
     modes: Iterable[Callable[[Any], Any]] = (train_mode, test_mode),
     backend: str | Callable[..., Any] = "aot_eager",
+    words: Iterable[str] = QUICK,
 ) -> None:
     """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
 
     In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
-    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`, `second_order`,
-    `vmap_inputs`, `vmap_models`, `component_vector`, `value`, `names`, `jit`, `compile`.
+    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`,
+    `vmap_inputs`, `vmap_models`, `orders`, `component_vector`, `value`, `names`, `jit`, `compile`.
 
     Args:
         layer: The layer.
@@ -39,6 +41,7 @@ def check_layer(
         skip: The names of laws that the layer is documented not to keep.
         modes: The modes to check in: `lt.train_mode`, `lt.test_mode`, or other functions of a state.
         backend: The backend for `torch.compile`.
+        words: By what transforms the law `orders` takes derivatives, as in `check_derivatives`.
 
     Raises:
         LawError: If a law is broken; it names the law, the layer and the mode.
@@ -48,8 +51,9 @@ def check_layer(
         >>> import torch, luxtorch as lt
         >>> lt.testing.check_layer(lt.Dense(3, 2), torch.ones(4, 3))
     """
-    modes = tuple(modes)
-    chosen = [law for law in laws if law not in (skip := tuple(skip))]
+    modes, words = tuple(modes), tuple(words)
+    laws, skip = ([OLD_NAMES.get(law, law) for law in names] for names in (laws, skip))
+    chosen = [law for law in laws if law not in skip]
     for law in (*chosen, *skip):
         if law not in LAWS:
             raise InputError(f"No law is called '{law}'.", expected=", ".join(LAWS), fix=suggest(law, LAWS))
@@ -59,7 +63,7 @@ def check_layer(
     ps, st = setup(key, layer)
     for x in inputs:
         for set_mode in _distinct(modes, st):
-            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend)
+            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend, "gradient" not in skip, words)
             where = f"{type(layer).__name__}({layer.extra_repr()}) after {set_mode.__name__}"
             for law in chosen:
                 try:

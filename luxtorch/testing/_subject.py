@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import Layer, setup, tree_leaves, tree_map
+from luxtorch.core import Layer, WrapperLayer, named_leaves, setup, tree_leaves, tree_map
 from luxtorch.random import fold_in, normal, split
 
 
@@ -25,6 +25,10 @@ class Subject:
     key: Tensor
     set_mode: Callable[[Any], Any]
     backend: str | Callable[..., Any]
+    differences: bool = True
+    """Whether the layer's derivatives are those that finite differences see."""
+    words: tuple[str, ...] | None = None
+    """By what transforms derivatives of all orders are taken."""
 
     def call(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
         """Call the layer."""
@@ -33,12 +37,7 @@ class Subject:
     def objective(self, x: Any, ps: Any, st: Any) -> tuple[Tensor, Any]:
         """Return a scalar that depends on every real output, each with a weight of its own, and the new states."""
         y, st = self.layer(x, ps, st)
-        total = torch.zeros((), dtype=torch.float64)
-        for leaf in tree_leaves(y):
-            if is_real(leaf):
-                weights = torch.cos(torch.arange(leaf.numel(), device=leaf.device)).reshape(leaf.shape)
-                total = total + (leaf * weights.to(leaf.dtype)).sum()
-        return total, st
+        return weighted(y), st
 
     def gradient(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
         """Return the objective's gradient by the parameters, and the new states."""
@@ -47,6 +46,19 @@ class Subject:
     def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
         """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
         return [self.call, self.gradient] if tree_leaves(self.ps) else [self.call]
+
+    def states_alone(self) -> list[Callable[[Any, Any, Any], Any]]:
+        """Return the call as a function to its new states alone, and to the first and the last of them that change."""
+        new = named_leaves(self.call(self.x, self.ps, self.st)[1])
+        old = dict(named_leaves(self.st))
+        changed = [n for n, (name, leaf) in enumerate(new) if not torch.equal(leaf, old[name])]
+
+        def leaf_alone(n: int) -> Callable[[Any, Any, Any], Any]:
+            return lambda x, ps, st: tree_leaves(self.call(x, ps, st)[1])[n]
+
+        if not changed:
+            return []
+        return [lambda x, ps, st: self.call(x, ps, st)[1], *map(leaf_alone, sorted({changed[0], changed[-1]}))]
 
     def in_double(self) -> Subject:
         """Return the same in double precision."""
@@ -63,6 +75,10 @@ class Subject:
         """Return the objective as a function of the variables."""
         return self.objective(variables.get("x", self.x), variables.get("ps", self.ps), self.st)
 
+    def bent(self) -> Subject:
+        """Return the same with outputs bent, so that no layer is linear."""
+        return replace(self, layer=Bent(self.layer))
+
     def inputs(self, number: int) -> list[Any]:
         """Return several inputs; what is not real in them is the same in all."""
 
@@ -78,10 +94,45 @@ class Subject:
 
     def direction(self, tree: Any) -> Any:
         """Return random numbers in the shape of a tree."""
-        leaves, structure = pytree.tree_flatten(tree)
-        keys = split(fold_in(self.key, "direction"), len(leaves))
-        drawn = [normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-        return pytree.tree_unflatten(drawn, structure)
+        return drawn(fold_in(self.key, "direction"), tree)
+
+
+class Bent(WrapperLayer):
+    """Call a layer, and bend what it returns."""
+
+    layer: Layer
+
+    def __call__(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+        """Return the bent output, and the layer's new state."""
+        y, st = self.layer(x, ps, st)
+        return bent(y), st
+
+
+def bent(tree: Any) -> Any:
+    """Return each real tensor bent: a function that is linear has other derivatives than the first only then."""
+    return pytree.tree_map(lambda leaf: leaf + leaf.sin() / 2 if is_real(leaf) else leaf, tree)
+
+
+def weighted(tree: Any) -> Tensor:
+    """Return one number that depends on every real tensor of a tree, each element with a weight of its own."""
+    total = torch.zeros((), dtype=torch.float64)
+    for leaf in pytree.tree_leaves(tree):
+        if is_real(leaf):
+            weights = torch.cos(torch.arange(leaf.numel(), device=leaf.device)).reshape(leaf.shape)
+            total = total + (leaf * weights.to(leaf.dtype)).sum()
+    return total
+
+
+def drawn(key: Tensor, tree: Any) -> Any:
+    """Return random numbers in the shape of a tree."""
+    leaves, structure = pytree.tree_flatten(tree)
+    pairs = zip(split(key, len(leaves)), leaves, strict=True)
+    return pytree.tree_unflatten([normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in pairs], structure)
+
+
+def moved(tree: Any, direction: Any, step: float) -> Any:
+    """Return a tree a step further in a direction."""
+    return tree_map(lambda leaf, along: leaf + step * along if is_real(leaf) else leaf, tree, direction)
 
 
 def is_real(leaf: Any) -> bool:

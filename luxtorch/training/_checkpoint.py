@@ -58,6 +58,10 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     other `Static` is a part of the structure, and must be the same. Leaves are found by their dotted names, so that the
     order of a dict does not matter, except within a ComponentVector, where it is the order of the numbers.
 
+    A learning rate is a value, and so the file's is in force afterwards; a schedule is structure, and that of `like`
+    holds. `ts.rule` shows what is in force. To go on with another rate, or by another rule, call `ts.adjust(lr=...)` or
+    `ts.with_rule(rule)` after loading.
+
     Args:
         path: The file.
         like: A tree of the same structure, such as the TrainState before the first step. Its values are not read and
@@ -177,11 +181,13 @@ def _check_fits(contents: Contents, named: Named) -> None:
     for name in extra:
         lines.append(f"'{name}' is only in the file, as {file[name]}. {_nearest(name, missing)}".rstrip())
     if lines:
+        rules = any("optimizer_state." in line.partition(" is ")[0] for line in lines)
         raise (KeyNameError if missing or extra else InputError)(
             "The checkpoint and the tree to load it into differ.",
             expected="the same names, shapes, dtypes and structure",
             got="\n            ".join(lines),
-            fix="Make the tree from the same model, in the same precision and with the same optimizer, frozen alike.",
+            fix="Make the tree from the same model, in the same precision and with the same optimizer, frozen alike."
+            + " To go on by another rule, load with the old one, then call ts.with_rule(rule)." * rules,
         )
 
 

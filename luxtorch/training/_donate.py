@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luxtorch import optim
-from luxtorch.autodiff._trees import map_tensors, tensors
+from luxtorch.autodiff._trees import map_tensors
 from luxtorch.optim._fused import numbers, unobserved
 from luxtorch.optim._leaves import pair
 
 from ._train_state import TrainState, Trees, make, peek, spend
 
 
-def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainState | None:
+def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     """Return the training state after a step in the memory of `ts`, which is used up; None if there is no such step.
 
     The numbers are bit for bit those of `optim.update`, which runs the same kernels on copies. Memory that somebody
-    else may hold is copied first, as at the first step; what was made here belongs to nobody else.
+    else may hold is copied first, as at the first step. What was made here belongs to nobody else, unless the objective
+    has kept or returned the parameters that it was given, or a view of them, in whatever form: then their memory has
+    more than one user by torch's own count.
 
     Args:
         ts: The training state.
         grads: The gradients.
         st: The new states.
-        returned: What else the objective returned, which may be a view of the parameters, like the states.
     """
     trees, own = peek(ts), ts._own
     layout, state = trees.optimizer_state.layout, trees.optimizer_state.state
@@ -41,7 +43,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainS
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
         return None
     ps, slots = trees.parameters, state.leaves
-    if own is None or not own.isdisjoint(map(_place, tensors((st, returned)))):
+    if own is None or sum(map(_users, own)) > len(own) * _alone():
         if slots.keys() != set(names) or not all(
             _writable(p, slots[name]) for name, p in zip(names, params, strict=True)
         ):
@@ -50,7 +52,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainS
         remaining = iter(params)
         ps = map_tensors(lambda _: next(remaining), ps)
         slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
-        own = frozenset(map(_place, params))
+        own = tuple(p.untyped_storage()._cdata for p in params)
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
         rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
@@ -60,8 +62,14 @@ def update_donated(ts: TrainState, grads: Any, st: Any, returned: Any) -> TrainS
     return make(ts._statics, new, own)
 
 
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.numel() else -1
+_users = torch._C._storage_Use_Count
+
+
+@cache
+def _alone() -> int:
+    """Return what is counted for memory with one user: the count itself may be another."""
+    tensor = torch.empty(1)
+    return _users(tensor.untyped_storage()._cdata)
 
 
 def _copy(tensor: Tensor) -> Tensor:

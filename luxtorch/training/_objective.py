@@ -10,9 +10,16 @@ from torch import Tensor
 from luxtorch.core import DTypeError, InputError
 
 Objective: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Tensor, Any, Any]]
-"""A pure function `objective(model, ps, st, data) -> (loss, st, stats)`; every loss of luxtorch is one."""
+"""A pure function `objective(model, ps, st, data) -> (loss, st, stats)`; every loss of luxtorch is one.
 
-_FORM = "(loss, st, stats), with a scalar loss, the model's new states and any statistics"
+In place of the loss it may return a pair `(sum, weight)`, whose quotient is the loss, or `(sum, None)`, if the loss of
+a batch is the sum of those of its parts.
+"""
+
+Weight: TypeAlias = "Tensor | float | None"
+"""How much a microbatch counts in a mean; None in a sum."""
+
+_FORM = "(loss, st, stats), with a scalar loss or (sum, weight), the model's new states and any statistics"
 
 
 def check_objective(objective: Any) -> None:
@@ -26,8 +33,8 @@ def check_objective(objective: Any) -> None:
         )
 
 
-def check_result(result: Any) -> tuple[Tensor, Any, Any]:
-    """Return what an objective returned, or raise if it is not what it must be."""
+def check_result(result: Any) -> tuple[Tensor, Weight, Any, Any]:
+    """Return the loss and its weight, the states and the stats, or raise if that is not what an objective returned."""
     if not isinstance(result, tuple | list) or len(result) != 3:
         items = isinstance(result, tuple | list)
         raise InputError(
@@ -37,6 +44,10 @@ def check_result(result: Any) -> tuple[Tensor, Any, Any]:
             fix="Where there are no statistics, return (loss, st, {}).",
         )
     loss, st, stats = result
+    weight: Weight = 1
+    if isinstance(loss, tuple) and len(loss) == 2:
+        loss, weight = loss
+        _check_weight(weight)
     if not isinstance(loss, Tensor) or loss.ndim > 0:
         raise InputError(
             "The objective did not return a scalar loss.",
@@ -48,4 +59,14 @@ def check_result(result: Any) -> tuple[Tensor, Any, Any]:
         )
     if not loss.is_floating_point():
         raise DTypeError("The loss is not a real floating point number.", expected=_FORM, got=str(loss.dtype))
-    return loss, st, stats
+    return loss, weight, st, stats
+
+
+def _check_weight(weight: Any) -> None:
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (weight is None or number or (isinstance(weight, Tensor) and weight.ndim == 0)):
+        raise InputError(
+            "The weight of the loss is not a number.",
+            expected="(sum, weight) with a 0-d tensor or a number, or (sum, None), in the place of the loss",
+            got=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"{weight!r:.80}",
+        )

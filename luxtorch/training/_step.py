@@ -64,6 +64,7 @@ def single_train_step(
     loss_scale: float | Tensor | None = None,
     skip_nonfinite: bool = False,
     donate: bool = False,
+    differentiable: bool = False,
 ) -> tuple[Any, Tensor, Any, TrainState]:
     """Compute the gradient of an objective and take the optimizer's step.
 
@@ -80,8 +81,11 @@ def single_train_step(
             optimizer and `step` are then as they were, and `skipped` is one more.
         donate: Whether `ts` may be used up: its memory is reused where torch can update in place, and each later use
             of it is an error. The numbers are the same. Only memory that the steps themselves have made is reused,
-            and none that was read out of `ts`: no tensor outside of it changes. (What a compiled function returns
-            of `ts` as it is, is not noticed: clone it there.) Inside of transforms and of a compiler it has no effect.
+            and none that was read out of `ts` or that the objective has kept of its parameters: no tensor outside of it
+            changes. (Not noticed is what a compiled function returns of the optimizer's state as it is, and an
+            `UntypedStorage`: clone these.) Inside of transforms and of a compiler it has no effect.
+        differentiable: Whether the step is on the autograd tape of what the objective closes over; see
+            `compute_gradients`.
 
     Returns:
         `(grads, loss, stats, ts)`: the gradients, the loss and the stats before the step, and the new training state.
@@ -107,16 +111,16 @@ def single_train_step(
     Source: `Training.single_train_step` of Lux; `donate=True` stands for `single_train_step!`.
     """
     check_state(ts)
-    grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale)
+    grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
     ok = all_finite(loss, grads) if skip_nonfinite else None
-    return grads, loss, stats, _stepped(ts, grads, st, ok, donate, (loss, stats))
+    return grads, loss, stats, _stepped(ts, grads, st, ok, donate)
 
 
-def _stepped(ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool, returned: Any = ()) -> TrainState:
+def _stepped(ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool) -> TrainState:
     """Return the training state after a step, or where `ok` is false as it was."""
     old = peek(ts)
     if donate and ok is None:
-        new = update_donated(ts, grads, st, returned)
+        new = update_donated(ts, grads, st)
         if new is not None:
             return new
     optimizer_state, ps = optim.update(old.optimizer_state, old.parameters, grads)

@@ -11,6 +11,9 @@ from torchopt.base import GradientTransformation
 
 from luxtorch import optim
 from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, register_node, suggest, tree_leaves
+from luxtorch.optim._opt_state import in_force
+from luxtorch.optim._optimiserchain import as_one
+from luxtorch.optim._rule import structure_of
 
 
 class Trees(NamedTuple):
@@ -61,7 +64,7 @@ class TrainState:
         model: The model.
         parameters: The parameters.
         states: The states.
-        rule: The rule, as it was given. The hyperparameters in force are in `optimizer_state`.
+        rule: The rule that is in force, with the hyperparameters that it has by now.
         optimizer_state: The state of the optimizer.
         step: How many steps were taken: a 0-d int64 tensor, beside the parameters.
         skipped: How many more were skipped by `skip_nonfinite=True`.
@@ -95,7 +98,7 @@ class TrainState:
 
     _statics: Statics
     _trees: Trees | None
-    _own: frozenset[int] | None
+    _own: tuple[int, ...] | None
 
     def __init__(self, model: Any, parameters: Any, states: Any, rule: GradientTransformation) -> None:
         if isinstance(model, type) or not callable(model):
@@ -117,9 +120,14 @@ class TrainState:
 
     @property
     def rule(self) -> GradientTransformation:
-        """The rule, as it was given."""
-        peek(self)
-        return self._statics.rule
+        """The rule that is in force: as it was given, with the hyperparameters that it has by now.
+
+        Of a hyperparameter that was adjusted by path it is None. It is what the next step takes: after
+        `load_checkpoint`, the numbers of the file.
+        """
+        opt_state, given = peek(self).optimizer_state, as_one(self._statics.rule)
+        same = structure_of(given) == opt_state.layout.rule
+        return in_force(given if same else opt_state.layout.rule, opt_state.state)
 
     @property
     def parameters(self) -> Any:
@@ -178,7 +186,7 @@ class TrainState:
 
         Args:
             **fields: New values of `model`, `parameters`, `states`, `optimizer_state`, `step` or `skipped`. For a
-                new rule, make a new TrainState: its optimizer begins anew.
+                new rule, see `with_rule`.
 
         Raises:
             KeyNameError: If there is no such field.
@@ -198,13 +206,41 @@ class TrainState:
                     f"A TrainState has no field '{name}' to replace.",
                     expected=", ".join(("model", *Trees._fields)),
                     got=name,
-                    fix="Make a new one: TrainState(ts.model, ts.parameters, ts.states, rule)."
+                    fix="Make a new one: TrainState(ts.model, ts.parameters, ts.states, rule), or with the moments of "
+                    "this one: ts.with_rule(rule)."
                     if name == "rule"
                     else suggest(name, ("model", *Trees._fields)),
                 )
         trees = self._lent
         statics = Statics(fields.pop("model"), self._statics.rule) if "model" in fields else self._statics
         return make(statics, trees._replace(**fields))
+
+    def with_rule(self, rule: GradientTransformation, *, steps: int | None = None) -> TrainState:
+        """Return a training state that goes on by another rule, with the moments of this one.
+
+        So a constant becomes a schedule in the middle of a run, a `ClipNorm` is added, and parameters that were
+        unfrozen join in: these begin anew, while the others go on.
+
+        Args:
+            rule: The new rule; see `luxtorch.optim.transfer` for what is kept.
+            steps: The step at which its schedules begin; None to go on where the old ones are.
+
+        Raises:
+            InputError: If nothing that the old rule remembers is of use to the new one.
+
+        Example:
+            >>> import luxtorch as lt
+            >>> from luxtorch import optim, training
+            >>> model = lt.Chain(lt.Dense(2, 8, "tanh"), lt.Dense(8, 1))
+            >>> ts = training.TrainState(*lt.freeze(model, *lt.setup(0, model), "layer_1"), optim.Adam(0.1))
+            >>> model, ps, st = lt.unfreeze(ts.model, ts.parameters, ts.states)
+            >>> rule = optim.Adam(optim.cosine(0.1, 0.0, 1000))
+            >>> ts.replace(model=model, parameters=ps, states=st).with_rule(rule).optimizer_state
+            OptState(Adam(lr=Cosine(start=0.1, end=0.0, steps=1000), betas=(0.9, 0.999), eps=1e-08), 4 parameters)
+        """
+        trees = self._lent
+        optimizer_state = optim.transfer(trees.optimizer_state, rule, trees.parameters, steps=steps)
+        return make(Statics(self._statics.model, rule), trees._replace(optimizer_state=optimizer_state))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise InputError(
@@ -215,7 +251,7 @@ class TrainState:
         raise InputError(f"A TrainState does not change, and '{name}' cannot be deleted.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make, (Statics(self.model, self.rule), self._lent)
+        return make, (Statics(self.model, self._statics.rule), self._lent)
 
     def __repr__(self) -> str:
         trees = self._trees
@@ -234,13 +270,13 @@ class TrainState:
         return train_state_html(self)
 
 
-def make(statics: Statics, trees: Trees, own: frozenset[int] | None = None) -> TrainState:
+def make(statics: Statics, trees: Trees, own: tuple[int, ...] | None = None) -> TrainState:
     """Return a training state of these parts, without a look at them.
 
     Args:
         statics: The model and the rule.
         trees: The parts made of tensors.
-        own: The addresses of the parameters' memory, if nobody else holds that nor the optimizer's.
+        own: The storages of the parameters, by torch's handles, if nobody else holds these nor the optimizer's.
     """
     ts = TrainState.__new__(TrainState)
     _fill(ts, statics, trees, own)
@@ -264,7 +300,7 @@ def spend(ts: TrainState) -> None:
     object.__setattr__(ts, "_trees", None)
 
 
-def _fill(ts: TrainState, statics: Statics, trees: Trees, own: frozenset[int] | None) -> None:
+def _fill(ts: TrainState, statics: Statics, trees: Trees, own: tuple[int, ...] | None) -> None:
     object.__setattr__(ts, "_statics", statics)
     object.__setattr__(ts, "_trees", trees)
     object.__setattr__(ts, "_own", own)

@@ -240,3 +240,46 @@ def test_batch_normalisation_of_one_sample_says_so(make_key):
     with pytest.raises(InputError, match=r"model.layer_2 \(BatchNorm 4\)"):
         per_sample_gradients(loss, ps, st, torch.ones(5, 3))
     assert per_sample_gradients(loss, ps, lt.test_mode(st), torch.ones(5, 3))["layer_2"]["bias"].shape == (5, 4)
+
+
+LABELS = torch.tensor([0, 2, 1, 1, 0])
+
+
+def _with(function):
+    def loss(ps, st, sample):
+        x, label = sample
+        return ((x * ps["w"]).sum(0) * function(label[0])).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("name", ["one_hot", "eye", "scatter"])
+def test_functions_of_labels_give_what_a_loop_gives(rng, name):
+    function = {
+        "one_hot": lambda label: torch.nn.functional.one_hot(label, 3),
+        "eye": lambda label: torch.eye(3)[label],
+        "scatter": lambda label: torch.zeros(3).scatter(0, label[None], 1.0),
+    }[name]
+    ps, batch = {"w": torch.ones(3)}, (torch.randn(5, 3, generator=rng), LABELS)
+    got = lt.per_sample_gradients(_with(function), ps, {}, batch)
+    torch.testing.assert_close(got, lt.per_sample_gradients(_with(function), ps, {}, batch, chunk_size=1))
+
+
+NUMBERS = {
+    "torch.Tensor.item": lambda label: label.item(),
+    "torch.Tensor.__bool__": lambda label: 1.0 if label > 1 else 2.0,
+    "one_hot without num_classes": lambda label: torch.nn.functional.one_hot(label).sum(),
+    "torch.nonzero": lambda label: torch.nonzero(label).sum(),
+    "torch.masked_select": lambda label: torch.masked_select(torch.ones(3), torch.arange(3) > label).sum(),
+    "torch.functional.unique": lambda label: torch.unique(torch.stack([label, label])).sum(),
+    "torch.Tensor.tolist": lambda label: label.tolist(),
+    "torch.equal": lambda label: float(torch.equal(label, label)),
+    "torch.Tensor.__getitem__": lambda label: torch.ones(3)[torch.arange(3) > label].sum(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_asks_for_numbers_is_named(name):
+    ps, batch = {"w": torch.ones(3)}, (torch.ones(5, 3), LABELS)
+    with pytest.raises(lt.InputError, match=f"(?s)under vmap.*got: *{name.replace('.', '[.]')}.*chunk_size=1"):
+        lt.per_sample_gradients(_with(NUMBERS[name]), ps, {}, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def test_candidates_take_turns_in_processes_of_their_own() -> None:
     assert min(first.seconds) > 0 and 0 < first.peak < 4096
     assert "KeyError" in third.error and not third.seconds
     assert "luxtorch" in versions["torch"]
+
+
+@pytest.mark.slow
+def test_another_checkout_is_timed_beside_this_one(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "luxtorch"):
+        shutil.copytree(turns.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "luxtorch/__init__.py").write_text("raise ImportError('this is the other one')")
+    settings = turns.Settings({"torch": sys.executable}, "cpu", threads=1, rounds=2, seconds=0.01, against=tmp_path)
+    chosen = [("torch", f"luxtorch, dict{ending}") for ending in (turns.BEFORE, "")]
+    (before, now), _ = turns.measure(problems.PROBLEMS["W1"], chosen, settings)
+    assert "this is the other one" in before.error and now.seconds
+
+
+def test_changes_are_the_median_ratios_of_the_rounds() -> None:
+    rows = [turns.Row("a, before", (1.0, 2.0, 4.0)), turns.Row("a", (2.0, 4.0, 8.0)), turns.Row("b", (1.0, 1.0, 1.0))]
+    assert report.changes(rows) == ["a: 2.000 of before (2.000 to 2.000)"]
 
 
 @pytest.mark.slow

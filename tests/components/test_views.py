@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from luxtorch.components import ComponentVector
+from luxtorch.components._reading import split_once
+from luxtorch.training._differentiate import differentiate
 
 
 class Count(TorchDispatchMode):
@@ -43,12 +45,26 @@ def test_one_split_for_all(cv):
     assert count.operations.count("split_with_sizes") == 1
 
 
-def test_the_backward_is_one_concatenation(parameter):
-    value = read_all(parameter)
+@pytest.mark.parametrize(("prepare", "number"), [(split_once, 1), (lambda parameter: parameter, 4)])
+def test_the_backward_is_one_concatenation(parameter, prepare, number):
+    """For each group on a tape, as one may differentiate by it; in all, where only the whole is differentiated by."""
+    value = read_all(prepare(parameter))
     with Count() as count:
         (g,) = torch.autograd.grad(value, parameter.flat)
-    assert count.operations.count("cat") == 1
+    assert count.operations.count("cat") == number
     assert "slice_backward" not in count.operations and g.shape == (13,)
+
+
+def test_the_backward_of_a_transform_is_one_concatenation(cv):
+    with Count() as count:
+        grad(read_all)(cv)
+    assert count.operations.count("cat") == 1
+
+
+def test_the_backward_of_a_training_step_is_one_concatenation(cv):
+    with Count() as count:
+        differentiate(lambda ps: (read_all(ps), None), cv)
+    assert count.operations.count("cat") == 1
 
 
 def test_reading_without_recording_does_not_hide_the_gradient(parameter):

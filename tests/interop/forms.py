@@ -34,12 +34,12 @@ PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a Packe
 SCALED = dict.fromkeys(("forward",), "the gradient that scale_grad_by_freq scales is no derivative")
 OLD = {
     **dict.fromkeys(
-        ("gradient", "forward", "second_order", "vmap_inputs"),
+        ("gradient", "forward", "orders", "vmap_inputs"),
         "an autograd.Function without setup_context, which no transform takes",
     ),
     "compile": "the compiler has no resize_as_",
 }
-EMPTY = {"second_order": "torch cannot reshape the gradient of no rows"}
+EMPTY = {"orders": "torch cannot reshape the gradient of no rows"}
 READ = dict.fromkeys(("vmap_inputs", "jit"), "torch reads the mask, to see whether it is causal")
 CLUSTERS = dict.fromkeys(
     ("vmap_inputs", "vmap_models", "jit"), "how many targets lie in a cluster decides about shapes"
@@ -47,7 +47,7 @@ CLUSTERS = dict.fromkeys(
 CLUSTERS |= {"compile": CLUSTERS["vmap_inputs"]}
 CTC = {
     **dict.fromkeys(("jit", "compile"), "the shape of what _ctc_loss returns depends on the numbers in its input"),
-    **dict.fromkeys(("forward", "second_order"), "_ctc_loss has no derivative in forward mode"),
+    **dict.fromkeys(("forward", "orders"), "_ctc_loss has no derivative in forward mode"),
 }
 UNPICKLED = {"copy": "torch refuses to pickle parametrized modules"}
 

@@ -111,16 +111,16 @@ def check(law, form, module, subject):
     OWN[law](form, module, subject) if law in OWN else LAWS[law](subject)
 
 
-SHORT = {"second_order": "hessian", "component_vector": "vector", "vmap_inputs": "vmap x", "vmap_models": "vmap ps, st"}
+SHORT = {"component_vector": "vector", "vmap_inputs": "vmap x", "vmap_models": "vmap ps, st"}
 CHECKED = (
-    *("setup", "purity", "state", "gradient", "forward", "second_order", "vmap_inputs", "vmap_models"),
+    *("setup", "purity", "state", "gradient", "forward", "orders", "vmap_inputs", "vmap_models"),
     *("component_vector", "copy", "names", "jit", "compile"),
 )
-OF_INPUTS = ("purity", "gradient", "forward", "second_order", "vmap_inputs", "vmap_models")
+OF_INPUTS = ("purity", "gradient", "forward", "orders", "vmap_inputs", "vmap_models")
 NEEDS = {
     "gradient": lambda s: s.variables(),
     "forward": lambda s: s.variables(),
-    "second_order": lambda s: s.variables(),
+    "orders": lambda s: s.variables(),
     "vmap_models": lambda s: tree_leaves((s.ps, s.st)),
     "component_vector": lambda s: tree_leaves(s.ps),
 }

@@ -111,7 +111,7 @@ def test_small_memory_is_not_worth_reusing():
 def _pairs(function, *shape):
     tree = ({"a": torch.ones(shape), "b": torch.ones(shape)}, torch.ones(2 * shape[0], shape[1])), {}
     leaves, spec = flatten(tree)
-    return pairs(trace(lambda args, kwargs: function(*args), leaves, spec, ()), [0, 1])
+    return pairs(trace(lambda args, kwargs: function(*args), leaves, spec, {}), [0, 1])
 
 
 def test_memory_that_is_shared_is_copied_first():

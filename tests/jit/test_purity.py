@@ -8,6 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import luxtorch as lt
@@ -49,6 +51,12 @@ CHANGES = {
     "out": lambda x: torch.sin(x, out=x),
     "foreach": lambda x: torch._foreach_add_([x], 1),
     "closed over": lambda x: BUFFER.add_(x),
+    "view of what is closed over": lambda x: BUFFER[1:].add_(x[1:]),
+    "known value": lambda x: BUFFER.add_(1),
+    "batch_norm": lambda x: F.batch_norm(x.expand(2, 3), x, torch.ones(3), training=True),
+    "batch_norm, closed over": lambda x: F.batch_norm(x.expand(2, 3), torch.zeros(3), BUFFER, training=True),
+    "instance_norm": lambda x: F.instance_norm(x.expand(2, 3, 3), x, torch.ones(3)),
+    "native_batch_norm": lambda x: torch.native_batch_norm(x.expand(2, 3), None, None, BUFFER, x, True, 0.1, 1e-5),
 }
 
 
@@ -80,17 +88,97 @@ def test_values_of_constants_are_known(same):
     assert torch.equal(got, torch.ones(3))
 
 
-def test_constants_of_the_functions_own_may_be_changed(same):
-    def function(x):
-        made, known = torch.tensor([1.0, 2.0, 3.0]), BUFFER + 1
-        known.add_(1)
-        return made.add_(x), known * x, known
+def _views(x):
+    made = torch.zeros_like(BUFFER)
+    view, other = made[1:], made.view(3, 1).t()
+    made.add_(x)
+    view.mul_(x[1:])
+    return made * made, view.clone(), other, made.max()
 
-    jitted = jit(function, backend="replay")
-    for _ in range(3):
-        same(jitted(torch.ones(3)), function(torch.ones(3)))
-    with pytest.raises(TracingError, match="changes a tensor that it closes over"):
-        jit(lambda x: (BUFFER + 1).add_(x), backend="replay")(torch.ones(3))
+
+def _statistics(x):
+    mean, var = torch.zeros_like(BUFFER), torch.ones_like(BUFFER)
+    y = F.batch_norm(x * torch.arange(4.0)[:, None], mean, var, training=True)
+    return y, mean * var, var
+
+
+def _noncontiguous(x):
+    made = BUFFER.new_zeros(2, 3).t()
+    made[1:, 0] = x[1:]
+    return made, made.contiguous().view(-1)
+
+
+# Functions that write to tensors that they have made of closed-over ones.
+OWN = {
+    "clone": lambda x: BUFFER.clone().add_(x),
+    "zeros_like": lambda x: torch.zeros_like(BUFFER).add_(x),
+    "new_zeros": lambda x: BUFFER.new_zeros(3).add_(x),
+    "empty_like": lambda x: torch.empty_like(BUFFER).copy_(x),
+    "computed": lambda x: (BUFFER + 1).mul_(x).sin_(),
+    "literal": lambda x: torch.tensor([1.0, 2.0, 3.0]).add_(x),
+    "out": lambda x: torch.sin(x, out=BUFFER.clone()),
+    "item": lambda x: BUFFER.clone().index_put_((torch.tensor([0, 2]),), x[:2]),
+    "foreach": lambda x: [made := [BUFFER.clone(), BUFFER + 1], torch._foreach_add_(made, [x, 2 * x])][0],
+    "twice": lambda x: BUFFER.clone().add_(1).add_(x).add_(1),
+    "read before": lambda x: [made := BUFFER + 2, made.sum().item() * made * x, made.add_(x)][1:],
+    "real part": lambda x: [made := (BUFFER * 1j), torch.view_as_real(made).add_(x[:, None]), made.abs()][2],
+    "integers": lambda x: (BUFFER > 1).logical_or_(x > 0),
+    "list": lambda x: sum([BUFFER.clone().add_(x * i) for i in range(3)]),
+    "views": _views,
+    "statistics": _statistics,
+    "not contiguous": _noncontiguous,
+    "vmap": lambda x: torch.vmap(lambda x: x.clone().add_(BUFFER + 1))(torch.stack([x, 2 * x])),
+}
+
+
+WITHOUT_GRADIENT = ("read before", "integers", "out", "views")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, "plain") for name in OWN]
+    + [(name, how) for name in OWN if name not in WITHOUT_GRADIENT for how in ("gradient inside", "recorded")],
+)
+def test_constants_of_the_functions_own_may_be_changed(name, how, same):
+    def total(x):
+        return sum(leaf.double().cos().sum() for leaf in torch.utils._pytree.tree_leaves(OWN[name](x)))
+
+    def gradient(f):
+        if how == "gradient inside":
+            return lambda x: torch.autograd.grad(total(x := x.detach().requires_grad_()), x)
+        return lambda x: torch.autograd.grad(f(x := x.clone().requires_grad_()), x)
+
+    if how == "plain":
+        expected = OWN[name]
+        jitted = jit(expected, backend="replay")
+    else:
+        expected = gradient(total)
+        jitted = jit(expected, backend="replay") if how == "gradient inside" else gradient(jit(total, backend="replay"))
+    for scale in (1.0, 2.0, 1.0):
+        x = scale * torch.tensor([0.5, 1.0, -1.5])
+        same(jitted(x), expected(x))
+    assert torch.equal(BUFFER, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("read", "inside"), [(Tensor.tolist, False), (Tensor.item, False), (Tensor.numpy, False), (Tensor.item, True)]
+)
+def test_what_was_written_to_a_constant_is_not_known(read, inside):
+    def function(x):
+        made = BUFFER[0].clone()
+        read(made)
+        made.add_(x)
+        return x * read(made)
+
+    with pytest.raises(TracingError, match="needs the value of a tensor"):
+        jit(torch.func.grad(function) if inside else function, backend="replay")(torch.tensor(1.0))
+
+
+def test_constants_that_are_returned_are_new_at_each_call():
+    jitted = jit(lambda x: (x, BUFFER + 1, torch.tensor([1.0, 2.0])), backend="replay")
+    for _ in range(2):
+        _, one, two = jitted(torch.ones(3))
+        assert torch.equal(one.add_(1), torch.full((3,), 2.0)) and torch.equal(two.mul_(2), torch.tensor([2.0, 4.0]))
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -37,7 +37,7 @@ def test_an_operator_that_nobody_knows_is_not_small():
 
 def test_a_symbolic_size_is_not_small():
     leaves, spec = flatten(((torch.ones(4, 3),), {}))
-    assert not is_small(trace(lambda args, kwargs: args[0].sin(), leaves, spec, (0,)).graph)
+    assert not is_small(trace(lambda args, kwargs: args[0].sin(), leaves, spec, {0: (0,)}).graph)
 
 
 @pytest.mark.parametrize(("operators", "from_cpp"), [(3, False), (80, True), (2500, False)])
@@ -103,4 +103,4 @@ def test_many_small_layers(two_threads, make_key, rng, same, donate):
 
 def _graph(function, x):
     leaves, spec = flatten(((x,), {}))
-    return trace(lambda args, kwargs: function(*args), leaves, spec, ()).graph
+    return trace(lambda args, kwargs: function(*args), leaves, spec, {}).graph

@@ -34,7 +34,7 @@ CASES = {
 
 def _graph(function, factors):
     leaves, spec = flatten((factors, {}))
-    traced = trace(lambda args, kwargs: function(*args), leaves, spec, ())
+    traced = trace(lambda args, kwargs: function(*args), leaves, spec, {})
     graph = lowered(traced, [])
     with compiling(traced, {}):
         turn_products(graph)

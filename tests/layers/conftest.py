@@ -7,10 +7,21 @@ name.
 
 from __future__ import annotations
 
+import random
+import zlib
+
 import pytest
 from torch import Tensor
 
 import luxtorch as lt
+from luxtorch.testing._orders import EVERY, WORDS
+
+
+def some_words(name):
+    """Return words of which those of length 3 are drawn by a name: all together check all, and the slow tests each."""
+    draw = random.Random(zlib.crc32(name.encode()))
+    third = [word for word in EVERY if len(word) == 3]
+    return ("R", "F", "RF", "FR", "FF", *draw.sample(WORDS[6:], 1), *draw.sample(third, 1), draw.choice("rfT"))
 
 
 @pytest.fixture
@@ -30,11 +41,15 @@ def draw(make_key):
 
 
 @pytest.fixture
-def check_laws(make_key, draw, device):
-    """Return a function that checks a form, on each device."""
+def check_laws(request, make_key, draw, device):
+    """Return a function that checks a form, on each device; of the words of length 3 each form has some."""
 
     def check_laws(layer, inputs, exceptions=()):
         inputs = lt.to_device(list(map(draw, inputs)), device)
-        lt.testing.check_layer(layer, *inputs, rng=make_key().to(device), skip=exceptions)
+        key = make_key().to(device)
+        lt.testing.check_layer(layer, *inputs, rng=key, skip=[*exceptions, "orders"])
+        lt.testing.check_layer(
+            layer, inputs[0], rng=key, laws=["orders"], skip=exceptions, words=some_words(request.node.nodeid)
+        )
 
     return check_laws

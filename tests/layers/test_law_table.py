@@ -14,13 +14,13 @@ from luxtorch.testing._laws import LAWS
 from luxtorch.testing._subject import Subject
 
 PAGE = Path(__file__).parents[2] / "docs" / "laws.md"
-SHORT = {"second_order": "hessian", "component_vector": "vector", "vmap_inputs": "vmap x", "vmap_models": "vmap ps, st"}
+SHORT = {"component_vector": "vector", "vmap_inputs": "vmap x", "vmap_models": "vmap ps, st"}
 
 # Where a form has nothing that a law could speak about.
 NEEDS = {
     "gradient": lambda s: s.variables(),
     "forward": lambda s: s.variables(),
-    "second_order": lambda s: s.variables(),
+    "orders": lambda s: s.variables(),
     "vmap_models": lambda s: tree_leaves((s.ps, s.st)),
     "component_vector": lambda s: tree_leaves(s.ps),
 }

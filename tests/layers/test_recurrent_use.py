@@ -185,7 +185,7 @@ def test_a_stateful_cell_keeps_the_precision_of_its_state(make_key):
     ps, st = lt.setup(make_key(), layer)
     for _ in range(2):
         y, st = layer(torch.ones(2).half(), lt.f16(ps), st)
-        assert y.dtype == torch.float16 and [part.dtype for part in st["carry"]] == [torch.float32] * 2
+        assert y.dtype == torch.float16 and [part.dtype for part in st["carry"].values()] == [torch.float32] * 2
 
 
 def test_a_stateful_cell_is_compiled_once(make_key):

@@ -134,6 +134,24 @@ def test_compiled_is_eager(form):
     torch.testing.assert_close(compiled(x), everything(x))
 
 
+def test_jitted_is_eager(form):
+    _, run, x, y = form
+
+    def on_a_tape(run, x, y):
+        value = run(x := x.detach().requires_grad_(), y)
+        return value.detach(), torch.autograd.grad(value, x)
+
+    for function in (
+        run,
+        lambda x, y: torch.func.grad_and_value(run)(x, y),
+        lambda x, y: lt.withgradient(lambda x: run(x, y), x),
+        lambda x, y: on_a_tape(run, x, y),
+    ):
+        torch.testing.assert_close(lt.jit(function, backend="replay")(x, y), function(x, y))
+    recorded = lt.jit(run, backend="replay")
+    torch.testing.assert_close(on_a_tape(recorded, x, y), on_a_tape(run, x, y))
+
+
 def test_objective(form):
     loss, run, x, y = form
     predictions = next(f for form_loss, f, *_ in FORMS.values() if form_loss is loss)

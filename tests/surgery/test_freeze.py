@@ -172,13 +172,13 @@ def test_it_trains_as_with_frozen_optimizer_leaves(model, x):
     torch.testing.assert_close(tree_leaves(back), tree_leaves(full), rtol=0, atol=0)
 
 
-def test_frozen_parameters_are_detached_and_keep_no_vector_alive(model):
+def test_frozen_parameters_stay_on_the_tape_and_keep_no_vector_alive(model):
     ps = lt.ComponentVector(model[1])
     ps = lt.ComponentVector.from_flat(ps.flat.requires_grad_(), ps.axes)
     layer, rest, st = freeze(model[0], ps, model[2], "layer_1")
     assert rest.requires_grad
     for leaf in tree_leaves(st["frozen_params"]):
-        assert not leaf.requires_grad and leaf.untyped_storage().nbytes() == leaf.numel() * 4
+        assert leaf.requires_grad and leaf.untyped_storage().nbytes() == leaf.numel() * 4
 
 
 @pytest.mark.parametrize("inside", [lambda layer: layer, lambda layer: lt.Ensemble(layer, 3), lt.Checkpointed])

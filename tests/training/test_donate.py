@@ -98,6 +98,40 @@ def test_no_tensor_outside_ever_changes(new, tree, data, objective, equal):
     equal(held, copies)
 
 
+KEPT = {
+    # what an objective keeps of a parameter, and how its numbers are read later
+    "the tensor": (lambda p: p, lambda kept: kept),
+    "detached": (lambda p: p.detach(), lambda kept: kept),
+    "a view": (lambda p: p.flatten()[1:], lambda kept: kept),
+    "numpy": (lambda p: p.detach().numpy(), torch.as_tensor),
+    "dlpack": (lambda p: torch.from_dlpack(p.detach()), lambda kept: kept),
+    "a closure": (lambda p: lambda: p, lambda kept: kept()),
+    "memory": (lambda p: memoryview(p.detach().numpy()), lambda kept: torch.tensor(kept.tolist())),
+}
+
+
+@pytest.mark.parametrize("where", ["outside", "stats"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_an_objective_keeps_of_its_parameters_stays(new, tree, data, name, where):
+    keep, read = KEPT[name]
+    seen = {}
+    for donate in (False, True):
+        kept = []
+
+        def objective(model, ps, st, data):
+            one = keep(ps["layer_1"]["weight"])
+            if where == "outside":
+                kept.append(one)  # noqa: B023
+            return model(data[0], ps, st)[0].square().mean(), st, {} if where == "outside" else {"kept": one}
+
+        ts = new(tree, optim.Descent(0.1))
+        for _ in range(4):
+            *_, stats, ts = training.single_train_step(objective, data, ts, donate=donate)
+            kept += stats.values()
+        seen[donate] = [read(one).detach().clone() for one in kept]
+    assert all(map(torch.equal, seen[True], seen[False])) and not torch.equal(seen[True][0], seen[True][-1])
+
+
 @pytest.mark.parametrize("place", ["states", "stats", "loss"])
 def test_views_of_the_parameters_that_an_objective_returns(new, data, equal, place):
     def objective(model, ps, st, data):
@@ -175,7 +209,7 @@ def test_derivatives_through_a_donated_step(new, data):
 
         ts = new(rule=optim.Descent(0.1), model=lt.Dense(3, 2))
         for _ in range(2):
-            ts = training.single_train_step(objective, data, ts, donate=donate)[3]
+            ts = training.single_train_step(objective, data, ts, donate=donate, differentiable=True)[3]
         return ts.parameters["weight"].square().sum()
 
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,71 @@
+"""Strides: a state that changes them is compiled for the later ones; those of a single call are copied away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._donate import same_places
+from ._trace import Trace
+
+Strides: TypeAlias = "tuple[int, ...]"
+
+
+def settled(trace: Trace) -> dict[int, Strides]:
+    """Return which inputs the next call is likely to bring with other strides, and with which.
+
+    Those are parts of states whose successors have other strides. Zeros that `torch.vmap` returns, for one, have
+    stride 0, but what an optimizer makes of them has not.
+
+    Args:
+        trace: The trace.
+    """
+    if trace.symbolic or trace.strides:
+        return {}
+    outputs = trace.outputs()
+    found: dict[int, Strides] = {}
+    for i, j in _successors(trace):
+        if outputs[j].stride() != trace.fakes[i].stride() and _is_dense(outputs[j]):
+            found[i] = outputs[j].stride()
+    return found
+
+
+def kept(trace: Trace) -> set[int]:
+    """Return the outputs whose strides a compiler has to keep, since they come back as inputs."""
+    return set() if trace.symbolic else {j for _, j in _successors(trace)}
+
+
+def restrided(tensor: Tensor, strides: Strides) -> Tensor:
+    """Return a copy with other strides; autograd sees it as a copy too."""
+    empty = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)
+
+
+def other_strides(trace: Trace, tensors: list[Tensor]) -> dict[int, Strides] | None:
+    """Return which tensors have strides other than those of a trace, with the latter; None if more is different."""
+    if trace.symbolic or trace.strides or len(tensors) != len(trace.fakes):
+        return None
+    found: dict[int, Strides] = {}
+    for n, (tensor, fake) in enumerate(zip(tensors, trace.fakes, strict=True)):
+        if tensor.shape != fake.shape or tensor.dtype != fake.dtype or tensor.device != fake.device:
+            return None
+        if tensor.stride() != fake.stride():
+            if type(tensor) is not Tensor or not _is_dense(fake):
+                return None
+            found[n] = fake.stride()
+    return found
+
+
+def _successors(trace: Trace) -> Iterator[tuple[int, int]]:
+    outputs = trace.outputs()
+    for i, j in same_places(trace, range(len(trace.fakes)), alone=False):
+        one, other = trace.fakes[i], outputs[j]
+        if one.shape == other.shape and one.dtype == other.dtype and one.device == other.device:
+            yield i, j
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))

@@ -1,0 +1,133 @@
+"""Many models of one kind, each with an optimizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from luxtorch.core import InputError
+
+from ._leaves import Leaves, pair, to_components
+from ._list_rule import ChangeState, ListRule, Updates, check_parameters
+from ._optimiserchain import list_rule
+
+
+class PerMember(ListRule):
+    """Let a rule step each of n models whose parameters are stacked; made by `per_member`."""
+
+    rule: ListRule
+    n: int
+
+    needs_params = True
+
+    def __init__(self, rule: GradientTransformation, n: int) -> None:
+        if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
+            raise InputError(
+                "The number of members is not a positive integer.",
+                expected="per_member(rule, n) with n of at least 1",
+                got=f"{n!r:.80}",
+            )
+        object.__setattr__(self, "rule", list_rule(rule))
+        object.__setattr__(self, "n", n)
+
+    def splits_vectors(self) -> bool:
+        return True
+
+    def keeps_copies(self) -> bool:
+        return self.rule.keeps_copies()
+
+    def by_parameter(self) -> bool:
+        return self.rule.by_parameter()
+
+    def map_states(self, change: ChangeState, state: Any) -> Any:
+        return self.rule.map_states(change, state)
+
+    def in_force(self, state: Any) -> PerMember:
+        return PerMember(self.rule.in_force(state), self.n)
+
+    def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        return self.rule.own_numbers(state, dtype)
+
+    def describe(self, state: Any) -> str:
+        return f"per_member({self.rule.describe(state)}, {self.n})"
+
+    def init(self, params: Any) -> Any:
+        names, tensors, _ = pair(to_components(params), None)
+        check_parameters(names, tensors)
+        for name, p in zip(names, tensors, strict=True):
+            if p.shape[:1] != (self.n,):
+                raise InputError(
+                    f"The parameter is not that of {self.n} members.",
+                    expected=f"shape ({self.n}, ...)",
+                    got=f"shape {tuple(p.shape)}",
+                    fix="Stack the parameters of the members, as lt.Ensemble and lt.stack do.",
+                    where=name,
+                )
+        # The number is told by a tensor of its own, as there may be no parameters.
+        members = torch.arange(self.n, device=tensors[0].device if tensors else None)
+        return torch.vmap(lambda _, ps: self.rule.init(ps))(members, dict(zip(names, tensors, strict=True)))
+
+    def updates(self, leaves: Leaves, state: Any) -> tuple[Updates, Any]:
+        new, state = self._each(self.rule.updates, leaves, state)
+        if not self.rule.descends:
+            new = [None if u is None else -u for u in new]
+        return new, state
+
+    def step(self, leaves: Leaves, state: Any) -> tuple[Any, Any]:
+        return self._each(self.rule.step, leaves, state)
+
+    def _each(self, take: Callable[[Leaves, Any], Any], leaves: Leaves, state: Any) -> tuple[Updates, Any]:
+        """Return what one member makes of its leaves, for all; gradients that are missing are so for all."""
+        given = [g is not None for g in leaves.grads]
+
+        def member(params: list[Tensor], grads: list[Tensor], state: Any) -> Any:
+            found = iter(grads)
+            mine = Leaves(leaves.names, params, [next(found) if here else None for here in given])
+            values, state = take(mine, state)
+            return [value for value in values if value is not None], state
+
+        present = [g for g in leaves.grads if g is not None]
+        values, state = torch.vmap(member)(list(leaves.params), present, state)
+        if len(values) == len(leaves.params):
+            return list(values), state
+        remaining = iter(values)
+        return [next(remaining) if here else None for here in given], state
+
+
+def per_member(rule: GradientTransformation, n: int) -> PerMember:
+    """Let a rule step each of n models whose parameters are stacked, as if it were alone.
+
+    A rule that looks at more than one element of a parameter, such as `ClipNorm`, `LAMB`, `Adafactor`, `Muon` or
+    `LBFGS`, takes the stacked parameters of an `lt.Ensemble` for one large model: the members' steps then depend on
+    one another. With this each has its own norm, and its own hyperparameters: `adjust(opt_state, lr=...)` takes one
+    number for all, or n of them.
+
+    Args:
+        rule: The rule, or a chain of rules.
+        n: The number of members, the first dimension of every parameter.
+
+    Returns:
+        A rule for the stacked parameters. (In eager mode each step is by formula, under `torch.vmap`; rules that treat
+        every element by itself, such as `Adam` alone, need no `per_member`, and are faster without.)
+
+    Raises:
+        InputError: If n is not a positive integer; when a state is set up, if a parameter is not a stack of n.
+        DTypeError: If the rule is not a rule of this package.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.zeros(2, 1)}  # of two members
+        >>> rule = optim.OptimiserChain(optim.ClipNorm(1.0), optim.Descent(1.0))
+        >>> for each in (rule, optim.per_member(rule, 2)):
+        ...     print(optim.update(optim.setup(each, ps), ps, {"weight": torch.tensor([[-0.5], [-100.0]])})[1])
+        {'weight': tensor([[0.0050],
+                [1.0000]])}
+        {'weight': tensor([[0.5000],
+                [1.0000]])}
+    """
+    return PerMember(rule, n)
