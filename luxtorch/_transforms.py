@@ -94,7 +94,7 @@ def saved_aside() -> bool:
     """Tell whether hooks take away what a tape saves, as those of a checkpoint do, which give it back once only."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         and torch.is_grad_enabled()
     )
 
@@ -128,7 +128,7 @@ def _hooks(formula: Callable[[Any], Callable[..., Tensor] | None]) -> Callable[.
         bias = None if gradients[2] is None else torch.zeros_like(gradients[2]).requires_grad_()
         # Of tensors that are the same each needs a gradient of its own.
         x, weight = (None if tensor is None else tensor.view_as(tensor) for tensor in (x, weight))
-        wanted = [tensor for tensor, found in zip((x, weight, bias), gradients, strict=False) if found is not None]
+        wanted: Any = [tensor for tensor, found in zip((x, weight, bias), gradients, strict=False) if found is not None]
         slopes = iter(torch.autograd.grad(computed(x, weight, bias), wanted, cotangents[0], create_graph=True))
         return tuple(None if found is None else next(slopes) for found in gradients)
 

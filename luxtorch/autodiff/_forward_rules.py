@@ -52,7 +52,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
     vector = B.ndim == 1 or (A.ndim - 1 == B.ndim and B.shape == A.shape[:-1])
     b = B.unsqueeze(-1) if vector else B
     # The solution itself by torch, and a correction that is zero, but for its derivatives.
-    x = torch.linalg.solve(A.detach(), b.detach())
+    x: Tensor = torch.linalg.solve(A.detach(), b.detach())
     x = x + torch.linalg.inv(A) @ (b - A @ x)
     return x.squeeze(-1) if vector else x
 
@@ -85,7 +85,7 @@ def _logdet(A: Tensor) -> Tensor:
 
 def _det(A: Tensor) -> Tensor:
     # The sign of the determinant is that of the product times that of the permutation.
-    product = torch.linalg.lu_factor(A)[0].diagonal(dim1=-2, dim2=-1).prod(-1)
+    product: Tensor = torch.linalg.lu_factor(A)[0].diagonal(dim1=-2, dim2=-1).prod(-1)
     return product * (torch.linalg.slogdet(A.detach())[0] * product.detach().sign())
 
 

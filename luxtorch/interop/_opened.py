@@ -53,6 +53,7 @@ OPENED: dict[Any, Callable[..., Any]] = {
         F.fractional_max_pool2d_with_indices,
         F.fractional_max_pool3d_with_indices,
         F.multi_head_attention_forward,
+        F.triplet_margin_with_distance_loss,
     )
 }
 """The functions, each with one that runs the same code in sight of the mode."""

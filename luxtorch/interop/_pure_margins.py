@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._keys import Keys
 from ._pure_losses import reduced, under_transforms
 from ._pure_norms import pairwise_distance
 
@@ -57,12 +56,6 @@ def _triplet_margin_loss(
     return reduced((margin + near - far).clamp_min(0), reduction, size_average, reduce)
 
 
-def _triplet_margin_with_distance_loss(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
-    # torch's default is its own pairwise_distance.
-    kwargs["distance_function"] = kwargs.get("distance_function") or pairwise_distance
-    return F.triplet_margin_with_distance_loss(*args, **kwargs)
-
-
 @under_transforms(F.multi_margin_loss)
 def _multi_margin_loss(
     input: Tensor,
@@ -103,5 +96,4 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.multilabel_margin_loss: _multilabel_margin_loss,
     F.soft_margin_loss: _soft_margin_loss,
     F.triplet_margin_loss: _triplet_margin_loss,
-    F.triplet_margin_with_distance_loss: _triplet_margin_with_distance_loss,
 }

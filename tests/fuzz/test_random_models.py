@@ -283,7 +283,10 @@ def test_random_models_keep_every_law(kind):
 
 
 def states_alone_are_the_same(model, x, ps, st, mode):
-    """Check that a jitted function that returns the states alone keeps what is computed for them."""
+    """Check that a jitted function that returns the states alone keeps what is computed for them.
+
+    Statistics that `F.batch_norm` writes were lost there: where this fails for a running_mean or running_var, they are.
+    """
     st = mode(st)
     jitted = lt.jit(lambda ps, st, x: model(x, ps, st)[1], backend="replay")
     got, expected = jitted(ps, st, x), model(x, ps, st)[1]
