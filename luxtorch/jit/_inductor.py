@@ -76,6 +76,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     from torch._inductor.utils import BoxedBool
 
     turn_products(graph)
+    _keep_keys(graph)
     return compile_fx_inner(
         graph,
         fakes,
@@ -85,6 +86,29 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
         is_backward=backward,
         cpp_wrapper=_cpp_wrapper(),
     )
+
+
+def _keep_keys(graph: fx.GraphModule) -> None:
+    """Make constants that are keys matrices of one row, in place in the graph.
+
+    Inductor writes vectors of up to eight numbers into its kernels, in a way that has no unsigned integers.
+    """
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = getattr(graph, node.target)
+        if isinstance(value, torch.Tensor) and value.ndim == 1 and value.dtype in _UNSIGNED:
+            name = f"{node.target}_row"
+            graph.register_buffer(name, value[None])
+            with graph.graph.inserting_before(node):
+                row = graph.graph.get_attr(name)
+                key = graph.graph.call_function(torch.ops.aten.select.int, (row, 0, 0))
+            key.meta.update(node.meta)
+            node.replace_all_uses_with(key)
+            graph.graph.erase_node(node)
+            delattr(graph, node.target)
+    graph.recompile()
+
+
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @contextlib.contextmanager

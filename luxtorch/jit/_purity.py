@@ -110,10 +110,10 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         base = tensor if tensor._base is None else tensor._base
         # Autograd calls a tensor a view of the constant, even if what is in it is that of the copy.
         if self.is_outdated(tensor) or self.is_outdated(base):
-            return _aten.clone.default(tensor)
+            return torch.clone(tensor)
         if self._owns(tensor):
             with _pop_mode_temporarily():
-                return _aten.lift_fresh.default(tensor)
+                return torch.ops.aten.lift_fresh.default(tensor)  # type: ignore[no-any-return]
         return tensor
 
     def _owns(self, tensor: Tensor) -> bool:
@@ -134,7 +134,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with _disable_current_modes(), torch.no_grad():
             memory = tensor.untyped_storage()
             flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            flat = flat.set_(memory, 0, (memory.nbytes() // tensor.element_size(),)).clone()
+            flat = flat.set_(memory, 0, (memory.nbytes() // tensor.element_size(),), (1,)).clone()
         # torch itself would take a copy made by `clone` for known, and so later reads of it.
         copy = _aten.empty.memory_format(list(flat.shape), dtype=flat.dtype, device=flat.device)
         self._copies[storage(tensor)] = _aten.copy_.default(copy, flat)
@@ -198,7 +198,7 @@ class Functions(TorchFunctionMode):
 _LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset, Tensor.as_strided, torch.as_strided)
 
 
-class Watch(Known):
+class Watch(Known):  # type: ignore[no-untyped-call]
     """Look at each operator of a trace before it is recorded."""
 
     def __init__(self) -> None:

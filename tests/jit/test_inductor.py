@@ -65,6 +65,17 @@ def test_backward(batch):
 
 
 @pytest.mark.slow
+def test_keys_that_are_closed_over(same):
+    """They are constants of unsigned integers, and so is what is derived of them."""
+    key = lt.random.key(3)
+
+    def function(x):
+        return x + lt.random.normal(key, (3,)), lt.random.fold_in(key, 1), lt.random.uniform(lt.random.key(0), (3,))
+
+    same(jit(function, backend="inductor")(torch.ones(3)), function(torch.ones(3)))
+
+
+@pytest.mark.slow
 def test_dynamic(rng):
     jitted = jit(lambda x, w: (x @ w).relu().mean(0), dynamic="x", backend="inductor")
     w = torch.randn(4, 2, generator=rng)

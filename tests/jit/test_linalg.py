@@ -9,6 +9,11 @@ import luxtorch as lt
 from luxtorch.jit import _inductor, jit
 
 linalg = torch.linalg
+# What inductor says of its own code, and of complex numbers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
+]
 compiled = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
 
 # Functions of a positive definite matrix and of a second one.
