@@ -86,7 +86,7 @@ def _logdet(A: Tensor) -> Tensor:
 def _det(A: Tensor) -> Tensor:
     # The sign of the determinant is that of the product times that of the permutation.
     product: Tensor = torch.linalg.lu_factor(A)[0].diagonal(dim1=-2, dim2=-1).prod(-1)
-    return product * (torch.linalg.slogdet(A.detach())[0] * product.detach().sign())
+    return product * (torch.linalg.slogdet(A.detach())[0] * product.detach().sign())  # type: ignore[no-any-return]
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

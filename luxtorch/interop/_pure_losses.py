@@ -110,7 +110,7 @@ def _binary_cross_entropy_with_logits(
     if reverse_alone():
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
     share = 1 if pos_weight is None else (pos_weight - 1) * target + 1
-    loss = (1 - target) * input + share * torch.logaddexp(torch.zeros_like(input), -input)
+    loss = (1 - target) * input + share * F.softplus(-input, 1.0, 40.0)
     return reduced(loss if weight is None else weight * loss, reduction, size_average, reduce)
 
 

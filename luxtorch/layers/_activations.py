@@ -66,7 +66,7 @@ def logsigmoid(x: Tensor) -> Tensor:
 
     Source: `torch.nn.functional.logsigmoid`, whose derivative by forward mode does not nest under vmap.
     """
-    return F.logsigmoid(x) if reverse_alone() else -torch.logaddexp(torch.zeros_like(x), -x)
+    return F.logsigmoid(x) if reverse_alone() else -F.softplus(-x, 1.0, 40.0)
 
 
 def trelu(x: Tensor) -> Tensor:

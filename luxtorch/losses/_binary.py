@@ -130,7 +130,7 @@ class BinaryFocalLoss(Loss):
 
 def _logsigmoid(x: Tensor) -> Tensor:
     # torch's kernel resizes what it computes where vmap is in vmap.
-    return F.logsigmoid(x) if reverse_alone() else -torch.logaddexp(torch.zeros_like(x), -x)
+    return F.logsigmoid(x) if reverse_alone() else -F.softplus(-x, 1.0, 40.0)
 
 
 class DiceCoeffLoss(Loss):

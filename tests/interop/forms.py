@@ -31,7 +31,7 @@ TRAIN, ALWAYS = (True,), (True, False)
 
 # Why torch cannot do what a law asks for.
 PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a PackedSequence is no tree of tensors")
-SCALED = dict.fromkeys(("forward",), "the gradient that scale_grad_by_freq scales is no derivative")
+SCALED = dict.fromkeys(("forward", "orders"), "the gradient that scale_grad_by_freq scales is no derivative")
 OLD = {
     **dict.fromkeys(
         ("gradient", "forward", "orders", "vmap_inputs"),
@@ -40,7 +40,7 @@ OLD = {
     "compile": "the compiler has no resize_as_",
 }
 EMPTY = {"orders": "torch cannot reshape the gradient of no rows"}
-READ = dict.fromkeys(("vmap_inputs", "jit"), "torch reads the mask, to see whether it is causal")
+READ = dict.fromkeys(("vmap_inputs", "orders", "jit"), "torch reads the mask, to see whether it is causal")
 CLUSTERS = dict.fromkeys(
     ("vmap_inputs", "vmap_models", "jit"), "how many targets lie in a cluster decides about shapes"
 )
