@@ -124,6 +124,7 @@ _CLEAR = (
     "Trying to use forward AD with",
     "vmap: called random operation",
     "vmap: we do not yet support",
+    "does not yet have a batching rule",
     "must override the setup_context",
 )
 """How torch says that a transform has no rule for an operator."""

@@ -53,21 +53,13 @@ def into(op: Any) -> Callable[..., Any] | None:
     return given if op.supports_out else None
 
 
-ADDBMM = "Torch lets it grow the tensor that it works in place on, in eager mode alone."
-SPLIT = "It reads its indices while it is traced, in C++."
-EXCEPTIONS: dict[str, dict[str, str]] = {
-    "function": {"tensor_split": SPLIT},
-    "method": {"tensor_split": SPLIT},
-    "in place": {"addbmm": ADDBMM},
-    "dynamic": {},
-    "complex": {"tensor_split": SPLIT},
-}
+EXCEPTIONS: dict[str, dict[str, str]] = {}
 FORMS: dict[str, tuple[Callable[[Any], Any], torch.dtype, int, bool]] = {
-    "function": (function, torch.float64, 4, False),
+    "function": (function, torch.float64, 2, False),
     "method": (method, torch.float64, 1, False),
     "in place": (in_place, torch.float64, 2, False),
     "out=": (into, torch.float64, 1, False),
-    "dynamic": (function, torch.float64, 2, True),
+    "dynamic": (function, torch.float64, 1, True),
     "complex": (function, torch.complex128, 1, False),
     "bfloat16": (function, torch.bfloat16, 1, False),
     "int64": (function, torch.int64, 1, False),
