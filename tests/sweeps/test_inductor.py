@@ -37,13 +37,12 @@ def cases() -> list[tuple[str, Any, Any]]:
         if op.name in COMMON and not op.variant_test_name:
             for sample in samples(op, torch.float32, 2):
                 args = sample.input, sample.args, sample.kwargs
+                traced = lt.jit(lambda args, op=op: call(op, args), backend="replay")
                 try:
-                    op(args[0], *copied(args[1]), **args[2])
-                    kind, _ = outcome(
-                        lambda op=op, args=args: lt.jit(call, backend="replay")(op, args), lambda got: None
-                    )
+                    call(op, copied(args))
                 except Exception:
-                    continue
+                    continue  # there is no such form
+                kind, _ = outcome(lambda traced=traced, args=args: traced(copied(args)), lambda got: None)
                 if kind == "equal":
                     found.append((label(op), op, args))
     return found
