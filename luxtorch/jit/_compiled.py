@@ -113,7 +113,10 @@ class Compiled:
             spec: Their structure.
             settled: Whether to do so only for inputs that this was not compiled for as they came.
         """
-        strides = other_strides(self.trace, self.signature.tensors(leaves)) if spec == self.signature.spec else None
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if spec != self.signature.spec or places != self.signature.places:
+            return None
+        strides = other_strides(self.trace, [leaves[i] for i in places])
         if not strides or (settled and not strides.keys() <= self.settled.keys()):
             return None
         leaves = self._restrided(leaves, strides)

@@ -172,7 +172,10 @@ class Jitted(Generic[P, R]):
 
         Strides that come for the first time may be in passing; when they come again, they get a graph of their own.
         """
-        strides = (spec, *(leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(tensor.layout is not torch.strided for tensor in tensors):
+            return None, leaves
+        strides = (spec, *(tensor.stride() for tensor in tensors))
         again = strides in self._strides
         for compiled in self._known:
             if (other := compiled.fitted(leaves, spec, settled=again)) is not None:

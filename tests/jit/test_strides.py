@@ -140,3 +140,15 @@ def test_functions_that_ask_for_strides_see_those_of_the_call(name, rng, same):
     jitted = jit(ASKS[name], backend="replay")
     for one in (x, x.T.contiguous().T, x, x.T.contiguous().T):
         same(jitted(one), ASKS[name](one))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_arguments_of_another_kind_are_not_taken_for_other_strides(same):
+    jitted = jit(lambda x, a: x + a, backend="replay")
+    x = torch.ones(2, 3)
+    for a in (x, 3, x.T.contiguous().T, 2.0):
+        same(jitted(x, a), x + a)
+    with pytest.raises(lt.DTypeError, match="dense"):
+        jitted(x.to_sparse(), x)
+    with pytest.raises(lt.DTypeError, match="dense"):
+        jitted(x, x.to_sparse_csr())
