@@ -52,7 +52,10 @@ def fingerprint(value: Any) -> Any:
         return cls, value
     if cls is float:
         return float, value.hex()
-    return _Walk().read(value, "")
+    if cls is tuple and _ATOMS.issuperset(kinds := tuple(map(type, value))):
+        return kinds, value
+    reader = _reader(cls)
+    return (cls, value) if reader is _same else reader(_Walk(), value, "")
 
 
 def is_mutable(value: Any) -> bool:
@@ -108,6 +111,8 @@ REGISTER = "by torch.export.register_dataclass or torch.utils._pytree.register_p
 
 class _Walk:
     """Go through a value and what it holds."""
+
+    __slots__ = ("_around", "_count", "mutable")
 
     def __init__(self) -> None:
         self.mutable = False
