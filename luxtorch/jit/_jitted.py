@@ -218,9 +218,9 @@ class Jitted(Generic[P, R]):
     def _dynamic_dims(self, leaves: list[Any], spec: Any, donated: set[int]) -> dict[int, set[int]]:
         """Return which dimensions of which leaves may have another size later."""
         found: dict[int, set[int]] = {}
-        everywhere = {True: None} if self._dynamic else {}
-        for name, dims in (everywhere if isinstance(self._dynamic, bool) else self._dynamic).items():
-            own = self._leaves_of(spec, name if name is True else (name,)) - donated
+        named = self._dynamic if isinstance(self._dynamic, Mapping) else dict.fromkeys(["*"] if self._dynamic else [])
+        for name, dims in named.items():
+            own = self._leaves_of(spec, self._dynamic is True or (name,)) - donated
             tensors = {i: leaves[i] for i in sorted(own) if isinstance(leaves[i], torch.Tensor)}
             for dim in (0,) if dims is None else dims:
                 having = [i for i, tensor in tensors.items() if -tensor.dim() <= dim < tensor.dim()]

@@ -57,6 +57,7 @@ class Sizes:
         """
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+        fake: Any
         source: Any = _source(place)
         if not dims:
             return self._mode.from_tensor(tensor, source=source)
@@ -75,7 +76,8 @@ class Sizes:
         for what, values in ("size", fake.shape), ("stride", fake.stride()):
             found = [dim for dim, value in enumerate(values) if isinstance(value, torch.SymInt)]
             self._symbolic.setdefault(place, []).extend((what, dim) for dim in found)
-        self._origins |= {n.node.expr: (place, dim) for dim, n in enumerate(fake.shape) if isinstance(n, torch.SymInt)}
+            if what == "size":
+                self._origins |= {values[dim].node.expr: (place, dim) for dim in found}
         return fake
 
     def condition(self, fakes: Sequence[Any]) -> OfArguments | None:
@@ -137,9 +139,10 @@ class Sizes:
             return f"torch.Size([{', '.join(map(self._text, value))}])"
         if not isinstance(value, _SYMBOLS):
             return repr(value)
+        symbol: Any = value
         sources = self._environment.var_to_sources
         printer = ShapeGuardPythonPrinter(sources, lambda source: source.name, sources)
-        return f"{_KINDS[type(value)].__name__}({printer.doprint(value.node.expr)})"
+        return f"{_KINDS[type(value)].__name__}({printer.doprint(symbol.node.expr)})"
 
 
 def is_number(value: Any) -> bool:
@@ -161,7 +164,7 @@ def static(value: Any) -> int | None:
 
 
 def hides_symbols(values: Iterable[Any]) -> bool:
-    """Tell whether values hold sizes that are symbols deep inside, where no function of the arguments replaces them."""
+    """Tell whether values hold symbols deep inside, where no function of the arguments can replace them."""
     left, seen = list(values), set()
     while left:
         value = left.pop()
