@@ -9,7 +9,6 @@ from luxtorch._errors import suggest as suggest
 
 from ._container import ContainerLayer as ContainerLayer
 from ._container import WrapperLayer as WrapperLayer
-from ._container import refuse_modules as refuse_modules
 from ._describe import Description as Description
 from ._describe import describe as describe
 from ._layer import Layer as Layer

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import Layer, Parameters, States, refuse_modules
+from luxtorch.core import Layer, Parameters, States
+from luxtorch.core._container import refuse_modules
 
 
 class NoOpLayer(Layer):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, refuse_modules, show_value, suggest
+from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, show_value, suggest
+from luxtorch.core._container import refuse_modules
 
 from ._basic import NoOpLayer, WrappedFunction
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, Layer, StatefulLayer, Static, refuse_modules
+from luxtorch.core import DTypeError, InputError, Layer, StatefulLayer, Static
+from luxtorch.core._container import refuse_modules
 
 from ._compact_parts import Constant, Content, Group, Leaf, Part
 
