@@ -47,7 +47,7 @@ def fingerprint(value: Any) -> Any:
     Raises:
         Refused: If the value holds a tensor, or something whose state cannot be seen.
     """
-    cls = type(value)
+    cls: Any = type(value)
     if cls in _ATOMS:
         return cls, value
     if cls is float:
