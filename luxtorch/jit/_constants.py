@@ -47,7 +47,7 @@ def fingerprint(value: Any) -> Any:
     Raises:
         Refused: If the value holds a tensor, or something whose state cannot be seen.
     """
-    cls = type(value)
+    cls: Any = type(value)
     if cls in _ATOMS:
         return cls, value
     if cls is float:
@@ -302,6 +302,7 @@ def _slots(cls: type) -> tuple[str, ...]:
     return tuple(
         name
         for base in cls.__mro__
+        if "__slots__" in vars(base)
         for name, member in vars(base).items()
         if isinstance(member, types.MemberDescriptorType)
     )

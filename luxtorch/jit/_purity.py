@@ -53,6 +53,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._given: set[int] = set()
+        self._storages: list[int] = []
         self._arguments: list[weakref.ref[Tensor]] = []
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._constants: dict[int, Tensor] = {}
@@ -62,7 +63,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def given(self, arguments: Iterable[Tensor]) -> Watch:
         """Return this watch, told which tensors stand for the arguments."""
         arguments = list(arguments)
-        self._given = set(map(storage, arguments))
+        self._storages = list(map(storage, arguments))
+        self._given = set(self._storages)
         self._arguments = list(map(weakref.ref, arguments))
         return self
 
@@ -97,7 +99,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def check_given(self, arguments: Iterable[Tensor]) -> None:
         """Raise if an argument has been given other memory, as by `x.data = y`, of which no operator tells."""
-        if any(storage(tensor) not in self._given for tensor in arguments):
+        if list(map(storage, arguments)) != self._storages:
             raise TracingError(
                 "A jitted function changes an argument in place, by setting its data.",
                 fix="Return the new values instead.",
@@ -106,7 +108,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_computed(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
-        return not isinstance(tensor, FakeTensor) and storage(tensor) in self._constants
+        return storage(tensor) in self._constants
 
     def check_leaks(self) -> None:
         """Raise if a tensor of the trace is still held by something, now that the trace is over."""

@@ -97,8 +97,9 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Collec
                 parts["results"].append(("argument", constants[id(leaf)]))
             elif not isinstance(leaf, Tensor):
                 parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
-            elif watch.is_computed(leaf):
-                parts["results"].append(("copied", leaf))
+            elif type(leaf) in (Tensor, torch.nn.Parameter) and id(leaf) not in given:
+                # It has numbers: it is closed over, or was computed from what is.
+                parts["results"].append(("copied" if watch.is_computed(leaf) else "static", leaf))
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:
