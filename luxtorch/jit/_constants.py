@@ -302,6 +302,7 @@ def _slots(cls: type) -> tuple[str, ...]:
     return tuple(
         name
         for base in cls.__mro__
+        if "__slots__" in vars(base)
         for name, member in vars(base).items()
         if isinstance(member, types.MemberDescriptorType)
     )

@@ -24,6 +24,9 @@ _KEEP_ORDER.__enter__()
 
 _REGISTERING = Lock()
 
+# torch puts a size together again as a plain tuple.
+_LEAVES = {torch.Size}
+
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """Return the leaves of a tree and its structure; `unflatten` of the structure is the way back."""
@@ -37,8 +40,7 @@ def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
     many models: it takes these for leaves. They are registered here when they are first met, so that the next call
     finds them without a search.
     """
-    # torch would make a plain tuple of a shape.
-    while new := ({type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys()) - {torch.Size}:
+    while new := {type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys() - _LEAVES:
         tree = spec.unflatten(leaves)
         with _REGISTERING:
             for cls in new:

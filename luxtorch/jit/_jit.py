@@ -76,11 +76,16 @@ def jit(
     that is recorded (take them inside of the function instead).
 
     Args:
-        fn: A pure function of any pytrees to any pytree: nested dicts, a `ComponentVector`, a `TrainState`.
+        fn: A pure function of any pytrees to any pytree: nested dicts, a `ComponentVector`, a `TrainState`, nodes that are
+            registered with `torch.utils._pytree` (dataclasses, the outputs of many models) or with optree. What is
+            not a node and holds no tensor is a constant: numbers, strings, functions, layers, and other objects are
+            compared by all that they hold, at each call. (What a class, a module or a layer holds is taken not to
+            change.) An object, a closure or an iterator that holds a tensor is refused, as an argument and as a
+            result.
         donate: The names of arguments whose memory may be used for the results, such as parameters and the state of
             an optimizer. Their tensors are gone after the call: each later use of one is an error, and tensors that
-            share their memory hold other numbers. Calls that autograd records, and inner calls, donate nothing.
-        static: The names of arguments that are compared by their values as a whole. They must be hashable. Numbers,
+            share their memory hold other numbers. (Memory of another argument is copied first.) Calls that autograd records, and inner calls, donate nothing.
+        static: The names of arguments that are compared by their values as a whole, such as a tuple of sizes. Numbers,
             strings, functions and layers are static in any case.
         dynamic: The names of arguments whose tensors may have any first dimension, such as a batch, without a new
             graph for each size above 1; True for all arguments that are not donated. Other dimensions are named by a
@@ -104,7 +109,9 @@ def jit(
 
     Raises:
         TracingError: At the first call: if the function draws from a global generator, changes an argument in place,
-            keeps a traced tensor, or needs the value of one.
+            keeps a traced tensor, hides one in its result, or needs the value of one; and where torch cannot trace
+            what it does. Errors that it raises itself are its own.
+        DTypeError: If an argument is neither a tensor nor a constant.
         DonatedError: If a tensor is used after it was donated.
         KeyNameError: If the function has no argument of a name.
         InputError: If an argument is named twice, or the backend is unknown.

@@ -74,7 +74,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = _is_known(args, kwargs)
         self.check(func, args, kwargs)
         for tensor in written(func, args, kwargs):
-            if not (known and self._owns(tensor)):
+            if not (known and self.owns(tensor)):
                 self.write(func, tensor, known)
         if known:
             return self._compute(func, args, kwargs)
@@ -89,7 +89,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def write(self, func: Any, tensor: Tensor, known: bool) -> None:
         """Prepare for a write to a tensor; `known` is whether what is written is known."""
-        if self._owns(tensor):
+        if self.owns(tensor):
             self._copy(tensor)
 
     def record(self, operator: Any, func: Any, args: Any, kwargs: Any) -> Any:
@@ -111,12 +111,13 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Autograd calls a tensor a view of the constant, even if what is in it is that of the copy.
         if self.is_outdated(tensor) or self.is_outdated(base):
             return torch.clone(tensor)
-        if self._owns(tensor):
+        if self.owns(tensor):
             with _pop_mode_temporarily():
                 return torch.ops.aten.lift_fresh.default(tensor)  # type: ignore[no-any-return]
         return tensor
 
-    def _owns(self, tensor: Tensor) -> bool:
+    def owns(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
         return not _is_traced(tensor) and storage(tensor) in self._own
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -204,6 +205,7 @@ class Watch(Known):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()
         self._given: set[int] = set()
+        self._storages: list[int] = []
         self._arguments: list[weakref.ref[Tensor]] = []
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._records = torch.is_grad_enabled()
@@ -211,7 +213,8 @@ class Watch(Known):  # type: ignore[no-untyped-call]
     def given(self, arguments: Iterable[Tensor]) -> Watch:
         """Return this watch, told which tensors stand for the arguments."""
         arguments = list(arguments)
-        self._given = set(map(storage, arguments))
+        self._storages = list(map(storage, arguments))
+        self._given = set(self._storages)
         self._arguments = list(map(weakref.ref, arguments))
         return self
 
@@ -229,7 +232,7 @@ class Watch(Known):  # type: ignore[no-untyped-call]
     def write(self, func: Any, tensor: Tensor, known: bool) -> None:
         """Raise if a tensor is not the function's own."""
         super().write(func, tensor, known)
-        outside = not _is_traced(tensor) and not self._owns(tensor)
+        outside = not _is_traced(tensor) and not self.owns(tensor)
         if outside or storage(tensor) in self._given:
             what = "a tensor that it closes over" if outside else "an argument"
             raise TracingError(
@@ -261,7 +264,7 @@ class Watch(Known):  # type: ignore[no-untyped-call]
 
     def check_given(self, arguments: Iterable[Tensor]) -> None:
         """Raise if an argument has been given other memory, as by `x.data = y`, of which no operator tells."""
-        if any(storage(tensor) not in self._given for tensor in arguments):
+        if list(map(storage, arguments)) != self._storages:
             raise TracingError(
                 "A jitted function changes an argument in place, by setting its data.",
                 fix="Return the new values instead.",

@@ -103,6 +103,8 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
                 parts["numbers"].append(leaf)
             elif not isinstance(leaf, Tensor):
                 parts["results"].append((_kind(leaf, parts["spec"], i), leaf))
+            elif type(leaf) in (Tensor, torch.nn.Parameter) and id(leaf) not in given and not watch.owns(leaf):
+                parts["results"].append(("static", leaf))  # it is closed over
             elif id(leaf) in given:
                 parts["results"].append(("input", given[id(leaf)]))
             else:

@@ -8,7 +8,7 @@ import torch
 import luxtorch as lt
 from luxtorch import optim
 from luxtorch.jit import DonatedError, jit
-from luxtorch.jit._donate import pairs
+from luxtorch.jit._donate import Owner, pairs
 from luxtorch.jit._flatten import flatten
 from luxtorch.jit._trace import trace
 
@@ -136,3 +136,45 @@ def test_parameters_of_modules():
     assert torch.equal(got, torch.zeros(3))
     with pytest.raises(DonatedError):
         w.sum()
+
+
+RANGES = {
+    # Two arguments out of one memory; the first is donated.
+    "views": lambda b: (b[1:], b[:-1]),
+    "the same": lambda b: (b, b),
+    "inside": lambda b: (b, b[5:7]),
+    "in steps": lambda b: (b[: len(b) // 2 * 2], b[1 : len(b) // 2 * 2 : 2]),
+    "numpy": lambda b: (torch.from_numpy(b.numpy()[1:]), torch.from_numpy(b.numpy()[:-1])),
+    "other dtype": lambda b: (b, b.view(torch.int32)),
+    "transposed": lambda b: (b[:20000].view(100, 200), b[1:20001].view(200, 100).T),
+    "disjoint": lambda b: (b[:20000], b[20000:]),
+    "empty": lambda b: (b, b[3:3]),
+    "expanded": lambda b: (b[:20000], b[5:6].expand(20000)),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("name", RANGES)
+def test_memory_that_overlaps_is_copied_before_it_is_written_into(name, order):
+    new, old = RANGES[name](torch.arange(40002.0))
+    kept = old.clone()
+    tensors, place = [new, old][::order], 0 if order == 1 else 1
+    owner = Owner(tensors, [], [place])
+    owner.own(tensors)
+    tensors[place].fill_(-1)
+    assert torch.equal(old, kept)
+    assert (tensors[place] is new) == (name in ("disjoint", "empty"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("dynamic", [(), "old"])
+def test_a_compiled_call_with_memory_that_overlaps(name, dynamic):
+    def function(new, old):
+        return new + 1, old.flip(0).double().sum(), old * 2
+
+    jitted = jit(function, donate="new", dynamic=dynamic, backend="inductor")
+    for k in range(2):
+        expected = function(*RANGES[name](torch.arange(40002.0) + k))
+        got = jitted(*RANGES[name](torch.arange(40002.0) + k))
+        assert all(map(torch.equal, got, expected))

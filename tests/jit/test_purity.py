@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
+import pickle
 import re
 
 import numpy as np
@@ -209,6 +212,81 @@ def test_closing_over_what_requires_grad(grad, direct):
                 jitted(torch.ones(3))
         else:
             assert torch.equal(jitted(torch.ones(3)), torch.ones(3))
+
+
+INSIDES = {
+    # What torch's insides would say, and what the plain call raises, if anything.
+    "format": (lambda x: f"{x[0]:.2f}", None),
+    "save": (lambda x: torch.save(x, io.BytesIO()), None),
+    "pickle": (lambda x: pickle.dumps(x), None),
+    "deepcopy": (lambda x: copy.deepcopy(x), None),
+    "address": (lambda x: x * (1 if x.data_ptr() else 0), None),
+    "address of the storage": (lambda x: x * (x.untyped_storage().data_ptr() > 0), None),
+    "array": (lambda x: np.asarray(x), None),
+    "function of numpy": (lambda x: np.sin(x), None),
+    "dlpack": (lambda x: torch.from_dlpack(x), None),
+    "tensor of tensors": (lambda x: torch.tensor([x[0], x[1]]), None),
+    "tensor_split": (lambda x: torch.tensor_split(x, x.long()), None),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x]), None),
+    "shape": (lambda x: x @ torch.ones(4), RuntimeError),
+    "cat": (lambda x: torch.cat([x, x[None]]), RuntimeError),
+    "reshape": (lambda x: x.reshape(2, 2), RuntimeError),
+    "index": (lambda x: x[5], IndexError),
+    "dtype": (lambda x: x.double() @ x, RuntimeError),
+    "device": (lambda x: x + torch.ones(3, device="meta"), RuntimeError),
+    "value error": (lambda x: torch.nn.functional.dropout(x, 1.5), ValueError),
+    "if under vmap": (lambda x: torch.vmap(lambda y: y if y > 0 else -y)(x), RuntimeError),
+    "hook": (lambda x: x.register_hook(print), RuntimeError),
+}
+
+
+@pytest.mark.parametrize("name", INSIDES)
+def test_errors_of_torchs_insides_have_the_users_line(name):
+    function, plain = INSIDES[name]
+    with pytest.raises(TracingError, match=f"{HERE}:\\d+: A jitted function ") as caught:
+        jit(function, backend="replay")(torch.ones(3))
+    assert caught.value.__cause__ is not None
+    if plain is not None:
+        with pytest.raises(plain):
+            function(torch.ones(3))
+        assert isinstance(caught.value, plain) and type(pickle.loads(pickle.dumps(caught.value))) is TracingError
+
+
+@pytest.mark.parametrize("args", [lambda x, m, v: x.index_put((m,), v), lambda x, m, v: x.clone().index_put_((m,), v)])
+def test_errors_of_a_derivative_that_cannot_be_traced(args):
+    x, mask, v = torch.ones(3, requires_grad=True), torch.tensor([True, False, True]), torch.ones(2, requires_grad=True)
+    with pytest.raises(TracingError, match=f"{HERE}:\\d+: A jitted function needs the value of a tensor"):
+        jit(args, backend="replay")(x, mask, v)
+
+
+def test_an_error_that_the_function_catches_is_no_error():
+    def function(x):
+        try:
+            return x @ torch.ones(4)
+        except RuntimeError:
+            return x + 7
+
+    assert torch.equal(jit(function, backend="replay")(torch.ones(3)), torch.full((3,), 8.0))
+
+
+def test_printing_is_a_help_while_tracing(capsys):
+    jit(lambda x: (print(x), x)[1], backend="replay")(torch.ones(3))
+    assert "size=(3,)" in capsys.readouterr().out
+
+
+OTHERS = {
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "negated": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "without memory": lambda: torch._efficientzerotensor(3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_tensors_that_compilers_misread(name):
+    with pytest.raises(DTypeError, match=f"plain dense tensors(.|\n)*{name}"):
+        jit(lambda x: x, backend="replay")(OTHERS[name]())
 
 
 @pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError, ZeroDivisionError, StopIteration])
