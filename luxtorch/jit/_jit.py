@@ -76,7 +76,7 @@ def jit(
     that is recorded (take them inside of the function instead).
 
     Args:
-        fn: A pure function of any pytrees to any pytree: nested dicts, a `ComponentVector`, a `TrainState`, nodes that are
+        fn: A pure function of any pytrees to any pytree: nested dicts, a `ComponentVector`, a `TrainState`, nodes
             registered with `torch.utils._pytree` (dataclasses, the outputs of many models) or with optree. What is
             not a node and holds no tensor is a constant: numbers, strings, functions, layers, and other objects are
             compared by all that they hold, at each call. (What a class, a module or a layer holds is taken not to
@@ -84,7 +84,8 @@ def jit(
             result.
         donate: The names of arguments whose memory may be used for the results, such as parameters and the state of
             an optimizer. Their tensors are gone after the call: each later use of one is an error, and tensors that
-            share their memory hold other numbers. (Memory of another argument is copied first.) Calls that autograd records, and inner calls, donate nothing.
+            share their memory hold other numbers, other arguments of the call excepted. Calls that autograd records,
+            and inner calls, donate nothing.
         static: The names of arguments that are compared by their values as a whole, such as a tuple of sizes. Numbers,
             strings, functions and layers are static in any case.
         dynamic: The names of arguments whose tensors may have any first dimension, such as a batch, without a new
