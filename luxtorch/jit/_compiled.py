@@ -57,7 +57,6 @@ class Compiled:
         options: Mapping[str, Any],
         background: bool,
     ) -> None:
-        _check_leaves(leaves)
         with _COMPILING:
             self.trace = trace(fn, leaves, spec, dynamic)
             self.settled = settled(self.trace)
@@ -236,7 +235,8 @@ def _with_numbers(program: Program, numbers: OfArguments) -> Program:
     return run
 
 
-def _check_leaves(leaves: list[Any]) -> None:
+def check_leaves(leaves: list[Any]) -> None:
+    """Raise if a tensor was donated, or is of a class or layout that compilers misread."""
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             continue

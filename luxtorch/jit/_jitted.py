@@ -19,7 +19,7 @@ from typing_extensions import ParamSpec
 from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, KeyNameError, Static, suggest
 
-from ._compiled import Backend, Compiled, default_backend
+from ._compiled import Backend, Compiled, check_leaves, default_backend
 from ._constants import Constant, Refused, fingerprint, is_mutable, refusal
 from ._flatten import flatten, leaf_ranges, places, with_nodes, written
 from ._purity import TracingError
@@ -155,6 +155,7 @@ class Jitted(Generic[P, R]):
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
         """Return what is compiled for these leaves, and the leaves to call it with."""
         leaves, spec = with_nodes(leaves, spec)
+        check_leaves(leaves)
         # The guards of torch take no tensor twice.
         if len(set(map(id, leaves))) < len(leaves):
             leaves = _distinct(leaves)
@@ -172,10 +173,7 @@ class Jitted(Generic[P, R]):
 
         Strides that come for the first time may be in passing; when they come again, they get a graph of their own.
         """
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if any(tensor.layout is not torch.strided for tensor in tensors):
-            return None, leaves
-        strides = (spec, *(tensor.stride() for tensor in tensors))
+        strides = (spec, *(leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)))
         again = strides in self._strides
         for compiled in self._known:
             if (other := compiled.fitted(leaves, spec, settled=again)) is not None:
