@@ -45,7 +45,9 @@ class Subject:
 
     def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
         """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
-        return [self.call, self.gradient] if tree_leaves(self.ps) else [self.call]
+        # `jit` takes the object of a method for an argument, so these are no methods.
+        calls = [lambda x, ps, st: self.call(x, ps, st), lambda x, ps, st: self.gradient(x, ps, st)]
+        return calls if tree_leaves(self.ps) else calls[:1]
 
     def states_alone(self) -> list[Callable[[Any, Any, Any], Any]]:
         """Return the call as a function to its new states alone, and to the first and the last of them that change."""
