@@ -111,7 +111,7 @@ def batched(f: Callable[..., Any], chunk_size: int | None, *trees: Any) -> Any:
 
 
 class _Numberless(TorchFunctionMode):
-    """Name what asks for numbers that vmap does not have, and give `one_hot` a form that does not ask.
+    """Name what asks for numbers that vmap does not have; give `one_hot` and `table[label]` a form that does not ask.
 
     It is entered where a call has failed already: to go without it costs nothing.
     """
@@ -121,6 +121,9 @@ class _Numberless(TorchFunctionMode):
         if func is F.one_hot and (classes := _classes(*args, **kwargs)) > 0:
             index = args[0] if args else kwargs["input"]
             return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).long()
+        if func is Tensor.__getitem__ and _is_label(args[1]):
+            table, label = args
+            return table.index_select(0, torch.where(label < 0, label + table.shape[0], label).reshape(1)).squeeze(0)
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -134,6 +137,11 @@ class _Numberless(TorchFunctionMode):
                 fix="Write it with torch.where, or pass num_classes, minlength or output_size; "
                 "or take one sample after another: chunk_size=1.",
             ) from error
+
+
+def _is_label(index: Any) -> bool:
+    """Tell whether an index is a number in a tensor: of one that a gradient tracks torch would take the number out."""
+    return isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32)
 
 
 def _classes(input: Tensor | None = None, num_classes: int = -1) -> int:

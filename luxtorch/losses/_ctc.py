@@ -58,10 +58,10 @@ class CTCLoss(Loss):
                 "of shapes (batch, longest), (batch,), (batch,)",
                 got=f"predictions of shape {tuple(y_hat.shape)}, targets of shapes {got}",
             )
-        if not y_hat.numel():
+        if not all(y_hat.shape[1:]):
             raise self.error(
                 "There is nothing to take the loss of.",
-                expected="at least one step, one sequence and one class",
+                expected="at least one sequence and one class",
                 got=f"predictions of shape {tuple(y_hat.shape)}",
             )
         if not 0 <= self.blank < y_hat.shape[2]:

@@ -253,11 +253,12 @@ def _with(function):
     return loss
 
 
-@pytest.mark.parametrize("name", ["one_hot", "eye", "scatter"])
+@pytest.mark.parametrize("name", ["one_hot", "eye", "from the end", "scatter"])
 def test_functions_of_labels_give_what_a_loop_gives(rng, name):
     function = {
         "one_hot": lambda label: torch.nn.functional.one_hot(label, 3),
         "eye": lambda label: torch.eye(3)[label],
+        "from the end": lambda label: torch.eye(3)[label - 3],
         "scatter": lambda label: torch.zeros(3).scatter(0, label[None], 1.0),
     }[name]
     ps, batch = {"w": torch.ones(3)}, (torch.randn(5, 3, generator=rng), LABELS)

@@ -238,7 +238,8 @@ def test_checkpointed_layers_change_no_number(new, tree, data, objective, equal)
     for options in ({}, {"accumulate": 2}, {"donate": True}):
         ts = training.single_train_step(objective, data, ts, **options)[3]
         exact = training.single_train_step(objective, data, exact, **options)[3]
-    equal(ts.replace(model=model), exact)
+    # Norms are computed by another formula there, as the hooks of a checkpoint let tensors be read once.
+    equal(ts.replace(model=model), exact, rtol=1e-13, atol=1e-13)
 
 
 def test_a_chain_that_clips_is_stepped(new, tree, data, objective):
