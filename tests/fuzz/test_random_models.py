@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
 import luxtorch as lt
-from luxtorch.core import named_leaves
 from luxtorch.testing._laws import LAWS
 from luxtorch.testing._orders import EVERY
 
@@ -267,31 +266,16 @@ def test_random_models_keep_every_law(kind):
         dtype = data.draw(DTYPES, label="dtype")
         torch.compiler.reset()
         with default_dtype(dtype):
-            x = lt.random.normal(lt.random.key(number), (BATCH, *shape))
             lt.testing.check_layer(
                 model,
-                x,
+                lt.random.normal(lt.random.key(number), (BATCH, *shape)),
                 rng=number,
                 modes=(mode,),
                 laws=[law for law in (LAWS if dtype == torch.float64 else EXACT) if law not in seldom],
                 words=words,
             )
-            if dtype == torch.float64:
-                states_alone_are_the_same(model, x, *lt.setup(number, model), mode)
 
     check()
-
-
-def states_alone_are_the_same(model, x, ps, st, mode):
-    """Check that a jitted function that returns the states alone keeps what is computed for them.
-
-    Statistics that `F.batch_norm` writes were lost there: where this fails for a running_mean or running_var, they are.
-    """
-    st = mode(st)
-    jitted = lt.jit(lambda ps, st, x: model(x, ps, st)[1], backend="replay")
-    got, expected = jitted(ps, st, x), model(x, ps, st)[1]
-    for (name, a), (_, b) in zip(named_leaves(got), named_leaves(expected), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"jitted states, {name}: {text}")
 
 
 @contextmanager
