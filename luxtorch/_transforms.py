@@ -47,6 +47,13 @@ _TRACERS = (
 )
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the plain tensor behind one that transforms of torch.func have wrapped; under vmap, the whole batch."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def reverse_alone() -> bool:
     """Tell whether nothing is at work but an autograd tape and at most one reverse-mode transform of torch.func."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
@@ -83,11 +90,7 @@ def _one_reverse() -> bool:
 
 def _taped(tensor: Tensor | None) -> bool:
     """Tell whether a tape records a tensor, outside of all transforms of torch.func."""
-    if tensor is None:
-        return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
+    return tensor is not None and unwrapped(tensor).requires_grad
 
 
 def saved_aside() -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from luxtorch._transforms import unwrapped
 from luxtorch.core import DTypeError, InputError, LuxtorchError
-from luxtorch.core._values import unwrapped
 
 from ._axes import Axes
 from ._elementwise import Named

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._errors import InputError
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """Return the plain tensor behind one that transforms of torch.func have wrapped; under vmap, the whole batch."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
+from luxtorch._transforms import unwrapped
 
 
 def physical(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily
 
+from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError
 
 from ._sizes import any_symbol
@@ -102,8 +103,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_outdated(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a constant that has been written to."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = unwrapped(tensor)
         return bool(self._copies) and not _is_traced(tensor) and storage(tensor) in self._copies
 
     def _output(self, tensor: Tensor) -> Tensor:

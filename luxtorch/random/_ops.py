@@ -126,7 +126,6 @@ def call(operator: Any, kernel: str, key: Tensor, *arguments: Any) -> Tensor:
     Going through the operator costs more than the draw of a small mask itself. The kernels know no number that is a
     symbol, as a size may be while `jit` traces.
     """
-    symbolic = type(arguments[0]) is torch.SymInt
-    if symbolic or transformed() or not _philox.has_kernels(key.device.type):
+    if transformed() or type(arguments[0]) is torch.SymInt or not _philox.has_kernels(key.device.type):
         return operator(key, *arguments)  # type: ignore[no-any-return]
     return getattr(_philox, kernel)(key, *arguments)  # type: ignore[no-any-return]

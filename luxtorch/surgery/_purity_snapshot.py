@@ -9,8 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from luxtorch._transforms import unwrapped
 from luxtorch.core import named_leaves
-from luxtorch.core._values import physical, unwrapped
+from luxtorch.core._values import physical
 
 
 class _Kept(NamedTuple):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, Layer, setup, tree_leaves, tree_map
 from luxtorch.core._nowhere import NOWHERE, without_numbers
-from luxtorch.core._values import unwrapped
 
 from ._modules import holds_modules, watched_modules
 from ._summary_table import Summary, SummaryRow
