@@ -145,7 +145,9 @@ class Reading(Named):
             if nested:
                 group._root(pieces[number], whole)
             else:
-                group.__dict__.update(_pieces=pieces[leaf : leaf + leaves], _stamp=self._stamp, _once=self._once)
+                group.__dict__["_pieces"] = pieces[leaf : leaf + leaves]
+                if not is_dynamo_compiling():  # or the graph would depend on what was read of the vector before
+                    group.__dict__.update(_stamp=self._stamp, _once=self._once)
         return components
 
     def _group(self, axes: Axes, whole: Tensor, start: int) -> Self:
