@@ -375,11 +375,10 @@ def test_a_group_closed_over_outlives_a_transform(tree, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["func.grad", "func.hessian", "func.vmap of grad", "call"])
+# Not a hessian: of a view that is made in the graph torch.compile makes no dual number, and fails by an assertion.
+@pytest.mark.parametrize("function", ["func.grad", "func.vmap of grad", "call"])
 def test_compiled(tree, x, function):
-    groups = [GROUPS["asked before"](tree)]
-    if function != "func.hessian":  # torch.compile makes no dual number of a view that is made in the graph
-        groups.append(GROUPS["group"](tree))
+    groups = [GROUPS["asked before"](tree), GROUPS["group"](tree)]
     function = {**TREES, **TENSORS}[function]
     for group in groups:
         found = torch.compile(function, fullgraph=True, backend="aot_eager")(group, x)
