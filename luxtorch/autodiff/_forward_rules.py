@@ -41,9 +41,13 @@ class _Rules(TorchFunctionMode):
                 "transform differentiates it. Take it by reverse mode, or forward mode of a reverse-mode gradient.",
                 stacklevel=2,
             )
+        kwargs = dict(kwargs or {})
         rule = _RULES.get(func)
-        simple = rule is not None and not (kwargs or {}).get("out") and not args[0].is_complex()
-        return rule(*args, **kwargs or {}) if simple and rule is not None else func(*args, **kwargs or {})
+        if rule is not None and not args:
+            args = (kwargs.pop("A" if "A" in kwargs else "input"),)
+        if rule is None or kwargs.get("out") is not None or args[0].is_complex():
+            return func(*args, **kwargs)
+        return rule(*args, **kwargs)
 
 
 def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
