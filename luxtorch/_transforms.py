@@ -56,16 +56,14 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def reverse_alone() -> bool:
     """Tell whether nothing is at work but an autograd tape and at most one reverse-mode transform of torch.func."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    kinds = [level.key() for level in stack if level.key() != torch._C._functorch.TransformType.Functionalize]
-    return forward_ad._current_level < 0 and kinds in ([], [torch._C._functorch.TransformType.Grad])
+    kinds = [kind for kind in _kinds() if kind != _Kind.Functionalize]
+    return forward_ad._current_level < 0 and kinds in ([], [_Kind.Grad])
 
 
 def differentiated() -> bool:
     """Tell whether a transform of torch.func, or forward mode, differentiates what is computed now."""
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    transforms = torch._C._functorch.TransformType
-    return forward_ad._current_level >= 0 or transforms.Grad in kinds or transforms.Jvp in kinds
+    kinds = _kinds()
+    return forward_ad._current_level >= 0 or _Kind.Grad in kinds or _Kind.Jvp in kinds
 
 
 def first_order(*tensors: Tensor | None) -> bool:
@@ -82,10 +80,16 @@ def first_order(*tensors: Tensor | None) -> bool:
 
 def _one_reverse() -> bool:
     """Tell whether all transforms of torch.func at work are vmaps, but for one of reverse mode at most."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    kinds = [level.key() for level in stack]
-    once = kinds.count(torch._C._functorch.TransformType.Grad) <= 1
-    return once and forward_ad._current_level < 0 and torch._C._functorch.TransformType.Jvp not in kinds
+    kinds = _kinds()
+    return forward_ad._current_level < 0 and kinds.count(_Kind.Grad) <= 1 and _Kind.Jvp not in kinds
+
+
+def _kinds() -> list[Any]:
+    """Return the kinds of the transforms of torch.func that are at work."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+_Kind = torch._C._functorch.TransformType
 
 
 def _taped(tensor: Tensor | None) -> bool:

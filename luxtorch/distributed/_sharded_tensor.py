@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
+from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError
 
 from ._failure import collective
@@ -19,9 +19,7 @@ from ._failure import collective
 
 def innermost(tensor: Tensor) -> Tensor:
     """Return what the transforms of torch.func have wrapped; in a trace nothing is wrapped."""
-    while not is_compiling() and is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
+    return tensor if is_compiling() else unwrapped(tensor)
 
 
 def is_sharded(leaf: Any) -> bool:

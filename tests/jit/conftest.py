@@ -12,6 +12,10 @@ from torch import Tensor
 
 import luxtorch as lt
 from luxtorch import optim, training
+from luxtorch.jit import _inductor
+
+compiled = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+BACKENDS = ["replay", pytest.param("inductor", marks=[pytest.mark.slow, compiled])]
 
 
 def stub(graph: torch.fx.GraphModule, fakes: list[Any]) -> Callable[..., Any]:

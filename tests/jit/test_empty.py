@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import luxtorch as lt
 from luxtorch import losses as L
-from luxtorch.jit import _inductor, jit
+from luxtorch.jit import jit
 
-from .conftest import train
+from .conftest import BACKENDS, train
 
 LAYERS = {
     "dense": lambda: lt.Dense(3, 2, "tanh"),
@@ -55,16 +55,7 @@ def _check(got, expected):
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "replay",
-        pytest.param(
-            "inductor",
-            marks=[pytest.mark.slow, pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")],
-        ),
-    ],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, "batch"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lstm")) for name in LAYERS])
 def test_training_steps(name, dynamic, backend, make_state):

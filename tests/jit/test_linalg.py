@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import luxtorch as lt
-from luxtorch.jit import _inductor, jit
+from luxtorch.jit import jit
+
+from .conftest import BACKENDS, compiled
 
 linalg = torch.linalg
 # What inductor says of its own code, and of complex numbers.
@@ -14,7 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
 ]
-compiled = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
 
 # Functions of a positive definite matrix and of a second one.
 FUNCTIONS = {
@@ -113,7 +114,7 @@ def test_donated(rng, same):
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("backend", ["replay", pytest.param("inductor", marks=[compiled, pytest.mark.slow])])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_singular_matrices_are_errors_at_each_call(backend, recorded, factors):
     jitted = jit(lambda a: linalg.inv(a).sin(), backend=backend)
     a = factors[0].requires_grad_(recorded)
@@ -124,7 +125,7 @@ def test_singular_matrices_are_errors_at_each_call(backend, recorded, factors):
     assert jitted.cache_info().misses == 1
 
 
-@pytest.mark.parametrize("backend", ["replay", pytest.param("inductor", marks=[compiled, pytest.mark.slow])])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_may_run_again(backend, factors, same):
     a = factors[0].clone().requires_grad_()
 

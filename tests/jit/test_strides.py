@@ -7,9 +7,9 @@ import torch
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.jit import _inductor, jit
+from luxtorch.jit import jit
 
-from .conftest import train
+from .conftest import BACKENDS, compiled, train
 
 pytree = torch.utils._pytree
 
@@ -71,16 +71,7 @@ def _ensemble(keys, make):
 
 @pytest.mark.parametrize("donate", [(), "ts"], ids=["kept", "donated"])
 @pytest.mark.parametrize("make", ["at once", pytest.param("parameters first", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "replay",
-        pytest.param(
-            "inductor",
-            marks=[pytest.mark.slow, pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")],
-        ),
-    ],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_of_expanded_zeros_is_compiled_for_once(backend, make, donate, batch, make_key, same):
     def function(ts, batch):
         return torch.vmap(train, in_dims=(0, None))(ts, batch)
@@ -97,7 +88,7 @@ def test_a_state_of_expanded_zeros_is_compiled_for_once(backend, make, donate, b
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+@compiled
 @pytest.mark.parametrize("donate", [(), "ts"], ids=["kept", "donated"])
 def test_states_keep_their_strides_where_the_compiler_prefers_others(donate, make_state, rng, same):
     """Inductor has the weights of convolutions with channels last."""

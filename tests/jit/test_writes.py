@@ -13,18 +13,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import luxtorch as lt
-from luxtorch.jit import TracingError, _inductor, jit
+from luxtorch.jit import TracingError, jit
 from luxtorch.jit._writes import _BACKWARD, _UNSAID, as_it_writes, written
+
+from .conftest import BACKENDS
 
 aten = torch.ops.aten
 pytree = torch.utils._pytree
-BACKENDS = [
-    "replay",
-    pytest.param(
-        "inductor",
-        marks=[pytest.mark.slow, pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")],
-    ),
-]
 
 # These work in the memory of a result of theirs, which nothing reads again.
 SCRATCH = {"aten.mkldnn_rnn_layer_backward.default"}
