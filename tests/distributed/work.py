@@ -246,6 +246,7 @@ TRANSFORMS = {
     "grad": lambda f, x: torch.func.grad(lambda x: (f(x) ** 2).sum())(x),
     "tape": lambda f, x: torch.autograd.grad((f(leaf := x.clone().requires_grad_()) ** 2).sum(), [leaf])[0],
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "jvp of jvp": lambda f, x: torch.func.jvp(lambda x: torch.func.jvp(f, (x,), (x * 0 + 1,))[1], (x,), (x,))[1],
     "vmap": lambda f, x: torch.vmap(f)(x),
     "vmap last": lambda f, x: torch.vmap(f, in_dims=1, out_dims=1)(x),
     "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: (f(x) ** 2).sum()))(x),
