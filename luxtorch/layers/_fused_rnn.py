@@ -150,7 +150,8 @@ class _Fused(torch.autograd.Function):
         if again or graph is None:
             # The kernel's own graph serves once, as torch frees what a backward pass has used.
             with torch.enable_grad():
-                xs, *rest = tensors = ctx.saved_tensors
+                # Inputs may depend on the weights, and tensors be the same: each needs a gradient of its own.
+                xs, *rest = tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
                 ys, last = stepwise(ctx.cell, xs, tuple(rest[: ctx.carried]), rest[ctx.carried :])
             graph = tensors, (ys, *last)
         inputs, outputs = graph

@@ -104,3 +104,31 @@ def test_a_formula_that_torch_gets_wrong_is_caught():
     x = torch.tensor([[0.1, -0.4, 0.7], [1.0, 0.2, -0.3]], dtype=torch.float64)
     with pytest.raises(lt.testing.LawError, match="RF is wrong"):
         check_derivatives(lambda x: F.layer_norm(x, (3,)), x)
+
+
+# Layers that take as many features as they return, with a derivative of their own on a tape.
+TWICE = {
+    "RNN": (lt.Recurrence(lt.RNNCell(3, 3), return_sequence=True), (2, 3, 3)),
+    "GRU": (lt.Recurrence(lt.GRUCell(3, 3), return_sequence=True), (2, 3, 3)),
+    "LSTM": (lt.Recurrence(lt.LSTMCell(3, 3), return_sequence=True), (2, 3, 3)),
+    "attention": (lt.MultiHeadAttention(4, 2), (2, 3, 4)),
+    "LayerNorm": (lt.LayerNorm(3), (2, 3)),
+    "BatchNorm": (lt.BatchNorm(3), (4, 3)),
+    "WeightNorm": (lt.WeightNorm(lt.Dense(3, 3)), (2, 3)),
+    "Checkpointed": (lt.Checkpointed(lt.Dense(3, 3, torch.tanh)), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_parameters_of_two_calls_in_a_row(make_key, draw, name):
+    """Where an input depends on the parameters too, its part of the derivative is not that of the call."""
+    layer, shape = TWICE[name]
+    ps, st = lt.f64(lt.setup(make_key(), layer))
+
+    def twice(x, ps):
+        y, new = layer(x, ps, st)
+        y = y[0] if isinstance(y, tuple) else y
+        y, _ = layer(y.sin(), ps, new)
+        return y
+
+    check_derivatives(twice, lt.f64(draw(shape)), ps, rng=make_key(), words=("R", "T", "F", "RR", "TR", "TT"))
