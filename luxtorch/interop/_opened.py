@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._transforms import transformed
+
 
 def _opened(function: Any) -> Callable[..., Any]:
     """Return a function of torch without its first question, whether a mode wants to take the call over.
@@ -53,6 +55,7 @@ OPENED: dict[Any, Callable[..., Any]] = {
         F.fractional_max_pool2d_with_indices,
         F.fractional_max_pool3d_with_indices,
         F.multi_head_attention_forward,
+        F.multilabel_soft_margin_loss,
         F.triplet_margin_with_distance_loss,
     )
 }
@@ -78,3 +81,16 @@ def _either(with_indices: Callable[..., Any]) -> Callable[..., Any]:
 
 OPENED[F.fractional_max_pool2d] = _either(F.fractional_max_pool2d_with_indices)
 OPENED[F.fractional_max_pool3d] = _either(F.fractional_max_pool3d_with_indices)
+
+
+def _in_one_piece(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loss without chunks inside transforms: in chunks it has one derivative, by reverse mode."""
+
+    def whole(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+        return loss(*args, options=None if transformed() else options, **kwargs)
+
+    return whole
+
+
+if hasattr(F, "linear_cross_entropy"):  # since torch 2.14
+    OPENED[F.linear_cross_entropy] = _in_one_piece(_opened(F.linear_cross_entropy))

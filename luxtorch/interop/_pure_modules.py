@@ -140,9 +140,11 @@ _PURE: dict[type[nn.Module], type[Pure]] = {
             nn.HingeEmbeddingLoss,
             nn.HuberLoss,
             nn.KLDivLoss,
+            nn.LogSigmoid,
             nn.MSELoss,
             nn.MarginRankingLoss,
             nn.MultiLabelMarginLoss,
+            nn.MultiLabelSoftMarginLoss,
             nn.MultiMarginLoss,
             nn.PairwiseDistance,
             nn.SmoothL1Loss,
@@ -153,6 +155,8 @@ _PURE: dict[type[nn.Module], type[Pure]] = {
         PureLookup,
     ),
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.14
+    _PURE[nn.LinearCrossEntropyLoss] = PureLookup
 
 
 def make_pure(module: nn.Module) -> None:

@@ -434,6 +434,8 @@ def _losses():
         yield Form(
             nn.LinearCrossEntropyLoss(4, 3, bias=True, label_smoothing=0.1, reduction="sum"), I(N(5, 4), K(3, 5))
         )
+        chunks = nn.LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=2)
+        yield Form(nn.LinearCrossEntropyLoss(4, 3, options=chunks), I(N(5, 4), K(3, 5)))
 
 
 def _containers():

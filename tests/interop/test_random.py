@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -15,7 +16,9 @@ import luxtorch.random as lr
 from luxtorch.core import LuxtorchError
 from luxtorch.interop._keys import Keys
 from luxtorch.interop._opened import OPENED
+from luxtorch.interop._part import _MODAL
 from luxtorch.interop._pure_mode import REPLACEMENTS, PureMode
+from luxtorch.interop._pure_modules import _PURE
 
 # Each takes x, numbers between 0 and 1 of shape (3, 4).
 DRAWS = {
@@ -341,6 +344,7 @@ def test_no_probability_is_refused(make_key, draw):
         drawn(lambda _: draw(), make_key(), None)
 
 
+KNOWN = REPLACEMENTS.keys() | OPENED.keys()
 # Parts of kernels, of which modules know nothing; and functions that set up a generator.
 INTERNAL = {"_fill_mem_eff_dropout_mask_", "_cudnn_init_dropout_state", "_cudnn_rnn", "_lstm_mps", "_fused_sdp_choice"}
 INTERNAL |= {"_nested_tensor_softmax_with_shape", "_triton_scaled_dot_attention", "miopen_rnn", "lstm_mps_backward"}
@@ -357,9 +361,30 @@ def test_no_random_function_of_torch_is_forgotten():
             if torch.Tag.nondeterministic_seeded in tags or "Generator" in str(schema):
                 names.add(name)
     assert {"rand", "dropout", "uniform_", "normal", "lstm"} <= names
-    known = REPLACEMENTS.keys() | OPENED.keys()
     for name in names - INTERNAL - {"Generator"}:
         for owner in (torch, Tensor, torch._C._nn):
             function = getattr(owner, name, None)
             kernel = name.startswith(("_scaled_dot", "_flash", "_efficient", "_cudnn_attention"))
-            assert function is None or kernel or function in known, f"{name} draws by the global generator"
+            assert function is None or kernel or function in KNOWN, f"{name} draws by the global generator"
+
+
+def names_of_replaced(function):
+    """Name the replaced torch functions that a function calls."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    called = {name: getattr(F, name, getattr(torch, name, None)) for name in (code.co_names if code else ())}
+    return [name for name, function in called.items() if callable(function) and function in KNOWN]
+
+
+@pytest.mark.parametrize("name", [name for name, function in vars(F).items() if callable(function)])
+def test_no_function_of_torch_hides_a_call_of_a_replaced_one(name):
+    function = getattr(F, name)
+    asks = "handle_torch_function" in getattr(getattr(function, "__code__", None), "co_names", ())
+    # What asks whether a mode takes it over runs out of the mode's sight.
+    assert name.startswith("_") or not asks or function in KNOWN or not names_of_replaced(function)
+
+
+@pytest.mark.parametrize("name", nn.modules.__all__)
+def test_every_module_of_torch_that_calls_a_replaced_function_is_pure_or_modal(name):
+    module = getattr(nn, name)
+    if issubclass(module, nn.Module) and not issubclass(module, (*_PURE, *_MODAL, nn.DataParallel)):
+        assert not names_of_replaced(module.forward)
