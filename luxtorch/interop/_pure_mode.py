@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from luxtorch._linalg import RULES, by_rule
+from luxtorch._transforms import first_order
+
 from . import (
     _pure_attention,
     _pure_dropout,
@@ -24,6 +27,16 @@ from . import (
 from ._keys import Keys
 from ._opened import OPENED
 
+
+def _in_any_nesting(function: Any) -> Callable[..., Any]:
+    """Return linear algebra whose derivatives are right where torch's are wrong: by forward mode inside of another."""
+
+    def chosen(keys: Keys, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if first_order() else by_rule(function, *args, **kwargs)
+
+    return chosen
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_attention.REPLACEMENTS,
     **_pure_dropout.REPLACEMENTS,
@@ -36,6 +49,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_norms.REPLACEMENTS,
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
+    **{function: _in_any_nesting(function) for function in RULES},
 }
 """What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
 

@@ -518,3 +518,33 @@ def test_what_looks_at_values_while_it_is_reset(make_key):
     layer, _, _ = from_torch(Looking())
     ps, _ = lt.setup(make_key(), layer)
     assert 0.5 < ps["weight"].std() < 1.5 and torch.equal(ps["other"], torch.full((3,), 7.0))
+
+
+SYSTEMS = {
+    "solve": lambda a, b: torch.linalg.solve(a, b),
+    "solve, named": lambda a, b: torch.linalg.solve(A=a, B=b, left=True),
+    "solve_ex": lambda a, b: torch.linalg.solve_ex(a, b)[0],
+    "tensorsolve": lambda a, b: torch.linalg.tensorsolve(a, b[:, 0]),
+    "det": lambda a, b: torch.det(a),
+    "slogdet": lambda a, b: a.slogdet()[1],
+    "logdet": lambda a, b: (a @ a.mT).logdet(),
+}
+
+
+class Solving(nn.Module):
+    """Linear algebra of what it is called with, and a weight."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.weight, self.name = nn.Parameter(3 * torch.eye(3, dtype=torch.float64)), name
+
+    def forward(self, x):
+        return SYSTEMS[self.name](self.weight + x, x[:, :2])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_linear_algebra_in_a_module_has_right_derivatives_in_every_nesting(make_key, name):
+    layer, ps, _ = from_torch(Solving(name))
+    st = layer.initial_states(make_key())
+    x = lt.random.normal(make_key(), (3, 3), dtype=torch.float64)
+    lt.testing.check_derivatives(lambda x, ps: layer(x, ps, st)[0], x, ps, rng=make_key())

@@ -123,9 +123,8 @@ OF_INPUTS = ("purity", "gradient", "forward", "vmap_inputs", "vmap_models")
 WORDS = ("RF", "FR", "FF", "rF", "RFR", "FRF")
 """By what derivatives are taken; those that torch has got wrong, with what they are compared with."""
 UNSEEN = ("spectral_norm", "padding_idx", "max_norm", "scale_grad_by_freq")
-# torch solves a system, whose derivative by forward mode is wrong inside another; vmap cannot write into a buffer, nor
-# into the losses that this one gathers from its clusters.
-FEWER = {"orthogonal_cayley": ("FR",), "spectral_norm": ("RF", "FR"), "AdaptiveLog": tuple(set(WORDS) - {"rF"})}
+# vmap cannot write into a buffer, nor into the losses that a module gathers from its clusters.
+FEWER = {"spectral_norm": ("RF", "FR"), "AdaptiveLog": tuple(set(WORDS) - {"rF"})}
 NEEDS = {
     "gradient": lambda s: s.variables(),
     "forward": lambda s: s.variables(),
