@@ -18,10 +18,13 @@ from ._world import world_size
 def average_gradients(grads: Any) -> Any:
     """Return the mean of the gradients of all ranks.
 
-    With the mean of a loss over equal shares of a batch, this is the gradient of the mean over the whole batch. All
-    gradients of one dtype travel in a single all-reduce, and those of a ComponentVector without being copied together.
-    It works inside of `torch.func` transforms and of compiled functions, except that `torch.compile` does not know how
-    to batch its derivative.
+    With the mean of a loss over equal shares of a batch, this is the gradient of the mean over the whole batch. With
+    weights or ignored targets the shares are not equal: then average `(sum, weight)` of `loss.sum_and_weight` and the
+    gradient of that sum, and divide the averages by the average weight.
+
+    All gradients of one dtype travel in a single all-reduce, and those of a ComponentVector without being copied
+    together. It works inside of `torch.func` transforms and of compiled functions, except that `torch.compile` does
+    not know how to batch its derivative.
 
     Args:
         grads: The gradients, a tree of tensors with the same structure on every rank, which is not checked: that
