@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -19,14 +20,24 @@ settings.load_profile("luxtorch")
 torch.backends.cudnn.allow_tf32 = False
 
 
-def _seed(request: pytest.FixtureRequest) -> int:
-    return zlib.crc32(request.node.nodeid.encode())
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take only a share of the slow tests where `SHARE` asks for that: `SHARE=2/3` is the second of three."""
+    which, number = map(int, os.environ.get("SHARE", "1/1").split("/"))
+    out = {
+        item for item in items if item.get_closest_marker("slow") and _number(item.nodeid) % number != which % number
+    }
+    config.hook.pytest_deselected(items=[*out])
+    items[:] = [item for item in items if item not in out]
+
+
+def _number(nodeid: str) -> int:
+    return zlib.crc32(nodeid.encode())
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator seeded by the test's own name: the numbers of a test never depend on other tests."""
-    return torch.Generator().manual_seed(_seed(request))
+    return torch.Generator().manual_seed(_number(request.node.nodeid))
 
 
 @pytest.fixture
@@ -34,7 +45,7 @@ def make_key(request: pytest.FixtureRequest) -> Callable[[], Tensor]:
     """Return a function that gives a fresh key at every call, seeded by the test's own name."""
     import luxtorch.random as lr
 
-    root, count = lr.key(_seed(request)), 0
+    root, count = lr.key(_number(request.node.nodeid)), 0
 
     def fresh() -> Tensor:
         nonlocal count

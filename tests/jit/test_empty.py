@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import luxtorch as lt
 from luxtorch import losses as L
 from luxtorch.jit import jit
 
-from .conftest import BACKENDS, train
+from .conftest import compiled, train
 
 LAYERS = {
     "dense": lambda: lt.Dense(3, 2, "tanh"),
@@ -55,9 +57,20 @@ def _check(got, expected):
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dynamic", [False, "batch"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lstm")) for name in LAYERS])
+# Each layer by inductor once, with one fixed size or any: compiling takes seconds.
+INDUCTOR = {"dense": "batch", "layernorm": False, "dropout": "batch", "lstm": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic", "backend"),
+    [
+        *(
+            pytest.param(*c, marks=[pytest.mark.slow] * (c[0] == "lstm"))
+            for c in product(LAYERS, (False, "batch"), ("replay",))
+        ),
+        *(pytest.param(*c, "inductor", marks=[pytest.mark.slow, compiled]) for c in INDUCTOR.items()),
+    ],
+)
 def test_training_steps(name, dynamic, backend, make_state):
     ts = make_state(LAYERS[name]())
     jitted = jit(train, dynamic=dynamic, backend=backend)

@@ -76,7 +76,7 @@ def _samples():
                 ).train(t)(*one.forward_input.args, **one.forward_input.kwargs)
 
 
-def _first(samples, number=4):
+def _first(samples, number=2):
     try:
         yield from (sample for _, sample in zip(range(number), samples(), strict=False))
     except Exception:  # what torch cannot make samples of here
