@@ -23,14 +23,11 @@ FORMS_OF_ALL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS_OF_ALL)
-def test_every_layer(make_key, draw, name):
+def test_what_takes_long_of_every_layer(make_key, draw, name):
     layer, inputs, *exceptions = FORMS_OF_ALL[name]
-    for exception in exceptions:
-        if "orders" in exception:
-            pytest.skip(exception["orders"])
-    lt.testing.check_layer(
-        layer, draw(inputs[0]), rng=make_key(), laws=["orders"], skip=exceptions[0] if exceptions else (), words=QUICK
-    )
+    skip = exceptions[0] if exceptions else ()
+    laws = ["orders", "compile"]
+    lt.testing.check_layer(layer, draw(inputs[0]), rng=make_key(), laws=laws, skip=skip, words=QUICK)
 
 
 # Layers with a kernel of torch, or with a path of their own inside transforms.
