@@ -22,7 +22,7 @@ demo: .venv/.stamp ## run the tour of the library
 test: .venv/.stamp ## run the fast tests on the newest torch
 	.venv/bin/pytest tests $(WITHOUT_SLOW)
 
-test-slow: .venv/.stamp ## run the slow tests
+test-slow: .venv/.stamp ## run the slow tests; with SHARE=1/4 the first quarter of them
 	.venv/bin/pytest tests -m slow -n $(WORKERS) || [ $$? -eq 5 ] # 5: there are none
 
 test-oldest: .venv-oldest/.stamp ## run the fast tests on the oldest torch

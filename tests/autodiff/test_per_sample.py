@@ -170,7 +170,7 @@ TRANSFORMS = {
 
 
 @every_tree
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_it_goes_through_transforms(problem_parts, name, compiled, tree):
     _, ps, st, batch, loss = problem_parts

@@ -56,6 +56,7 @@ def test_the_curve_of_two_processes_is_that_of_one(tmp_path):
     assert not torch.allclose(*weights, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_curve_of_four_processes_is_that_of_one(tmp_path):
     cases = [("averaged vector", "adamw"), ("sharded vector", "adamw")]
     check(run(curves, 4, tmp_path, cases), cases)

@@ -385,8 +385,7 @@ KEEPS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("grad", "dynamic"), [(False, True), (True, False)])
 @pytest.mark.parametrize("name", KEEPS)
 def test_arguments_that_are_kept(name, grad, dynamic):
     box = Holder()

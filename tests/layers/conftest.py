@@ -24,9 +24,10 @@ def some_words(name):
     return ("R", "F", "RF", "FR", "FF", *draw.sample(WORDS[6:], 1), *draw.sample(third, 1), draw.choice("rfT"))
 
 
-def is_compiled(name):
-    """Tell whether the form of a name is compiled: one in four, as that takes longer than all other laws together."""
-    return zlib.crc32(name.encode()) % 4 == 0
+def later(name):
+    """Return laws for the slow tests: one form in four is compiled here, one in two jitted, as that takes longest."""
+    number = zlib.crc32(name.encode())
+    return ["orders", *["compile"] * (number % 4 > 0), *["jit"] * (number % 2)]
 
 
 @pytest.fixture
@@ -50,10 +51,9 @@ def check_laws(request, make_key, draw, device):
     """Return a function that checks a form, on each device; what takes long in part, and whole in the slow tests."""
 
     def check_laws(layer, inputs, exceptions=()):
-        later = ["orders"] if is_compiled(request.node.nodeid) else ["orders", "compile"]
         inputs = lt.to_device(list(map(draw, inputs)), device)
         key = make_key().to(device)
-        lt.testing.check_layer(layer, *inputs, rng=key, skip=[*exceptions, *later])
+        lt.testing.check_layer(layer, *inputs, rng=key, skip=[*exceptions, *later(request.node.nodeid)])
         lt.testing.check_layer(
             layer, inputs[0], rng=key, laws=["orders"], skip=exceptions, words=some_words(request.node.nodeid)
         )

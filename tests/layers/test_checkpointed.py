@@ -84,7 +84,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("tree", [dict, lt.ComponentVector])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "compiled grad")) for way in WAYS]
+)
 def test_the_numbers_are_those_of_the_layer(make_key, rng, way, tree):
     ps, st = lt.f64(lt.setup(make_key(), PLAIN))
     again = lt.f64(lt.setup(make_key(), LESS))

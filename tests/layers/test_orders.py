@@ -26,7 +26,7 @@ FORMS_OF_ALL = {
 def test_what_takes_long_of_every_layer(make_key, draw, name):
     layer, inputs, *exceptions = FORMS_OF_ALL[name]
     skip = exceptions[0] if exceptions else ()
-    laws = ["orders", "compile"]
+    laws = ["orders", "jit", "compile"]
     lt.testing.check_layer(layer, draw(inputs[0]), rng=make_key(), laws=laws, skip=skip, words=QUICK)
 
 

@@ -79,12 +79,14 @@ def test_every_law_holds(check_laws, name):
     check_laws(*FORMS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FORMS if "Stateful" in name])
 def test_every_law_holds_after_the_first_call(make_key, draw, name):
     layer, inputs = FORMS[name]
     lt.testing.check_layer(layer, *map(draw, inputs), rng=make_key(), modes=[started])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (4,)])
 def test_the_laws_hold_from_a_carry_on(make_key, batch):
     layer = Recurrence(StackedCell(GRUCell(2, 3), LSTMCell(3, 3)), return_sequence=True)

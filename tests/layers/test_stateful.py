@@ -78,7 +78,7 @@ def functions(layer_or_box, x):
     }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", functions(None, torch.ones(1)))
 def test_inside_a_transform_the_output_is_right_and_the_box_as_it_was(box, x, name, compiled):
     box(x)

@@ -35,7 +35,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("stack" in n)) for n in FORMS])
 def test_every_law_holds(check_laws, name):
     check_laws(*FORMS[name])
 

@@ -150,6 +150,7 @@ def test_learning_rates_by_seeds(form, make_key):
     torch.testing.assert_close(got, torch.stack([torch.stack([step(rate, x) for x in xs]) for rate in rates]))
 
 
+@pytest.mark.slow
 def test_compiled_is_eager(form):
     loss, run, x, y = form
     predictions = next(f for form_loss, f, *_ in FORMS.values() if form_loss is loss)
