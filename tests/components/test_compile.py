@@ -86,6 +86,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", WHOLE.values(), ids=WHOLE)
 def test_functions_of_a_model(cv, x, loss, function):
     compiled = torch.compile(lambda cv, x: function(loss, cv, x), fullgraph=True, backend="aot_eager")

@@ -23,7 +23,7 @@ import luxtorch as lt
 from luxtorch.testing._laws import LAWS
 from luxtorch.testing._orders import EVERY
 
-MODELS = int(os.environ.get("FUZZ_MODELS", "100"))
+MODELS = int(os.environ.get("FUZZ_MODELS", "80"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 LARGEST = 96  # numbers in a sample
 BATCH = 4

@@ -42,7 +42,7 @@ def test_the_values_are_right(name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_transform_knows_them(make_key, name):
-    laws = ["gradient", "forward", "orders", "vmap_inputs", "vmap_models", "compile", "value"]
+    laws = ["gradient", "forward", "vmap_inputs", "vmap_models", "compile", "value"]
     lt.testing.check_layer(Dense(3, 2, name), lt.random.normal(make_key(), (4, 3)), rng=make_key(), laws=laws)
 
 

@@ -216,6 +216,7 @@ def test_together(new, tree, data, objective, equal, names):
     equal(ts, exact, **close)
 
 
+@pytest.mark.slow
 def test_all_compiled(new, tree, data, objective, equal):
     options = {name: value for option in OPTIONS.values() for name, value in option.items()}
 
