@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ FORMS_OF_ALL = {
 @pytest.mark.parametrize("name", FORMS_OF_ALL)
 def test_what_takes_long_of_every_layer(make_key, draw, name):
     layer, inputs, *exceptions = FORMS_OF_ALL[name]
-    skip = exceptions[0] if exceptions else ()
-    laws = ["orders", "jit", "compile"]
-    lt.testing.check_layer(layer, draw(inputs[0]), rng=make_key(), laws=laws, skip=skip, words=QUICK)
+    skip, (x, *others) = exceptions[0] if exceptions else (), map(draw, inputs)
+    check = partial(lt.testing.check_layer, layer, x, rng=make_key(), skip=skip)
+    check(laws=["orders"], words=QUICK)
+    check(*others, laws=["jit", "compile"])
 
 
 # Layers with a kernel of torch, or with a path of their own inside transforms.
