@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from luxtorch.core import TRAINING, DTypeError, InputError, Layer, Static, tree_map
 from luxtorch.layers import Chain
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._module_layer import ModuleLayer
-from ._native import hooked, native
-from ._part import Part, tensors_of
+from ._native import native
+from ._part import Part, hooked
+from ._reach import everything
 from ._skeleton import RNG, Skeleton
 from ._to_torch import LayerModule, held
 
@@ -75,7 +75,7 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
 def _adapted(module: nn.Module, key: Any) -> Model:
     if isinstance(module, LayerModule) and not hooked(module) and (model := held(module)):
         return Model(*model)
-    if type(module) is nn.Sequential and len(module) and not hooked(module) and not _share(module._modules.values()):
+    if _is_chain(module):
         children = {name: _adapted(child, fold_in(key, name)) for name, child in module._modules.items()}
         ps = {name: child.ps for name, child in children.items()}
         st = {name: child.st for name, child in children.items()}
@@ -97,15 +97,23 @@ def _adapted(module: nn.Module, key: Any) -> Model:
     return Model(layer, ps, {name: st.get(name, value) for name, value in start.items()})
 
 
-def _share(modules: Iterable[nn.Module]) -> bool:
-    """Say whether one tensor belongs to several of some modules."""
+def _is_chain(module: nn.Module) -> bool:
+    """Say whether a module is the chain of its children and nothing more: none of them leads to another."""
+    own = _PLAIN.keys() | {"_modules"}
+    if type(module) is not nn.Sequential or not module._modules or hooked(module) or vars(module).keys() - own:
+        return False
+    if module._parameters or module._buffers:
+        return False
     seen: set[int] = set()
-    for module in modules:
-        own = {id(value) for part in module.modules() for _, _, value in tensors_of(part)}
-        if not seen.isdisjoint(own):
-            return True
-        seen |= own
-    return False
+    for child in module._modules.values():
+        reached = {id(each) for _, each in everything(child) if isinstance(each, Tensor | nn.Module)}
+        if not seen.isdisjoint(reached):
+            return False
+        seen |= reached
+    return True
+
+
+_PLAIN = vars(nn.Module())
 
 
 def _check(module: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import pickle
 import types
 import uuid
+import weakref
 from typing import Any, TypeAlias
+
+from ._reach import LRU, importable
 
 Identity: TypeAlias = tuple[str, tuple[Any, ...]]
 """A text that shows all options, and the classes and functions that it names, which may be redefined."""
@@ -22,10 +26,25 @@ class _Recorder(pickle.Pickler):
         self.code: list[Any] = []
 
     def persistent_id(self, obj: Any) -> str | None:
-        if isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType):
+        if isinstance(obj, types.FunctionType) and not importable(obj):  # a copy of it has the same code
+            return None
+        if isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType | types.CodeType):
             self.code.append(obj)
-            return obj.__qualname__
+            return str(obj.co_name if isinstance(obj, types.CodeType) else obj.__qualname__)
         return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Show what pickle refuses: functions by their code and what they close over, references by what they are to."""
+        if isinstance(obj, types.FunctionType):
+            state = obj.__defaults__, obj.__kwdefaults__, obj.__closure__, vars(obj)
+            return types.FunctionType, (obj.__code__, obj.__module__), state
+        if isinstance(obj, types.CellType):
+            return types.CellType, (), obj.cell_contents
+        if isinstance(obj, weakref.ReferenceType):
+            return weakref.ref, (), obj()
+        if type(obj) is LRU:
+            return functools.lru_cache, (), obj.__wrapped__
+        return NotImplemented
 
 
 def identity_of(*parts: Any) -> Identity:

@@ -28,3 +28,9 @@ class Keys:
             self._key, self.rng = split(self.rng)
         self._made += 1
         return fold_in(self._key, self._made)
+
+    def copy(self) -> Keys:
+        """Return what makes the same keys from here on."""
+        keys = Keys(self.rng)
+        keys._key, keys._made = self._key, self._made
+        return keys

@@ -15,7 +15,7 @@ from ._keys import Keys
 from ._part import Part
 from ._pure_mode import PureMode
 from ._reset import reset
-from ._skeleton import RNG, Skeleton
+from ._skeleton import RNG, Body, Skeleton
 
 
 class ModuleLayer(Layer):
@@ -50,24 +50,24 @@ class ModuleLayer(Layer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return what the module returns, and the states as it leaves them."""
-        args, kwargs = arguments(_copied(x) if self.skeleton.writes else x)
-        part = self.skeleton.borrow()
+        skeleton = self.skeleton
+        args, kwargs = arguments(_copied(x) if skeleton.writes else x)
+        body, keys = skeleton.borrow(), None
         try:
-            if not self.skeleton.random:
-                part.lend(ps, st)
-                return part.module(*args, **kwargs), part.take(st)
+            if not skeleton.random:
+                body.lend(ps, st)
+                return body.module(*args, **kwargs), body.root.take(st)
             own = {name: value for name, value in st.items() if name != RNG}
-            part.lend(ps, own)
+            body.lend(ps, own)
             keys = Keys(st[RNG])
-            with PureMode(keys):
-                y = part.module(*args, **kwargs)
-            return y, {**part.take(own), RNG: keys.rng}
+            y = _traced(body, keys, args, kwargs) if torch.compiler.is_compiling() else body(keys, args, kwargs)
+            return y, {**body.root.take(own), RNG: keys.rng}
         except Exception as error:
             if not torch.compiler.is_compiling() and not getattr(error, "inside", ()):
-                error.inside = _place(error.__traceback__, part)  # type: ignore[attr-defined]
+                error.inside = _place(error.__traceback__, body.root)  # type: ignore[attr-defined]
             raise
         finally:
-            self.skeleton.give_back(part)
+            skeleton.give_back(body, keys)
 
     def tapped(self, path: str) -> Layer:
         """Return the layer with a module inside it perturbed, for `lt.Perturbed`."""
@@ -80,8 +80,23 @@ class ModuleLayer(Layer):
         return type(self.skeleton.root.module).__name__
 
 
+def _traced(body: Body, keys: Keys, args: Any, kwargs: Any) -> Any:
+    with PureMode(keys):
+        return body.module(*args, **kwargs)
+
+
 def _copied(x: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+    """Copy all tensors of a tree, one that stands in several places once."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+        return copies[id(leaf)]
+
+    return tree_map(copied, x)
 
 
 def _place(traceback: TracebackType | None, root: Part) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from . import (
     _native_pooling,
     _native_shape,
 )
-from ._part import tensors_of
+from ._part import hooked, tensors_of
 
 CONVERTERS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {
     **_native_activation.CONVERTERS,
@@ -52,10 +52,3 @@ def _same_names(module: nn.Module, layer: Layer) -> bool:
     ps, st = layer._names
     states = {name for name, store, _ in tensors_of(module) if store is not module._parameters}
     return ps == {name for name, value in module._parameters.items() if value is not None} and states <= st
-
-
-def hooked(module: nn.Module) -> bool:
-    """Say whether a module has hooks, which only its own call runs."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -12,6 +12,7 @@ from luxtorch.core import TRAINING, InputError, LuxtorchError, Parameters, State
 from luxtorch.core._locate import wrong_names
 
 from ._branch import Branch
+from ._reach import left_by_calls, package
 
 # The modules of torch.nn that ask for their mode, or for random numbers, or for functions that the pure mode replaces.
 _MODAL = (
@@ -33,18 +34,54 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 
 
+class Placeholder:
+    """Stand for a tensor of a module while no call has lent one; whoever uses it learns so.
+
+    Attributes:
+        like: A tensor on the meta device that shows shape and dtype.
+        parameter: Whether it stands for an `nn.Parameter`.
+        trainable: Whether it stands for a parameter that requires a gradient.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.like = torch.empty_like(value, device="meta", requires_grad=False)
+        self.parameter = isinstance(value, nn.Parameter)
+        self.trainable = value.requires_grad
+
+    @property
+    def tensor(self) -> Tensor:
+        """What stands for the tensor where a compiler wants one."""
+        return nn.Parameter(self.like, requires_grad=False) if self.parameter else self.like
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise InputError(
+            "A tensor of a converted module was used when no call had lent it one.",
+            expected="its use inside the call of the layer, or by what that call returned",
+            fix="Return what is needed from the forward.",
+        )
+
+    def __repr__(self) -> str:
+        return f"Placeholder({self.like.dtype}, {tuple(self.like.shape)})"
+
+
 class Part:
-    """Hand tensors to one of the modules that a skeleton is made of, and to those below it.
+    """Hand tensors to one of the modules that a module is made of, and to those below it.
 
     Attributes:
         module: The module.
         path: The names that lead to it.
         children: The parts below, by name. A module that stands in two places is a part in the first alone.
-        parameters: By name, tensors on the meta device that show shapes and dtypes.
-        states: The same for buffers, and for tensors that are plain attributes of the module.
+        parameters: By name, tensors that show shapes and dtypes.
+        states: The same for buffers, for parameters of integers, and for tensors that are attributes of the module.
+        tied: The names of tensors that have stood elsewhere before, with the path and the name there.
         modal: Whether what it computes may depend on the mode, or on random numbers.
         training: The mode that the module was in.
         written: Whether it may write into its input.
+        stores: By the name of each tensor, the dict in which it stands.
+        stood: By name, what stood there when the part was made.
+        trainable: The names of the parameters that require a gradient in the module.
+        as_parameters: Whether code asks of what is lent whether it is an `nn.Parameter`.
     """
 
     def __init__(self, module: nn.Module, path: tuple[str, ...], seen: dict[int, Any]) -> None:
@@ -52,31 +89,39 @@ class Part:
         self.path = path
         self.parameters: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
+        self.tied: dict[str, tuple[tuple[str, ...], str]] = {}
         self.children: dict[str, Part] = {}
         self.training = module.training
-        own = not type(module).__module__.startswith("torch.nn.modules.") or bool(module._forward_pre_hooks)
+        own = _has_code(module)
         self.modal = own and type(module).forward is not nn.Module.forward or isinstance(module, _MODAL)
         if isinstance(module, Branch):
             self.modal = module._modal
         self._copied = own
         self.written = own or bool(getattr(module, "inplace", False))
-        self._stores: dict[str, dict[str, Any]] = {}
-        self._tied: list[tuple[str, dict[str, Any], str]] = []
+        self.stores: dict[str, dict[str, Any]] = {}
+        self.stood: dict[str, Any] = {}
         for name, store, value in tensors_of(module):
-            self._stores[name] = store
             if id(value) in seen:
-                self._tied.append((name, *seen[id(value)]))
+                self.tied[name] = seen[id(value)]
                 continue
-            seen[id(value)] = store, name
-            (self.parameters if store is module._parameters else self.states)[name] = value
-        self._plain = frozenset(name for name, store in self._stores.items() if store is module.__dict__)
-        # What else a forward may leave behind on the module, to be put back after a call.
-        self._attributes = {k: v for k, v in vars(module).items() if k not in _OF_TORCH | self._plain} if own else {}
+            seen[id(value)] = path, name
+            self.stores[name], self.stood[name] = store, value
+            like = value.like if isinstance(value, Placeholder) else value
+            smooth = like.is_floating_point() or like.is_complex()
+            (self.parameters if store is module._parameters and smooth else self.states)[name] = like
+        self._plain = frozenset(name for name, store in self.stores.items() if store is module.__dict__)
+        # What a compiler is to put back; it does not see what else a forward leaves behind.
+        self._nones = (
+            [name for name, value in vars(module).items() if value is None and name not in _OF_TORCH] if own else []
+        )
         for name, child in module._modules.items():
             if child is not None and id(child) not in seen:
                 seen[id(child)] = None
                 self.children[name] = Part(child, (*path, name), seen)
         self._shapes = {name: like.shape for name, like in self.parameters.items()}
+        self._lent: dict[str, Any] = {}
+        self.trainable = [name for name in self.parameters if getattr(self.stood[name], "trainable", False)]
+        self.as_parameters = False
         self._names_of_ps = frozenset((*self.parameters, *self.children))
         self._names_of_st = frozenset((*self.states, *self.children, *((TRAINING,) if self.modal else ())))
 
@@ -107,37 +152,24 @@ class Part:
 
     def value(self, name: str) -> Any:
         """Return what stands here now."""
-        return getattr(self.module, name, None) if name in self._plain else self._stores[name].get(name)
+        return getattr(self.module, name, None) if name in self._plain else self.stores[name].get(name)
 
     def _put(self, name: str, value: Any) -> None:
         if name in self._plain:  # the compiler does not know that an attribute stands in a dict
             setattr(self.module, name, value)
         else:
-            self._stores[name][name] = value
-
-    def _restore(self) -> None:
-        """Put back what the forward has changed on the module besides its tensors."""
-        if torch.compiler.is_compiling():
-            for name, value in self._attributes.items():
-                if value is None and getattr(self.module, name, None) is not None:
-                    setattr(self.module, name, None)
-            return
-        now = vars(self.module)
-        for name in [name for name in now if name not in self._attributes]:
-            if name not in _OF_TORCH and name not in self._plain:
-                del now[name]
-        now.update(self._attributes)
+            self.stores[name][name] = value
 
     def lend(self, ps: Parameters, st: States) -> None:
         """Put parameters and states into the modules."""
         if ps.keys() != self._names_of_ps or st.keys() != self._names_of_st:
             raise self._wrong_names(ps, st)
-        own = self.module._parameters
+        own: dict[str, Any] = self.module._parameters
         for name, shape in self._shapes.items():
             value = ps[name]
             if value.shape != shape:
                 raise self._wrong_shape("parameter", name, value)
-            own[name] = value
+            self._lent[name] = own[name] = as_parameter(value) if self.as_parameters else value
         for name, like in self.states.items():
             value = st[name]
             if value.shape != like.shape:
@@ -148,11 +180,13 @@ class Part:
             self._set_mode(st[TRAINING].value)
         for name, child in self.children.items():
             child.lend(ps[name], st[name])
-        for name, store, source in self._tied:
-            self._put(name, store[source])
 
     def take(self, st: States) -> dict[str, Any]:
         """Return the states after a call, detached; `st` are those before it."""
+        own: dict[str, Any] = self.module._parameters
+        for name, value in self._lent.items():
+            if own.get(name) is not value:
+                raise self.located(writes_parameter(name))
         new = dict(st)
         for name, like in self.states.items():
             value = self.value(name)
@@ -166,13 +200,13 @@ class Part:
     def clear(self) -> None:
         """Take the tensors away again, and set the mode back."""
         self._set_mode(self.training)
-        self.module._parameters.update(self.parameters)  # type: ignore[arg-type]
-        for name, like in self.states.items():
-            self._put(name, like)
-        if self._copied:
-            self._restore()
-        for name, store, source in self._tied:
-            self._put(name, store[source])
+        self._lent.clear()
+        for name, stood in self.stood.items():
+            self._put(name, stood)
+        if torch.compiler.is_compiling():
+            for name in self._nones:
+                if getattr(self.module, name, None) is not None:
+                    setattr(self.module, name, None)
         for child in self.children.values():
             child.clear()
 
@@ -184,11 +218,11 @@ class Part:
         for tree, names, what in ((ps, self._names_of_ps, "parameter"), (st, self._names_of_st, "state")):
             error = wrong_names(tree, names, what, "Use the trees that from_torch returned for this module.")
             if error is not None:
-                return self._located(error)
+                return self.located(error)
         raise AssertionError
 
     def _wrong_shape(self, what: str, name: str, value: Tensor) -> LuxtorchError:
-        return self._located(
+        return self.located(
             InputError(
                 f"The {what} '{name}' does not have the module's shape.",
                 expected=str(tuple(self.like(name).shape)),
@@ -199,7 +233,7 @@ class Part:
 
     def _changed(self, name: str, like: Tensor, value: Any) -> LuxtorchError:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        return self._located(
+        return self.located(
             InputError(
                 f"The module's forward replaced its buffer '{name}' by something of another kind.",
                 expected=f"a tensor of shape {tuple(like.shape)}: a state keeps its structure",
@@ -208,14 +242,54 @@ class Part:
             )
         )
 
-    def _located(self, error: LuxtorchError) -> LuxtorchError:
+    def located(self, error: LuxtorchError) -> LuxtorchError:
         error.inside = self.path
         return error
 
 
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
-    """Yield the tensors that a module itself holds: each name, the dict in which it stands, and the tensor."""
+def writes_parameter(name: str) -> InputError:
+    """Return the error of a forward that changes a parameter."""
+    return InputError(
+        f"The module's forward changes its parameter '{name}'.",
+        expected="a forward that leaves the parameters alone: what a call is given stays as it is",
+        fix="Where a first call sets it from data, call the module once before from_torch. Put a constraint on the "
+        "parameters after each step of the optimizer, or parametrize the weight; or freeze it with requires_grad_(False) "
+        "and make it a buffer.",
+    )
+
+
+def as_parameter(value: Tensor) -> Tensor:
+    """Return a tensor that is an `nn.Parameter` to whoever asks, and leaves the one that it is made of as it is."""
+    alias: Any = value.view_as(value)
+    alias._is_param = True
+    return alias  # type: ignore[no-any-return]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Say whether a module has hooks, which only its own call runs."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _has_code(module: nn.Module) -> bool:
+    """Say whether a call of a module runs code that is not that of torch's modules."""
+    if not type(module).__module__.startswith("torch.nn.modules.") or "forward" in vars(module):
+        return True
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return bool(module._backward_hooks or module._backward_pre_hooks) or any(
+        package(hook) != "luxtorch" for hook in hooks
+    )
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the tensors that a module itself holds: each name, the dict in which it stands, and the tensor.
+
+    What its calls leave behind as an attribute is not among them.
+    """
     for store in (module._parameters, module._buffers, module.__dict__):
         for name, value in store.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Placeholder) and not (
+                store is module.__dict__ and name in left_by_calls(module)
+            ):
                 yield name, store, value

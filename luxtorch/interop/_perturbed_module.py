@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from luxtorch.core import TRAINING, KeyNameError, Layer, Parameters, States, Static, suggest, tree_map
 from luxtorch.layers._tap import OUTPUT, PERTURBATION, added, changed, without_tap
 
+from ._duplicate import Duplicate
 from ._inputs import Inputs, arguments
 from ._module_layer import ModuleLayer
+from ._part import tensors_of
 from ._skeleton import RNG, Skeleton
 
 # Without what names the layer in an error, which is to be this one and not the probe.
@@ -98,7 +99,9 @@ class Probe(nn.Module):
 
     def __init__(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module)
+        self.module = Duplicate(
+            module, {}, shared={id(v): v for m in module.modules() for _, _, v in tensors_of(m)}
+        ).module
         self.paths = paths
         for path in paths:
             self.module.get_submodule(path).register_forward_hook(_perturb)

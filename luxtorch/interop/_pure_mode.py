@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from luxtorch._linalg import RULES, by_rule
@@ -26,6 +28,9 @@ from . import (
 )
 from ._keys import Keys
 from ._opened import OPENED
+
+if TYPE_CHECKING:
+    from ._skeleton import Body
 
 
 def _in_any_nesting(function: Any) -> Callable[..., Any]:
@@ -54,23 +59,42 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 """What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
 
 
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITES: dict[Any, bool] = {
+    getattr(owner, name): True
+    for owner in (Tensor, torch, F, nn.init)
+    for name in dir(owner)
+    if name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_", "rename_")
+}
+_WRITES.update({getattr(Tensor, f"__i{name}__"): True for name in _OPERATORS})
+_WRITES.update({Tensor.__setitem__: True, Tensor.data.__set__: True})  # type: ignore[attr-defined]
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 class PureMode(TorchFunctionMode):
     """While it is entered, replace the torch functions that draw from the global generator, or lack a derivative.
 
-    What is called in place of a torch function is in a table.
+    What is called in place of a torch function is in a table. Parameters and constants are not written into.
 
     Args:
         keys: The keys of all random numbers.
+        body: The module that runs; None while its parameters are made.
     """
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, body: Body | None = None) -> None:
         super().__init__()
         self.keys = keys
+        self.body = body
         if torch.compiler.is_compiling():
             _show_to_compiler()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.body is not None:
+            if func in _WRITES or kwargs and ("out" in kwargs or kwargs.get("inplace")):
+                self._check_write(self.body, args, kwargs)
+            elif func == _REQUIRES_GRAD:
+                return func(*args) or self.body.requires_gradient(args[0])
         replacement = REPLACEMENTS.get(func)
         if replacement is not None:
             return replacement(self.keys, *args, **kwargs)
@@ -79,6 +103,14 @@ class PureMode(TorchFunctionMode):
             return func(*args, **kwargs)
         with self:  # torch takes the mode away for the time of this call
             return opened(*args, **kwargs)
+
+    @staticmethod
+    def _check_write(body: Body, args: Any, kwargs: Any) -> None:
+        for target in (*args[:1], *(kwargs[name] for name in ("out", "input", "self", "tensor") if name in kwargs)):
+            for each in target if isinstance(target, list | tuple) else (target,):
+                error = body.protected(each) if isinstance(each, Tensor) else None
+                if error is not None:
+                    raise error
 
 
 def _show_to_compiler() -> bool:

@@ -15,7 +15,7 @@ from ._pure_mode import PureMode
 
 if TYPE_CHECKING:
     from ._part import Part
-    from ._skeleton import Skeleton
+    from ._skeleton import Body, Skeleton
 
 Place: TypeAlias = tuple[tuple[str, ...], str]
 """Where a tensor stands: the names that lead to the module, and its own."""
@@ -43,32 +43,46 @@ def reset(skeleton: Skeleton, key: Tensor) -> tuple[dict[str, Any], dict[str, An
         kept = skeleton.kept.get((part.path, name))
         return value if kept is None else value.copy_(kept)
 
-    part = skeleton.borrow()
+    body = skeleton.borrow()
     try:
-        part.lend(root.tree("parameters", start), root.tree("states", start))
-        _run(part, key)
-        ps, st = (part.tree(kind, lambda part, name: part.value(name).detach()) for kind in ("parameters", "states"))
+        body.lend(root.tree("parameters", start), root.tree("states", start))
+        _run(body.root, key)
+        ps, st = (
+            body.root.tree(kind, lambda part, name: part.value(name).detach()) for kind in ("parameters", "states")
+        )
         return ps, st
     finally:
-        skeleton.give_back(part)
+        skeleton.give_back(body)
 
 
-def untouched(module: Part, trial: Part) -> dict[Place, Tensor]:
+def untouched(module: Part, trial: Body) -> dict[Place, Tensor]:
     """Return copies of a module's tensors that its `reset_parameters` leave alone.
 
     Args:
         module: The module.
-        trial: A copy of it on the meta device, on which they are run.
+        trial: A copy of it, in which they are run on the meta device.
     """
-    before = {(part.path, name): part.value(name)._version for part in trial for name in part.names}
+    lent: dict[Place, tuple[Tensor, int]] = {}
+
+    def start(part: Part, name: str) -> Tensor:
+        value = torch.empty_like(part.like(name))
+        lent[part.path, name] = value, value._version
+        return value
+
+    trial.lend(trial.root.tree("parameters", start), trial.root.tree("states", start))
+    for part in trial.root:  # states are lent as copies
+        for name in part.states:
+            lent[part.path, name] = (value := part.value(name)), value._version
     with suppress(Exception):  # code that looks at values cannot do so here: what it makes is kept, then made anew
-        _run(trial, key(0, device="meta"))
-    return {
-        (source.path, name): source.value(name).detach().clone()
-        for source, part in zip(module, trial, strict=True)
+        _run(trial.root, key(0, device="meta"))
+    kept = {
+        (source.path, name): source.like(name).detach().clone()
+        for source, part in zip(module, trial.root, strict=True)
         for name in part.names
-        if part.value(name) is part.like(name) and part.value(name)._version == before[part.path, name]
+        if part.value(name) is lent[part.path, name][0] and part.value(name)._version == lent[part.path, name][1]
     }
+    trial.clear()
+    return kept
 
 
 def _run(root: Part, key: Tensor) -> None:

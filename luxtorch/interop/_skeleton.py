@@ -2,27 +2,137 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from luxtorch.core import InputError
+from luxtorch._transforms import unwrapped
+from luxtorch.core import InputError, Parameters, States
 
+from ._code import Draws, check_code, sources_of
+from ._duplicate import Duplicate
 from ._identity import Identity, identity_of
-from ._part import Part, tensors_of
+from ._keys import Keys
+from ._late import called, carried
+from ._part import Part, Placeholder, tensors_of, writes_parameter
+from ._pure_mode import PureMode
 from ._pure_modules import make_pure, make_traceable
+from ._reach import asks_for_parameters, left_by_calls
 from ._reset import Place, untouched
 
 RNG = "rng"
 """The name under which the state of a module with random or unknown code keeps its key."""
 
 
+def shares(tensor: Any, other: Any) -> bool:
+    """Say whether to write into a tensor is to write into another one."""
+    if tensor is other:
+        return True
+    try:
+        storages = [unwrapped(each).untyped_storage()._cdata for each in (tensor, other)]
+    except Exception:  # a kind of tensor without one
+        return False
+    return bool(storages[0] == storages[1])
+
+
+class Body:
+    """Hold a copy of a module for one call at a time.
+
+    Args:
+        duplicate: The copy, with placeholders.
+        draws: The global sources of random numbers that its code may draw from.
+
+    Attributes:
+        module: The copy.
+        root: Its parts.
+    """
+
+    def __init__(self, duplicate: Duplicate, draws: frozenset[str] = frozenset()) -> None:
+        self.module = duplicate.module
+        self.root = Part(duplicate.module, (), {})
+        self._duplicate = duplicate
+        self._draws = draws
+        self._sources: dict[int, tuple[dict[str, Any], str]] = {}
+        first = set()
+        for part in self.root:
+            for name, store in part.stores.items():
+                self._sources[id(store[name])] = store, name
+                first.add((id(store), name))
+        asked = any(asks_for_parameters(part.module) for part in self.root)
+        for part in self.root:
+            part.as_parameters = asked
+        self._aliases = [alias for alias in duplicate.aliases if (id(alias.container), alias.name) not in first]
+        duplicate.settle()
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody holds what belongs to the copy."""
+        return self._duplicate.free
+
+    def lend(self, ps: Parameters, st: States) -> None:
+        """Put parameters and states into the copy, wherever they stand."""
+        self.root.lend(ps, st)
+        for alias in self._aliases:
+            alias.put(self._duplicate.filled(alias.content, self._value))
+
+    def _value(self, placeholder: Any) -> Any:
+        store, name = self._sources[id(placeholder)]
+        return store[name]
+
+    def __call__(self, keys: Keys, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the module returns, with random numbers from keys."""
+        watch = Draws(self._draws, self._duplicate.generators) if self._draws or self._duplicate.generators else None
+        with called(self, keys), PureMode(keys, self):
+            y = self.module(*args, **kwargs)
+        if watch is not None:
+            watch.check()
+        return y
+
+    def clear(self) -> None:
+        """Take the tensors away again, and put back whatever else a call has changed."""
+        self.root.clear()
+        for alias in self._aliases:
+            alias.put(alias.content)
+        if not torch.compiler.is_compiling():
+            self._duplicate.restore()
+
+    def protected(self, tensor: Tensor) -> InputError | None:
+        """Return the error of a forward that writes into a tensor, if it must not."""
+        for part in self.root:
+            for name in part.parameters:
+                if shares(tensor, part.stores[name][name]):
+                    return part.located(writes_parameter(name))
+        for value in self._duplicate.constants.values():
+            if shares(tensor, value):
+                return InputError(
+                    "The module's forward changes a tensor that is neither its parameter nor its buffer.",
+                    expected="states in buffers, which a call returns",
+                    got=f"a write into a tensor of shape {tuple(value.shape)}",
+                    fix="Register it by register_buffer.",
+                )
+        return None
+
+    def requires_gradient(self, tensor: Tensor) -> bool:
+        """Say whether a tensor stands for a parameter that requires a gradient in the module."""
+        for part in self.root:
+            for name in part.trainable:
+                if part.stores[name].get(name) is tensor:
+                    return True
+        return False
+
+    def call_later(self, keys: Keys) -> None:
+        """Let modules of the copy that something has kept, such as an adjoint solver, be called after the call."""
+        for module in self._duplicate.modules:
+            vars(module)["_compiled_call_impl"] = carried(module._call_impl, self, keys)
+
+
 class Skeleton:
     """Copy a module without its tensors, for calls with tensors from outside.
 
-    Copies are lent out one call at a time, so that calls from several threads do not meet in one.
+    Copies are lent out one call at a time, so that calls from several threads do not meet in one. A copy that
+    something holds after the call, such as a checkpoint, keeps what it was lent until it is let go.
 
     Args:
         module: The module, which stays as it is.
@@ -33,6 +143,7 @@ class Skeleton:
         root: The parts of a copy that nobody calls, for a look.
         random: Whether the module may ask for random numbers.
         writes: Whether it may write into its input: in torch's own modules an option says so, of others nobody knows.
+        draws: The sources of random numbers, besides torch's functions, that its code may draw from.
         kept: The tensors that no `reset_parameters` makes anew, by place.
         identity: What tells it from others, besides `kept`.
     """
@@ -40,7 +151,18 @@ class Skeleton:
     def __init__(
         self, module: nn.Module, kept: dict[Place, Tensor] | None = None, identity: Identity | None = None
     ) -> None:
-        self.root = _without_tensors(module)
+        check_code(module)
+        self.draws = sources_of(module)
+        placeholders = {
+            id(value): value if isinstance(value, Placeholder) else Placeholder(value)
+            for each in module.modules()
+            for _, _, value in tensors_of(each)
+        }
+        first = Duplicate(module, placeholders, left_by_calls)
+        for each in first.modules:
+            make_pure(each)
+        self._constants = first.constants
+        self.root = Body(first).root
         self.random = any(part.modal for part in self.root)
         self.writes = any(part.written for part in self.root)
         self.kept = untouched(Part(module, (), {}), self._copy()) if kept is None else kept
@@ -49,30 +171,58 @@ class Skeleton:
             if identity is None
             else identity
         )
-        self._idle: list[Part] = []
-        self._traced = self._copy()
-        for part in self._traced:
+        self._idle: list[Body] = []
+        self._out: list[Body] = []
+        self._most_out = 8
+        self._traced = self._copy(traced=True)
+        for part in self._traced.root:
             make_traceable(part.module)
 
-    def borrow(self) -> Part:
+    def borrow(self) -> Body:
         """Return a copy that no other call uses."""
         if torch.compiler.is_compiling():  # which traces a call once, alone
             return self._traced
         try:
             return self._idle.pop()
         except IndexError:
-            return self._copy()
+            return self._returned() or self._copy()
 
-    def give_back(self, part: Part) -> None:
-        """Take the tensors from a copy, and keep it for the next call."""
-        part.clear()
-        if not torch.compiler.is_compiling():
-            self._idle.append(part)
+    def give_back(self, body: Body, keys: Keys | None = None) -> None:
+        """Keep a copy for the next call, if nothing holds it; else when it is let go.
 
-    def _copy(self) -> Part:
+        Args:
+            body: The copy.
+            keys: What random numbers come from, if something holds it and calls it.
+        """
+        if torch.compiler.is_compiling():
+            body.clear()
+        elif body.free:
+            body.clear()
+            self._idle.append(body)
+        else:
+            if keys is not None:
+                body.call_later(keys)
+            self._out.append(body)
+
+    def _returned(self) -> Body | None:
+        """Return a copy that was held after its call, and is no longer."""
+        for attempt in range(2):
+            for i, body in enumerate(self._out):
+                if body.free:
+                    del self._out[i]
+                    body.clear()
+                    return body
+            if attempt or len(self._out) < self._most_out:
+                return None
+            gc.collect()  # what holds them may itself be waiting for that
+            self._most_out = 2 * len(self._out)
+        return None
+
+    def _copy(self, *, traced: bool = False) -> Body:
         # Its copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
-        shared = {id(value): value for each in self.root.module.modules() for _, _, value in tensors_of(each)}
-        return Part(copy.deepcopy(self.root.module, shared), (), {})
+        stood = [value for part in self.root for value in part.stood.values()]
+        shared = {id(value): value.tensor if traced else value for value in stood}
+        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Skeleton) or self.identity != other.identity:
@@ -92,24 +242,3 @@ class Skeleton:
 
     def __repr__(self) -> str:
         return type(self.root.module).__name__
-
-
-def _without_tensors(module: nn.Module) -> Part:
-    placeholders: dict[int, Any] = {}
-    for each in module.modules():
-        for _, _, value in tensors_of(each):
-            like = torch.empty_like(value, device="meta", requires_grad=False)
-            parameter = isinstance(value, nn.Parameter)
-            placeholders[id(value)] = nn.Parameter(like, requires_grad=False) if parameter else like
-    try:
-        duplicate = copy.deepcopy(module, placeholders)
-    except Exception as error:
-        raise InputError(
-            f"The module cannot be copied: {error}",
-            expected="a module that copy.deepcopy takes",
-            got=type(module).__name__,
-            fix="Keep open files, generators, locks and tensors with a history out of its attributes.",
-        ) from error
-    for each in list(duplicate.modules()):
-        make_pure(each)
-    return Part(duplicate, (), {})

@@ -1,0 +1,118 @@
+"""What the code of a module must not do, or is to be watched for: reach itself by globals, draw numbers elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from luxtorch.core import InputError
+from luxtorch.surgery._global_random import generators, moved
+
+from ._part import tensors_of
+from ._reach import code_of, everything, names_used, package, reaches
+
+_SEEDS = frozenset(
+    ("seed", "manual_seed", "initial_seed", "get_rng_state", "set_rng_state", "default_generator", "fork_rng")
+)
+
+
+def check_code(module: nn.Module) -> None:
+    """Refuse a module whose classes lead to the module itself, which no copy of it can change.
+
+    Raises:
+        InputError: If a global, a closure or a default of a method leads to a part or a tensor of the module.
+    """
+    wanted = {id(value) for part in module.modules() for value in (part, *(each for _, _, each in tensors_of(part)))}
+    functions = _functions(module)
+    way = reaches(list(functions.values()), wanted, {package(function) for function in functions.values()})
+    if way is not None:
+        raise InputError(
+            "The code of the module leads to the module itself by something that belongs to no module.",
+            expected="parameters, buffers and modules in attributes of the module",
+            got=way.partition("]")[2].strip() or way,
+            fix="Make it an attribute: self.name = ...; the call of a layer takes its tensors from ps and st alone.",
+        )
+
+
+def _functions(module: nn.Module) -> dict[int, types.FunctionType]:
+    """Return the functions of the classes of a module that a call may run: those whose names lead on from a forward."""
+    known: dict[str, list[types.FunctionType]] = {}
+    for part in module.modules():
+        for function in code_of(part):
+            known.setdefault(function.__name__, []).append(function)
+    waiting = [name for name in known if name == "forward" or name.startswith("__") and name != "__init__"]
+    found: dict[int, types.FunctionType] = {}
+    while waiting:
+        for function in known.pop(waiting.pop(), ()):
+            found[id(function)] = function
+            waiting += known.keys() & {*names_used(function.__code__)}
+    return found
+
+
+def sources_of(module: nn.Module) -> frozenset[str]:
+    """Return the global sources of random numbers, by name, that the code of a module may draw from."""
+    functions = _functions(module)
+    packages = {package(function) for function in functions.values()}
+    found = set()
+    for _, each in everything([module, *functions.values()], packages):
+        found.update(_sources(each))
+    return frozenset(found)
+
+
+def _sources(x: Any) -> Iterator[str]:
+    if (
+        x is random
+        or isinstance(x, types.BuiltinMethodType | types.MethodType)
+        and isinstance(x.__self__, random.Random)
+    ):
+        yield "Python"
+    elif (
+        isinstance(x, types.ModuleType)
+        and x.__name__ in ("numpy", "numpy.random")
+        or isinstance(x, types.BuiltinMethodType)
+        and type(x.__self__).__module__.startswith("numpy.random")
+    ):
+        yield "NumPy"
+    elif (
+        isinstance(x, torch.jit.ScriptFunction) or isinstance(x, types.FunctionType) and _SEEDS & names_used(x.__code__)
+    ):
+        yield "torch"
+
+
+class Draws:
+    """Tell whether random numbers are drawn from where no key decides.
+
+    Args:
+        names: The global sources that may be drawn from.
+        own: Other sources.
+    """
+
+    def __init__(self, names: frozenset[str], own: list[Any]) -> None:
+        self._own = own
+        self._before = {name: state for name, state in generators().items() if name in names}
+        self._own_before = [*map(pickle.dumps, own)]
+
+    def check(self) -> None:
+        """Refuse what was drawn meanwhile.
+
+        Raises:
+            InputError: If there was anything.
+        """
+        names = [f"the global random numbers of {name}" for name in moved(self._before, generators())]
+        names += [
+            f"a {type(each).__name__} of its own"
+            for each, before in zip(self._own, self._own_before, strict=True)
+            if pickle.dumps(each) != before
+        ]
+        if names:
+            raise InputError(
+                f"The module's forward draws from {names[0]}.",
+                expected="random numbers of torch's functions, which come from the key in the states",
+                fix="Draw with torch.rand, torch.randint and their like, and leave the seed alone.",
+            )
