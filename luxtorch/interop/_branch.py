@@ -125,6 +125,7 @@ class Branch(nn.Module):
         if value.dtype != torch.uint64:
             return value
         self._keys.add(name)
+        self._non_persistent_buffers_set.add(name)
         return value.to(torch.int64)
 
     def _opened(self, name: str, value: Any, path: tuple[str, ...]) -> Mapping[str, Any]:

@@ -6,13 +6,14 @@ import pickle
 import random
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from luxtorch.core import InputError
-from luxtorch.surgery._global_random import generators, moved
+from luxtorch.surgery._global_random import generators, moved, restored
 
 from ._part import tensors_of
 from ._reach import code_of, everything, names_used, package, reaches
@@ -44,8 +45,8 @@ def _functions(module: nn.Module) -> dict[int, types.FunctionType]:
     """Return the functions of the classes of a module that a call may run: those whose names lead on from a forward."""
     known: dict[str, list[types.FunctionType]] = {}
     for part in module.modules():
-        for function in code_of(part):
-            known.setdefault(function.__name__, []).append(function)
+        for name, function in code_of(part):
+            known.setdefault(name, []).append(function)
     waiting = [name for name in known if name == "forward" or name.startswith("__") and name != "__init__"]
     found: dict[int, types.FunctionType] = {}
     while waiting:
@@ -59,7 +60,7 @@ def sources_of(module: nn.Module) -> frozenset[str]:
     """Return the global sources of random numbers, by name, that the code of a module may draw from."""
     functions = _functions(module)
     packages = {package(function) for function in functions.values()}
-    found = set()
+    found: set[str] = set()
     for _, each in everything([module, *functions.values()], packages):
         found.update(_sources(each))
     return frozenset(found)
@@ -85,34 +86,26 @@ def _sources(x: Any) -> Iterator[str]:
         yield "torch"
 
 
-class Draws:
-    """Tell whether random numbers are drawn from where no key decides.
+@contextmanager
+def draws_checked(names: frozenset[str], own: list[Any]) -> Iterator[None]:
+    """Refuse random numbers that are drawn inside from where no key decides, and put back what was moved.
 
     Args:
         names: The global sources that may be drawn from.
         own: Other sources.
+
+    Raises:
+        InputError: If there was anything.
     """
-
-    def __init__(self, names: frozenset[str], own: list[Any]) -> None:
-        self._own = own
-        self._before = {name: state for name, state in generators().items() if name in names}
-        self._own_before = [*map(pickle.dumps, own)]
-
-    def check(self) -> None:
-        """Refuse what was drawn meanwhile.
-
-        Raises:
-            InputError: If there was anything.
-        """
-        names = [f"the global random numbers of {name}" for name in moved(self._before, generators())]
-        names += [
-            f"a {type(each).__name__} of its own"
-            for each, before in zip(self._own, self._own_before, strict=True)
-            if pickle.dumps(each) != before
-        ]
-        if names:
-            raise InputError(
-                f"The module's forward draws from {names[0]}.",
-                expected="random numbers of torch's functions, which come from the key in the states",
-                fix="Draw with torch.rand, torch.randint and their like, and leave the seed alone.",
-            )
+    before, own_before = generators(), [*map(pickle.dumps, own)]
+    with restored():
+        yield
+        found = [f"the global random numbers of {name}" for name in moved(before, generators()) if name in names]
+    pairs = zip(own, own_before, strict=True)
+    found += [f"a {type(each).__name__} of its own" for each, state in pairs if pickle.dumps(each) != state]
+    if found:
+        raise InputError(
+            f"The module's forward draws from {found[0]}.",
+            expected="random numbers of torch's functions, which come from the key in the states",
+            fix="Draw with torch.rand, torch.randint and their like, and leave the seed alone.",
+        )

@@ -1,4 +1,4 @@
-"""A copy of a module and of all that its code may reach: containers, objects, and functions with what they close over."""
+"""A copy of a module and of all that it leads to: containers, objects, and functions with what they close over."""
 
 from __future__ import annotations
 
@@ -158,6 +158,8 @@ class Duplicate:
             return copied(self, x)
         if isinstance(x, Tensor):
             return self._constant(x)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return self._tuple(x)
         if isinstance(x, nn.Module) and not hasattr(type(x), "__deepcopy__"):
             return self._module(x)
         try:
@@ -240,7 +242,7 @@ class Duplicate:
         return self._fill(self._made(x, type(x)(*factory)), x)
 
     def _list(self, x: list[Any]) -> list[Any]:
-        return self._extend(self._made(x, []), x)
+        return self._extend(self._made(x, []), x)  # type: ignore[no-any-return]
 
     def _deque(self, x: deque[Any]) -> Any:
         return self._extend(self._made(x, deque(maxlen=x.maxlen)), x)
@@ -261,7 +263,7 @@ class Duplicate:
         if id(x) in self._memo:  # it holds itself, by way of something else
             return self._memo[id(x)]  # type: ignore[no-any-return]
         y: tuple[Any, ...] = x if _same(values, x) else self._made(x, _tuple_like(x, values), tracked=False)
-        return self._hold(y, y) if any(map(self._holds, values)) else y  # type: ignore[no-any-return]
+        return self._hold(y, y) if any(map(self._holds, values)) else y
 
     def _set(self, x: Any) -> Any:
         values = [self._copy(value) for value in x]

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luxtorch.core import TRAINING, DTypeError, InputError, Layer, Static, tree_map
+from luxtorch.core import TRAINING, DTypeError, InputError, Layer, Static, suggest, tree_map
 from luxtorch.layers import Chain
 from luxtorch.random import Rng, as_key, fold_in
+from luxtorch.surgery import freeze
 
 from ._module_layer import ModuleLayer
 from ._native import native
 from ._part import Part, hooked
 from ._reach import everything
-from ._skeleton import RNG, Skeleton
+from ._skeleton import Skeleton
 from ._to_torch import LayerModule, held
 
 
@@ -27,7 +28,7 @@ class Model(NamedTuple):
     st: dict[str, Any]
 
 
-def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
+def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> Model:
     """Return a layer that computes what a `torch.nn.Module` does, with its parameters and states.
 
     Modules that luxtorch has a layer for become that layer, and an `nn.Sequential` becomes a `Chain`. Any other module
@@ -37,6 +38,8 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
     Args:
         module: The module. It stays as it is, and shares no memory with what is returned.
         rng: A seed, a key or a generator, for dropout and whatever else the module draws.
+        method: What a call of the layer calls, such as `"generate"`. To call several, see `layer.bind`, which a module
+            with a forward of its own has: `layer.bind(ps, st).generate(ids)`.
 
     Returns:
         `(layer, ps, st)`. The parameters are nested by the module's own names, and `lt.flatten_names(ps)` has those of
@@ -69,29 +72,41 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
     for value in (*module.parameters(), *module.buffers()):
         key = key.to(value.device)  # what is drawn belongs beside them
         break
-    return _adapted(module, key)
+    if method != "forward" and not callable(getattr(module, method, None)):
+        raise InputError(
+            f"{type(module).__name__} has no method '{method}'.",
+            fix=suggest(method, [name for name in dir(module) if not name.startswith("_")]),
+        )
+    model = _adapted(module, key, method)
+    frozen = [name for name, value in module.named_parameters() if not value.requires_grad and _smooth(value)]
+    return Model(*freeze(*model, *frozen)) if frozen else model
 
 
-def _adapted(module: nn.Module, key: Any) -> Model:
-    if isinstance(module, LayerModule) and not hooked(module) and (model := held(module)):
+def _smooth(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _adapted(module: nn.Module, key: Any, method: str) -> Model:
+    if method == "forward" and isinstance(module, LayerModule) and not hooked(module) and (model := held(module)):
         return Model(*model)
-    if _is_chain(module):
-        children = {name: _adapted(child, fold_in(key, name)) for name, child in module._modules.items()}
+    if method == "forward" and _is_chain(module):
+        parts: Any = module._modules
+        children = {name: _adapted(child, fold_in(key, name), method) for name, child in parts.items()}
         ps = {name: child.ps for name, child in children.items()}
         st = {name: child.st for name, child in children.items()}
         return Model(Chain(**{name: child.layer for name, child in children.items()}), ps, st)
     values = Part(module, (), {})
     ps, st = (tree_map(lambda value: value.detach().clone(), values.tree(kind)) for kind in ("parameters", "states"))
-    layer = native(module)
+    layer = native(module) if method == "forward" else None
     if layer is None:
         skeleton = Skeleton(module)
-        if skeleton.random and RNG in st:
+        for name in skeleton.own_states(key).keys() & st.keys():
             raise InputError(
-                f"The module has a buffer or a part called '{RNG}', which is the name of its key.",
+                f"The module has a buffer or a part called '{name}', which is a name of luxtorch's own.",
                 fix="Rename it, or put the module into an nn.ModuleList or another module.",
                 where=type(module).__name__,
             )
-        return Model(ModuleLayer(skeleton), ps, {**st, RNG: key} if skeleton.random else st)
+        return Model(ModuleLayer(skeleton, method), ps, {**st, **skeleton.own_states(key)})
     if TRAINING in (start := layer.initial_states(key)):
         start[TRAINING] = Static(module.training)
     return Model(layer, ps, {name: st.get(name, value) for name, value in start.items()})

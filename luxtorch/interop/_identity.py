@@ -34,7 +34,7 @@ class _Recorder(pickle.Pickler):
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        """Show what pickle refuses: functions by their code and what they close over, references by what they are to."""
+        """Show what pickle refuses: functions by their code and what they close over, references by their target."""
         if isinstance(obj, types.FunctionType):
             state = obj.__defaults__, obj.__kwdefaults__, obj.__closure__, vars(obj)
             return types.FunctionType, (obj.__code__, obj.__module__), state

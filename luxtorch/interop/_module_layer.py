@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luxtorch.core import Layer, Parameters, States, tree_map
 
-from ._inputs import arguments
+from ._inputs import Inputs, arguments
 from ._keys import Keys
+from ._names import NAMES
 from ._part import Part
 from ._pure_mode import PureMode
 from ._reset import reset
-from ._skeleton import RNG, Body, Skeleton
+from ._skeleton import RNG, Skeleton
 
 
 class ModuleLayer(Layer):
@@ -25,28 +29,29 @@ class ModuleLayer(Layer):
 
     Args:
         skeleton: The module, without its tensors.
+        method: The method that a call of the layer calls.
 
     Parameters:
         Those of the module, nested by its own names. Tied ones stand in the first of their places.
 
     States:
         Buffers and other tensors of the module, nested likewise; for modules that may ask for it `training`; and at
-        the top `rng`, if there may be random numbers.
+        the top `rng`, if there may be random numbers, and `state_dict`, if its names differ from those of the trees.
 
     Shape:
         What the module takes, several arguments as `lt.Inputs`, to what it returns.
     """
 
     skeleton: Skeleton
+    method: str = "forward"
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return new parameters, as the modules' own `reset_parameters` draw them."""
-        return reset(self.skeleton, key)[0]
+        return reset(self.skeleton, key, warn=True)[0]
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
         """Return the buffers as the modules start out, and the key of the first random numbers."""
-        st = reset(self.skeleton, key)[1]
-        return {**st, RNG: key.clone()} if self.skeleton.random else st
+        return {**reset(self.skeleton, key)[1], **self.skeleton.own_states(key.clone())}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return what the module returns, and the states as it leaves them."""
@@ -54,20 +59,34 @@ class ModuleLayer(Layer):
         args, kwargs = arguments(_copied(x) if skeleton.writes else x)
         body, keys = skeleton.borrow(), None
         try:
-            if not skeleton.random:
-                body.lend(ps, st)
-                return body.module(*args, **kwargs), body.root.take(st)
-            own = {name: value for name, value in st.items() if name != RNG}
+            ours = {name: st[name] for name in (RNG, NAMES) if name in st}
+            own = {name: value for name, value in st.items() if name not in ours} if ours else st
             body.lend(ps, own)
+            if not skeleton.random:
+                return body.function(self.method)(*args, **kwargs), {**body.root.take(own), **ours}
             keys = Keys(st[RNG])
-            y = _traced(body, keys, args, kwargs) if torch.compiler.is_compiling() else body(keys, args, kwargs)
-            return y, {**body.root.take(own), RNG: keys.rng}
+            if torch.compiler.is_compiling():
+                with PureMode(keys):
+                    y = body.function(self.method)(*args, **kwargs)
+            else:
+                with body.running(keys):
+                    y = body.function(self.method)(*args, **kwargs)
+            return y, {**body.root.take(own), **ours, RNG: keys.rng}
         except Exception as error:
             if not torch.compiler.is_compiling() and not getattr(error, "inside", ()):
                 error.inside = _place(error.__traceback__, body.root)  # type: ignore[attr-defined]
             raise
         finally:
             skeleton.give_back(body, keys)
+
+    def bind(self, ps: Parameters, st: States) -> Bound:
+        """Return the module with values, to use it as a module: `layer.bind(ps, st).generate(ids)`.
+
+        Args:
+            ps: The parameters.
+            st: The states.
+        """
+        return Bound(self, ps, st)
 
     def tapped(self, path: str) -> Layer:
         """Return the layer with a module inside it perturbed, for `lt.Perturbed`."""
@@ -77,12 +96,83 @@ class ModuleLayer(Layer):
 
     def extra_repr(self) -> str:
         """Return the name of the module's class."""
-        return type(self.skeleton.root.module).__name__
+        name = type(self.skeleton.root.module).__name__
+        return name if self.method == "forward" else f"{name}.{self.method}"
 
 
-def _traced(body: Body, keys: Keys, args: Any, kwargs: Any) -> Any:
-    with PureMode(keys):
-        return body.module(*args, **kwargs)
+class Bound:
+    """Use a module with parameters and states as a module: call it, or its methods, one after another.
+
+    As a context, it is the module itself, for a while.
+
+    Args:
+        layer: The layer; `layer.bind(ps, st)` makes one.
+        ps: Its parameters.
+        st: Its states.
+
+    Attributes:
+        st: The states as the calls so far have left them.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = torch.nn.Linear(4, 2), torch.nn.Linear(2, 4)
+        ...     def encode(self, x):
+        ...         return self.encoder(x).tanh()
+        ...     def forward(self, x):
+        ...         return self.decoder(self.encode(x))
+        >>> layer, ps, st = lt.from_torch(Net())
+        >>> layer.bind(ps, st).encode(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        >>> with layer.bind(ps, st) as net:
+        ...     y = net.decoder(net.encode(torch.ones(3, 4)))
+
+    Source: `bind` of Flax.
+    """
+
+    def __init__(self, layer: ModuleLayer, ps: Parameters, st: States) -> None:
+        self._layer, self._ps, self.st = layer, ps, st
+        self._kept: Callable[[States], States] = lambda st: st
+        self._given = st
+        self._context: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("forward", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._layer.skeleton.root.module, name)
+        if not callable(value) or isinstance(value, nn.Module):
+            return value
+        return partial(self._call, name)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        y, self._given = ModuleLayer(self._layer.skeleton, method)(Inputs(*args, **kwargs), self._ps, self._given)
+        self.st = self._kept(self._given)
+        return y
+
+    def __enter__(self) -> nn.Module:
+        self._context = self._entered()
+        return self._context.__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+    @contextmanager
+    def _entered(self) -> Iterator[nn.Module]:
+        skeleton, st = self._layer.skeleton, self._given
+        ours = {name: st[name] for name in (RNG, NAMES) if name in st}
+        body, keys = skeleton.borrow(), Keys(st.get(RNG, torch.zeros(2, dtype=torch.uint64)))
+        try:
+            body.lend(self._ps, {name: value for name, value in st.items() if name not in ours})
+            with body.running(keys):
+                yield body.module
+            own = body.root.take({name: value for name, value in st.items() if name not in ours})
+            self._given = {**own, **ours, **({RNG: keys.rng} if RNG in ours else {})}
+            self.st = self._kept(self._given)
+        finally:
+            skeleton.give_back(body, keys)
 
 
 def _copied(x: Any) -> Any:

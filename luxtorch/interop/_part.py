@@ -253,8 +253,7 @@ def writes_parameter(name: str) -> InputError:
         f"The module's forward changes its parameter '{name}'.",
         expected="a forward that leaves the parameters alone: what a call is given stays as it is",
         fix="Where a first call sets it from data, call the module once before from_torch. Put a constraint on the "
-        "parameters after each step of the optimizer, or parametrize the weight; or freeze it with requires_grad_(False) "
-        "and make it a buffer.",
+        "parameters after each step of the optimizer, or parametrize the weight.",
     )
 
 

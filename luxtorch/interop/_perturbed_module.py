@@ -15,6 +15,7 @@ from luxtorch.layers._tap import OUTPUT, PERTURBATION, added, changed, without_t
 from ._duplicate import Duplicate
 from ._inputs import Inputs, arguments
 from ._module_layer import ModuleLayer
+from ._names import NAMES
 from ._part import tensors_of
 from ._skeleton import RNG, Skeleton
 
@@ -75,7 +76,10 @@ class PerturbedModule(Layer):
                 return without_tap(st)
 
             own = changed(own, path.split("."), take)
-        states = {"module": {name: value for name, value in own.items() if name != RNG}, TRAINING: Static(False)}
+        states = {
+            "module": {name: value for name, value in own.items() if name not in (RNG, NAMES)},
+            TRAINING: Static(False),
+        }
         # The probe wants a key also where its module draws nothing.
         states[RNG] = own[RNG] if RNG in own else torch.zeros(2, dtype=torch.uint64)
         try:
@@ -83,7 +87,8 @@ class PerturbedModule(Layer):
         except Exception as error:
             error.inside = getattr(error, "inside", ())[1:]  # type: ignore[attr-defined]  # without the "module" above
             raise
-        st = {**new["module"], RNG: new[RNG]} if RNG in own else new["module"]
+        st = {**new["module"], **{name: own[name] for name in (NAMES,) if name in own}}
+        st = {**st, RNG: new[RNG]} if RNG in own else st
         for path in self.paths:
             kept = {PERTURBATION: perturbations[path], OUTPUT: outputs[path]}
             st = changed(st, path.split("."), lambda own, kept=kept: {**own, **kept})  # type: ignore[misc]

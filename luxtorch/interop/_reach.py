@@ -144,12 +144,12 @@ def of_torch(x: Any) -> bool:
     return package(x) in ("torch", "luxtorch")
 
 
-def code_of(module: nn.Module) -> Iterator[types.FunctionType]:
-    """Yield the functions of the class of a module that are not torch's."""
+def code_of(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
+    """Yield the functions of the class of a module that are not torch's, each with the name of its attribute."""
     for kind in type(module).__mro__:
         if not of_torch(kind) and kind is not object:
-            for value in vars(kind).values():
-                yield from _functions(value)
+            for name, value in vars(kind).items():
+                yield from ((name, function) for function in _functions(value))
 
 
 def _functions(x: Any) -> Iterator[types.FunctionType]:
@@ -175,7 +175,7 @@ def left_by_calls(module: nn.Module) -> frozenset[str]:
 
 
 def _codes_of(module: nn.Module) -> Iterator[types.CodeType]:
-    waiting = [function.__code__ for function in code_of(module) if function.__name__ != "__init__"]
+    waiting = [function.__code__ for name, function in code_of(module) if name != "__init__"]
     while waiting:
         yield (code := waiting.pop())
         waiting += _codes_inside(code)

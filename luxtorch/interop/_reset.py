@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from luxtorch._transforms import watched
+from luxtorch.core import InputError
 from luxtorch.random import fold_in, key
 
 from ._keys import Keys
@@ -23,7 +26,7 @@ Place: TypeAlias = tuple[tuple[str, ...], str]
 _METHODS = ("reset_parameters", "_reset_parameters")
 
 
-def reset(skeleton: Skeleton, key: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def reset(skeleton: Skeleton, key: Tensor, *, warn: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return parameters and states as the modules' own `reset_parameters` make them.
 
     What none of these makes is what it was in the module that the layer was made from.
@@ -31,10 +34,12 @@ def reset(skeleton: Skeleton, key: Tensor) -> tuple[dict[str, Any], dict[str, An
     Args:
         skeleton: The module.
         key: The key to draw from.
+        warn: Whether to say what no key decides.
     """
     root = skeleton.root
     if key.is_meta:  # names and shapes are asked for
         return root.tree("parameters"), root.tree("states")
+    _check_kept(skeleton, warn)
 
     def start(part: Part, name: str) -> Tensor:
         like = part.like(name)
@@ -53,6 +58,37 @@ def reset(skeleton: Skeleton, key: Tensor) -> tuple[dict[str, Any], dict[str, An
         return ps, st
     finally:
         skeleton.give_back(body)
+
+
+def _check_kept(skeleton: Skeleton, warn: bool) -> None:
+    """Say what no key decides."""
+    lost = [path_of(place) for place, value in skeleton.kept.items() if value.is_meta]
+    if lost:
+        raise InputError(
+            f"The module was made on the meta device, and no `reset_parameters` makes its {_listed(lost)}.",
+            expected="a module whose tensors have values, or make them",
+            fix="Load them: lt.load_weights(source, ps, st) with the trees of from_torch.",
+        )
+    drawn = [path_of(place) for place in skeleton.kept if place in skeleton.drawn]
+    if drawn and watched():
+        raise InputError(
+            f"No `reset_parameters` makes {_listed(drawn)}, whose values a program would keep for all equal modules.",
+            fix="Call lt.setup outside of lt.jit.",
+        )
+    if drawn and warn:
+        warnings.warn(
+            f"No `reset_parameters` makes {_listed(drawn)}: every setup gives them the values that the module had.",
+            stacklevel=4,
+        )
+
+
+def path_of(place: Place) -> str:
+    """Return the dotted name of a place."""
+    return ".".join((*place[0], place[1]))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def untouched(module: Part, trial: Body) -> dict[Place, Tensor]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luxtorch._transforms import unwrapped
-from luxtorch.core import InputError, Parameters, States
+from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
-from ._code import Draws, check_code, sources_of
+from ._code import check_code, draws_checked, sources_of
 from ._duplicate import Duplicate
 from ._identity import Identity, identity_of
 from ._keys import Keys
 from ._late import called, carried
+from ._names import NAMES, names_of
 from ._part import Part, Placeholder, tensors_of, writes_parameter
 from ._pure_mode import PureMode
 from ._pure_modules import make_pure, make_traceable
@@ -35,6 +39,15 @@ def shares(tensor: Any, other: Any) -> bool:
     except Exception:  # a kind of tensor without one
         return False
     return bool(storages[0] == storages[1])
+
+
+def _call_of(module: Any) -> Callable[..., Any]:
+    """Return the call of a module, without holding the module."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module()._call_impl(*args, **kwargs)
+
+    return call
 
 
 class Body:
@@ -81,14 +94,17 @@ class Body:
         store, name = self._sources[id(placeholder)]
         return store[name]
 
-    def __call__(self, keys: Keys, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the module returns, with random numbers from keys."""
-        watch = Draws(self._draws, self._duplicate.generators) if self._draws or self._duplicate.generators else None
-        with called(self, keys), PureMode(keys, self):
-            y = self.module(*args, **kwargs)
-        if watch is not None:
-            watch.check()
-        return y
+    def function(self, method: str) -> Callable[..., Any]:
+        """Return a method of the module; its call, where that is its forward."""
+        return self.module if method == "forward" else getattr(self.module, method)
+
+    @contextmanager
+    def running(self, keys: Keys) -> Iterator[None]:
+        """Let the module run, with random numbers from keys."""
+        own = self._duplicate.generators
+        watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
+        with watched, called(self, keys), PureMode(keys, self):
+            yield
 
     def clear(self) -> None:
         """Take the tensors away again, and put back whatever else a call has changed."""
@@ -98,7 +114,7 @@ class Body:
         if not torch.compiler.is_compiling():
             self._duplicate.restore()
 
-    def protected(self, tensor: Tensor) -> InputError | None:
+    def protected(self, tensor: Tensor) -> LuxtorchError | None:
         """Return the error of a forward that writes into a tensor, if it must not."""
         for part in self.root:
             for name in part.parameters:
@@ -125,7 +141,7 @@ class Body:
     def call_later(self, keys: Keys) -> None:
         """Let modules of the copy that something has kept, such as an adjoint solver, be called after the call."""
         for module in self._duplicate.modules:
-            vars(module)["_compiled_call_impl"] = carried(module._call_impl, self, keys)
+            vars(module)["_compiled_call_impl"] = carried(_call_of(weakref.ref(module)), self, keys)
 
 
 class Skeleton:
@@ -145,6 +161,8 @@ class Skeleton:
         writes: Whether it may write into its input: in torch's own modules an option says so, of others nobody knows.
         draws: The sources of random numbers, besides torch's functions, that its code may draw from.
         kept: The tensors that no `reset_parameters` makes anew, by place.
+        drawn: Those of these that seem to be drawn at random: parameters whose elements differ.
+        names: How its `state_dict` differs from the trees.
         identity: What tells it from others, besides `kept`.
     """
 
@@ -166,6 +184,9 @@ class Skeleton:
         self.random = any(part.modal for part in self.root)
         self.writes = any(part.written for part in self.root)
         self.kept = untouched(Part(module, (), {}), self._copy()) if kept is None else kept
+        self.names = names_of(self.root.module)
+        parameters = {(part.path, name) for part in self.root for name in part.parameters}
+        self.drawn = frozenset(place for place, value in self.kept.items() if place in parameters and _varies(value))
         self.identity = (
             identity_of(self.root.module, [(part.path, part.names) for part in self.root])
             if identity is None
@@ -177,6 +198,11 @@ class Skeleton:
         self._traced = self._copy(traced=True)
         for part in self._traced.root:
             make_traceable(part.module)
+
+    def own_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the states that are not the module's: a key, if it may ask for one, and names."""
+        named = {NAMES: Static(self.names)} if any(self.names) else {}
+        return {RNG: key, **named} if self.random else named
 
     def borrow(self) -> Body:
         """Return a copy that no other call uses."""
@@ -228,7 +254,8 @@ class Skeleton:
         if not isinstance(other, Skeleton) or self.identity != other.identity:
             return False
         return self.kept.keys() == other.kept.keys() and all(
-            value is other.kept[place] or torch.equal(value, other.kept[place]) for place, value in self.kept.items()
+            value is other.kept[place] or place in self.drawn & other.drawn or _equal(value, other.kept[place])
+            for place, value in self.kept.items()
         )
 
     def __hash__(self) -> int:
@@ -242,3 +269,13 @@ class Skeleton:
 
     def __repr__(self) -> str:
         return type(self.root.module).__name__
+
+
+def _varies(value: Tensor) -> bool:
+    return value.numel() > 1 and not value.is_meta and bool((value != value.flatten()[0]).any())
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    if value.is_meta or other.is_meta:
+        return value.is_meta and other.is_meta
+    return torch.equal(value, other)

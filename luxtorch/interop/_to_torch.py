@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, tree_map
+from luxtorch.surgery import Frozen, unfreeze
 
 from ._branch import Branch, branches_only
 from ._inputs import Inputs
+from ._names import names_in
 
 
 class LayerModule(Branch):
@@ -25,6 +27,29 @@ class LayerModule(Branch):
         modes = _modes(st)
         super().__init__(ps, st, any(modes) if modes else True)
         self._layer = layer
+        for prefix, names in names_in(st):
+            for name in names.transient:
+                owner, _, own = (prefix + name).rpartition(".")
+                self.get_submodule(owner)._non_persistent_buffers_set.add(own)
+            for second, first in names.tied:
+                self._tie(prefix + second, prefix + first)
+
+    def _tie(self, second: str, first: str) -> None:
+        """Give a tensor, or the module that it stands in, another name."""
+        (owner, _, name), (source, _, old) = second.rpartition("."), first.rpartition(".")
+        try:
+            branch = self.get_submodule(owner)
+        except AttributeError:  # there is only the first of a module's places: climb to the one that is shared
+            if name == old and owner:
+                self._tie(owner, source)
+            return
+        held = self.get_submodule(source)
+        both: Any = ((branch._parameters, held._parameters), (branch._buffers, held._buffers))
+        for own, others in both:
+            if old in others:
+                own[name] = others[old]
+        if old in held._modules and name not in branch._modules:
+            branch._modules[name] = held._modules[old]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output, and keep its new states.
@@ -87,7 +112,13 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
             expected="to_torch(layer, ps, st)",
             got=f"{layer!r:.80} of type {type(layer).__name__}",
         )
-    return LayerModule(layer, ps, st)
+    if not isinstance(layer, Frozen):
+        return LayerModule(layer, ps, st)
+    plain, all_ps, own_st = unfreeze(layer, ps, st)
+    module = LayerModule(plain, all_ps, own_st)
+    for name in layer.names:
+        module.get_parameter(name).requires_grad_(False)
+    return module
 
 
 def held(module: LayerModule) -> tuple[Layer, dict[str, Any], dict[str, Any]] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, nested_dicts, path_name, tree_map
 
 from ._load_report import LoadReport
+from ._names import Names, names_in, public
 from ._weight_files import read_weights
 
 Rename: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None] | Sequence[tuple[str, str]]
@@ -82,8 +83,8 @@ def load_weights(
     tensors = dict(named_leaves(_opened(source if path is None else read_weights(path))))
     new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
     wanted = dict(named_leaves(_opened((ps, st))))
-    wanted = {name.partition(".")[2]: leaf for name, leaf in wanted.items()}
-    values, report = _matched(tensors, new_names, wanted)
+    wanted = {public(name.partition(".")[2]): leaf for name, leaf in wanted.items()}
+    values, report = _matched(tensors, new_names, wanted, list(names_in(st)))
     if strict and not report.complete:
         error = report.error({name: _described(leaf) for name, leaf in wanted.items()}, new_names)
         error.where = "" if path is None else str(path)
@@ -92,9 +93,16 @@ def load_weights(
 
 
 def _matched(
-    tensors: Mapping[str, Any], new_names: Mapping[str, str], wanted: Mapping[str, Tensor]
+    tensors: Mapping[str, Any],
+    new_names: Mapping[str, str],
+    wanted: Mapping[str, Tensor],
+    known: list[tuple[str, Names]],
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Return the new values by their names in the model, and the report."""
+    firsts = {prefix + second: prefix + first for prefix, names in known for second, first in names.tied}
+    transient = {prefix + name for prefix, names in known for name in names.transient}
+    tied = {name: firsts[new] for name, new in new_names.items() if new in firsts}
+    new_names = {**new_names, **tied}
     sources: dict[str, str] = {}
     for name, new in new_names.items():
         if new in sources and not _same(tensors[name], tensors[sources[new]]):
@@ -115,7 +123,7 @@ def _matched(
         device = torch.device("cpu") if like.is_meta else like.device
         copy = torch.empty_like(like, device=device, requires_grad=False).copy_(value.detach())
         values[new] = copy.requires_grad_(like.requires_grad)
-    tied, unexpected = {}, []
+    unexpected = []
     for name, new in new_names.items():
         if new not in wanted:
             twins = (other for other in values if _tied(tensors[name], tensors[sources[other]]))
@@ -123,8 +131,9 @@ def _matched(
                 tied[name] = twin
             else:
                 unexpected.append(name)
-    # A key is not missed.
-    missing = tuple(n for n, like in wanted.items() if n not in sources and like.dtype != torch.uint64)
+    # A key is not missed, nor what a state_dict leaves out.
+    optional = transient | {name for name, like in wanted.items() if like.dtype == torch.uint64}
+    missing = tuple(name for name in wanted if name not in sources and name not in optional)
     loaded = tuple(name for name in wanted if name in values)
     return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)
 
@@ -135,9 +144,9 @@ def _filled(tree: Any, values: Mapping[str, Tensor]) -> Any:
     def new(path: Any, leaf: Any) -> Any:
         name = path_name(path)
         if not _is_vector(leaf):
-            return values.get(name, leaf)
+            return values.get(public(name), leaf)
         names = {f"{name}.{part}" if name else part: part for part, _ in named_leaves(_opened(leaf))}
-        return leaf.replace({part: values[whole] for whole, part in names.items() if whole in values})
+        return leaf.replace({part: values[public(whole)] for whole, part in names.items() if public(whole) in values})
 
     return pytree.tree_map_with_path(new, tree, is_leaf=_is_vector)
 

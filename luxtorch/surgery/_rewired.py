@@ -59,6 +59,12 @@ class Rewired(WrapperLayer):
     # What a container, or a reader, asks the layer inside for: its width, or the layers of a chain.
     __getattr__ = Tap.__getattr__
 
+    def bind(self, ps: Parameters, st: States) -> Any:
+        """Return the module inside with its values, where the layer inside is one; see `lt.from_torch`."""
+        bound = self.layer.bind(*self.plain(ps, st))  # type: ignore[attr-defined]
+        bound._kept = lambda new: self.kept(new, st)
+        return bound
+
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the output of the layer inside, and the new states."""
         if torch.compiler.is_compiling():

@@ -1,0 +1,625 @@
+"""Code that reaches a module's tensors by whatever way, and leaves things behind: layers are functions all the same."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import random
+import types
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+
+import luxtorch as lt
+from luxtorch.core import InputError, LuxtorchError, flatten_names, tree_map
+from luxtorch.interop import from_torch
+
+
+class Base(nn.Module):
+    """Multiply by a weight that `self.step` finds in a way of its own, then by a matrix and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+        self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.register_buffer("scale", torch.rand(3, dtype=torch.float64) + 0.5)
+        self.step = lambda x: x
+
+    def forward(self, x):
+        return torch.tanh(self.linear(self.step(x))) * self.scale
+
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+class Holder:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, x):
+        return x @ self.value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Stubborn(Holder):
+    """Be shared by copies."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@dataclass
+class Record:
+    value: Tensor
+
+
+def default(module, weight):
+    def step(x, weight=weight):
+        return x @ weight
+
+    return step
+
+
+def keyword_default(module, weight):
+    def step(x, *, weight=weight):
+        return x @ weight
+
+    return step
+
+
+def counting(module, weight):
+    """A function that closes over itself, by way of another one."""
+
+    def step(x, times=1):
+        return x @ weight if not times else step(x, times - 1)
+
+    return step
+
+
+def cached(module, weight):
+    double = functools.lru_cache(None)(lambda times: weight * times)
+    return lambda x: x @ double(2)
+
+
+# How code may come by a tensor of its module: each takes the module and the tensor to a function.
+WAYS = {
+    "closure": lambda module, weight: lambda x: x @ weight,
+    "closure on the module": lambda module, weight: lambda x: x @ module.weight * module.scale,
+    "closure on a part": lambda module, weight: (lambda part: lambda x: part(x) @ weight)(module.other),
+    "default": default,
+    "keyword default": keyword_default,
+    "recursion": counting,
+    "list": lambda module, weight: (lambda each: lambda x: x @ each[0])([weight]),
+    "nested": lambda module, weight: (lambda each: lambda x: x @ each["a"][1][0])({"a": (1, [weight])}),
+    "tuple": lambda module, weight: (lambda each: lambda x: x @ each[1][0])((1, (weight, 2))),
+    "named tuple": lambda module, weight: (lambda each: lambda x: x @ each.left)(Pair(weight, None)),
+    "deque": lambda module, weight: (lambda each: lambda x: x @ each[0])(collections.deque([weight], maxlen=2)),
+    "default dict": lambda module, weight: (lambda each: lambda x: x @ each["w"])(
+        collections.defaultdict(list, w=weight)
+    ),
+    "object": lambda module, weight: Holder(weight),
+    "slots": lambda module, weight: (lambda each: lambda x: x @ each.value)(Slotted(weight)),
+    "dataclass": lambda module, weight: (lambda each: lambda x: x @ each.value)(Record(weight)),
+    "namespace": lambda module, weight: (lambda each: lambda x: x @ each.w)(types.SimpleNamespace(w=weight)),
+    "stubborn object": lambda module, weight: Stubborn(weight),
+    "partial": lambda module, weight: functools.partial(torch.matmul, other=weight),
+    "partial, positional": lambda module, weight: functools.partial(lambda w, x: x @ w, weight),
+    "method of an object": lambda module, weight: Holder(weight).__call__,
+    "method of the tensor": lambda module, weight: (lambda times: lambda x: times(x.mT).mT)(weight.matmul),
+    "bound function": lambda module, weight: types.MethodType(lambda own, x: x @ own.weight, module),
+    "reference": lambda module, weight: (lambda ref: lambda x: x @ ref())(weakref.ref(weight)),
+    "reference to the module": lambda module, weight: (lambda ref: lambda x: x @ ref().weight)(weakref.ref(module)),
+    "proxy": lambda module, weight: (lambda ref: lambda x: x @ ref.weight)(weakref.proxy(module)),
+    "cache": cached,
+    "part in a list": lambda module, weight: (lambda parts: lambda x: parts[0](x) @ weight)([module.other]),
+    "inner vmap": lambda module, weight: (lambda each: lambda x: vmap(lambda row: x @ row)(each[0]).mT)([weight]),
+    "inner grad": lambda module, weight: (
+        lambda each: lambda x: x * grad(lambda w: (x @ w).sin().sum())(each[0]).sum()
+    )([weight]),
+}
+
+
+def as_step(module, function):
+    module.step = function
+
+
+def as_hook(module, function):
+    module.linear.register_forward_pre_hook(lambda part, inputs: function(inputs[0]))
+
+
+def as_hook_after(module, function):
+    module.linear.register_forward_hook(lambda part, inputs, y: function(y))
+
+
+def as_forward(module, function):
+    old = module.forward
+    module.forward = lambda x: old(function(x))
+
+
+def in_a_list(module, function):
+    steps = [function, torch.sin]
+    module.step = lambda x: steps[1](steps[0](x))
+
+
+PLACES = {"step": as_step, "pre-hook": as_hook, "hook": as_hook_after, "forward": as_forward, "list": in_a_list}
+
+
+@pytest.fixture
+def build(rng):
+    """Return a function that makes a module, always with the same values."""
+    seed = int(torch.randint(2**31, (), generator=rng))
+
+    def build(way, place, nested=False):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)  # noqa: TID251
+            module = Base()
+        PLACES[place](module, WAYS[way](module, module.weight))
+        return nn.Sequential(nn.Tanh(), module) if nested else module
+
+    return build
+
+
+def filled(module, ps):
+    """Return a module with other parameters."""
+    with torch.no_grad():
+        for name, value in flatten_names(ps).items():
+            module.get_parameter(name).copy_(value)
+    return module
+
+
+def slopes_of(module, x):
+    y = module(x)
+    y.sin().sum().backward()
+    return y.detach(), {
+        name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in module.named_parameters()
+    }
+
+
+def check(layer, ps, st, x, expected):
+    """Compare what a layer does with what the module did, by the tape and by each transform."""
+    y, slopes = expected
+
+    def loss(ps):
+        y, new = layer(x, ps, st)
+        return y.sin().sum(), (y, new)
+
+    leaves = tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), ps)
+    own = loss(leaves)[0]
+    own.backward()
+    found, (again, _) = grad(loss, has_aux=True)(ps)
+    torch.testing.assert_close(again.detach(), y)
+    torch.testing.assert_close(flatten_names(found), slopes)
+    for name, leaf in flatten_names(leaves).items():
+        torch.testing.assert_close(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, slopes[name])
+    _, change = jvp(lambda ps: loss(ps)[0], (ps,), (tree_map(torch.ones_like, ps),))
+    torch.testing.assert_close(change, sum(slope.sum() for slope in slopes.values()))
+    both = tree_map(lambda leaf: torch.stack([leaf, 2 * leaf]), ps)
+    of_both = vmap(lambda ps: grad(loss, has_aux=True)(ps)[0])(both)
+    doubled = grad(loss, has_aux=True)(tree_map(lambda leaf: 2 * leaf, ps))[0]
+    torch.testing.assert_close(of_both, tree_map(lambda a, b: torch.stack([a, b]), found, doubled))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("way", WAYS)
+def test_whichever_way_code_comes_by_a_tensor(build, rng, way, place):
+    x = torch.randn(4, 3, generator=rng, dtype=torch.float64)
+    module = build(way, place, nested=place == "hook")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    layer, ps, st = from_torch(module)
+    other = tree_map(lambda leaf: 0.5 * leaf + 0.1, ps)
+    for each in (ps, other, ps):  # whatever was called before
+        expected = slopes_of(filled(build(way, place, nested=place == "hook"), each), x)
+        check(layer, each, st, x, expected)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module(x)
+    again = from_torch(module)  # one that was called before
+    torch.testing.assert_close(again.layer(x, ps, again.st)[0], layer(x, ps, st)[0])
+
+
+@pytest.mark.parametrize("way", ["closure", "list", "object", "tuple", "reference", "partial", "cache"])
+def test_under_jit(build, rng, way):
+    x = torch.randn(4, 3, generator=rng, dtype=torch.float64)
+    layer, ps, st = from_torch(build(way, "step"))
+    gradient = lt.jit(lambda ps: lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), ps), backend="replay")
+    for each in (ps, tree_map(lambda leaf: leaf + 1, ps)):
+        wanted = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), each)
+        torch.testing.assert_close(flatten_names(gradient(each)), flatten_names(wanted))
+
+
+class Cell(nn.Module):
+    """Have a weight, and be changed by a call in some way."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 3))
+        self.inner = nn.Identity()
+        self.prepare()
+
+    def prepare(self):
+        self.cache = {}
+
+
+def kept_in(prepare, call):
+    """Return a class of modules that keep something from call to call."""
+    return type("Keeping", (Cell,), {"prepare": prepare, "forward": call})
+
+
+def nothing(self):
+    pass
+
+
+def attribute(name, make):
+    return lambda self: setattr(self, name, make())
+
+
+def dict_cache(self, x):
+    if "w" not in self.kept:
+        self.kept["w"] = self.weight * 2
+    return x * self.kept["w"]
+
+
+def list_cache(self, x):
+    self.kept.append(self.weight)
+    return x * len(self.kept) * self.kept[0]
+
+
+def namespace_cache(self, x):
+    self.kept.count += 1
+    return x * self.kept.count * self.weight
+
+
+def array_cache(self, x):
+    self.kept += 1
+    return x * float(self.kept.sum()) * self.weight
+
+
+def set_cache(self, x):
+    self.kept.add(len(self.kept))
+    return x * len(self.kept) * self.weight
+
+
+def late_buffer(self, x):
+    if not hasattr(self, "late"):
+        self.register_buffer("late", self.weight.detach() * 2)
+    return x * self.weight + self.late
+
+
+def none_buffer(self, x):
+    self.none = self.weight.detach().clone() if self.none is None else self.none + 1
+    return x * self.none * self.weight
+
+
+def late_module(self, x):
+    if not hasattr(self, "late"):
+        self.late = nn.Hardtanh()
+        x = x + self.weight
+    return self.late(x) * self.weight
+
+
+def late_hook(self, x):
+    if not self.kept:
+        self.inner.register_forward_hook(lambda part, inputs, y: y * self.weight)
+        self.kept.append(1)
+    return self.inner(x) * self.weight
+
+
+def hidden_module(self, x):
+    self.kept[0](x * self.weight)
+    return x * self.kept[0].running_mean * self.weight
+
+
+def cell_cache(self):
+    count = 0
+
+    def step(x):
+        nonlocal count
+        count += 1
+        return x * count
+
+    self.kept = step
+
+
+def call_kept(self, x):
+    return self.kept(x) * self.weight
+
+
+class Memo(Cell):
+    @functools.lru_cache(None)  # noqa: B019
+    def twice(self):
+        return self.weight * 2
+
+    @functools.cached_property
+    def thrice(self):
+        return self.weight * 3
+
+    def forward(self, x):
+        return x * self.twice() + self.thrice
+
+
+KEEPING = {
+    "dict": kept_in(attribute("kept", dict), dict_cache),
+    "ordered dict": kept_in(attribute("kept", collections.OrderedDict), dict_cache),
+    "list": kept_in(attribute("kept", list), list_cache),
+    "set": kept_in(attribute("kept", set), set_cache),
+    "namespace": kept_in(attribute("kept", lambda: types.SimpleNamespace(count=0)), namespace_cache),
+    "array": kept_in(attribute("kept", lambda: np.zeros(2)), array_cache),
+    "late buffer": kept_in(nothing, late_buffer),
+    "none buffer": kept_in(lambda self: self.register_buffer("none", None), none_buffer),
+    "late module": kept_in(nothing, late_module),
+    "late hook": kept_in(attribute("kept", list), late_hook),
+    "hidden module": kept_in(attribute("kept", lambda: [nn.BatchNorm1d(3)]), hidden_module),
+    "cell": kept_in(cell_cache, call_kept),
+    "cached methods": Memo,
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_a_call_leaves_behind_does_not_reach_the_next(rng, name):
+    x = torch.randn(4, 3, generator=rng)
+
+    def run(trees):
+        layer, ps, st = from_torch(KEEPING[name]())
+        return [layer(x, tree_map(lambda leaf: factor * leaf, ps), st) for factor in trees]  # noqa: B023
+
+    one, two, again = run([1, 3, 1])
+    first = run([3])[0]
+    torch.testing.assert_close(again[0], one[0])
+    torch.testing.assert_close(two[0], first[0])
+    torch.testing.assert_close(one[0], KEEPING[name]()(x))
+    assert one[1].keys() == two[1].keys()
+    layer, ps, st = from_torch(KEEPING[name]())
+    assert lt.check_purity(layer, x, ps, st)
+    for _ in range(2):
+        slope = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), ps)
+    module = KEEPING[name]()
+    module(x).sum().backward()
+    torch.testing.assert_close(slope["weight"], module.weight.grad)
+
+
+def clamp(self, x):
+    with torch.no_grad():
+        self.weight.clamp_(-0.1, 0.1)
+    return x * self.weight
+
+
+def data(self, x):
+    self.weight.data = self.weight.data / 2
+    return x * self.weight
+
+
+def view(self, x):
+    self.weight.detach()[0] = 7.0
+    return x * self.weight
+
+
+def out(self, x):
+    with torch.no_grad():
+        torch.add(self.weight, 1, out=self.weight)
+    return x * self.weight
+
+
+def replaced(self, x):
+    self.weight = nn.Parameter(self.weight * 2)
+    return x * self.weight
+
+
+def initialized(self, x):
+    nn.init.ones_(self.weight)
+    return x * self.weight
+
+
+def inplace(self, x):
+    with torch.no_grad():
+        F.relu(self.weight, inplace=True)
+    return x * self.weight
+
+
+def augmented(self, x):
+    with torch.no_grad():
+        self.weight += 1
+    return x * self.weight
+
+
+WRITING = [clamp, data, view, out, replaced, initialized, inplace, augmented]
+
+
+@pytest.mark.parametrize("transform", ["plain", "grad", "vmap", "jit"])
+@pytest.mark.parametrize("write", WRITING, ids=lambda function: function.__name__)
+def test_a_forward_does_not_change_the_parameters_that_it_is_given(rng, write, transform):
+    layer, ps, st = from_torch(kept_in(nothing, write)())
+    x = torch.randn(4, 3, generator=rng)
+    before = ps["weight"].clone()
+
+    def call(ps):
+        return layer(x, ps, st)[0].sum()
+
+    calls = {
+        "plain": lambda: call(ps),
+        "grad": lambda: grad(call)(ps),
+        "vmap": lambda: vmap(call)(tree_map(lambda leaf: leaf[None].expand(2, *leaf.shape), ps)),
+        "jit": lambda: lt.jit(call, backend="replay")(ps),
+    }
+    refused = (
+        (LuxtorchError, "not allowed")
+        if (write, transform) == (data, "vmap")
+        else (InputError, "changes its parameter")
+    )
+    with pytest.raises(refused[0], match=refused[1]):
+        calls[transform]()
+    torch.testing.assert_close(ps["weight"], before, rtol=0, atol=0)
+    with pytest.raises(InputError):
+        call(ps)
+
+
+@pytest.mark.parametrize("kind", ["constant in a list", "constant in a closure"])
+def test_a_forward_does_not_change_a_tensor_of_its_own(rng, kind):
+    def prepare(self):
+        total = torch.zeros(3)
+        self.kept = [total] if kind == "constant in a list" else lambda: total
+
+    def call(self, x):
+        total = self.kept[0] if isinstance(self.kept, list) else self.kept()
+        total += 1
+        return x * total * self.weight
+
+    layer, ps, st = from_torch(kept_in(prepare, call)())
+    with pytest.raises(InputError, match="neither its parameter nor its buffer"):
+        layer(torch.ones(2, 3), ps, st)
+
+
+GLOBAL = []
+
+
+class ByGlobal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        GLOBAL[:] = [self.weight]
+
+    def forward(self, x):
+        return x * helper()
+
+
+def helper():
+    return GLOBAL[0]
+
+
+def test_what_cannot_be_followed_is_refused_by_name():
+    with pytest.raises(InputError, match="GLOBAL"):
+        from_torch(ByGlobal())
+    outer = Base()
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.outer = outer
+
+        def forward(self, x):
+            return outer(x)
+
+    with pytest.raises(InputError, match="outer"):
+        from_torch(Inner())
+    module = Base()
+    module.kept = {module.weight}
+    with pytest.raises(InputError, match="module.kept"):
+        from_torch(module)
+    module = Base()
+    module.kept = [1, {"it": (i for i in range(3))}]
+    with pytest.raises(InputError, match=r"module.kept\[1\].it"):
+        from_torch(module)
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x):
+        y = x * 2 if isinstance(self.weight, nn.Parameter) else x
+        y = y * 3 if self.weight.requires_grad else y
+        return (y if self.frozen.requires_grad else y * 5) * self.weight * self.frozen
+
+
+def test_what_a_forward_asks_of_its_parameters(rng):
+    layer, ps, st = from_torch(Asking())
+    x = torch.randn(4, 3, generator=rng)
+    wanted = Asking()(x).detach()
+    torch.testing.assert_close(layer(x, ps, st)[0], wanted)
+    torch.testing.assert_close(vmap(lambda ps: layer(x, ps, st)[0])(tree_map(lambda leaf: leaf[None], ps))[0], wanted)
+    torch.testing.assert_close(grad(lambda ps: layer(x, ps, st)[0].sum())(ps)["weight"], wanted.sum(0))
+    assert not hasattr(ps["weight"], "_is_param")
+
+
+def test_one_input_given_twice_stays_one(rng):
+    class Same(nn.Module):
+        def forward(self, q, k):
+            return q if q is k else q + k
+
+    layer, ps, st = from_torch(Same())
+    x = torch.randn(3, generator=rng)
+    assert torch.equal(layer(lt.Inputs(x, x), ps, st)[0], x)
+    assert torch.equal(layer(lt.Inputs(x, k=x), ps, st)[0], x)
+
+
+class Logging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.attention = self.linear(x).softmax(-1)
+        self._log(x)
+        return self.attention
+
+    def _log(self, x):
+        self.perplexity = x.exp().mean()
+
+
+def test_what_an_earlier_call_has_left_is_no_state(rng):
+    module = Logging()
+    module(torch.ones(5, 3))
+    layer, ps, st = from_torch(module)
+    assert not [name for name, leaf in flatten_names(st).items() if isinstance(leaf, Tensor) and name != "rng"]
+    x = torch.randn(2, 3, generator=rng)
+    torch.testing.assert_close(layer(x, ps, st)[0], module(x).detach())
+
+
+def python_numbers(self, x):
+    return x * random.random()
+
+
+def numpy_numbers(self, x):
+    return x * float(np.random.rand())
+
+
+def reseeding(self, x):
+    torch.manual_seed(3)  # noqa: TID251
+    return x * torch.rand(3)
+
+
+@torch.jit.script
+def scripted(x):
+    return torch.nn.functional.dropout(x, 0.5, True)
+
+
+def scripted_numbers(self, x):
+    return scripted(x)
+
+
+def own_numbers(self, x):
+    return x * self.kept.random()
+
+
+def own_numpy_numbers(self, x):
+    return x * float(self.kept.random())
+
+
+DRAWING = {
+    "Python": kept_in(nothing, python_numbers),
+    "NumPy": kept_in(nothing, numpy_numbers),
+    "seed": kept_in(nothing, reseeding),
+    "script": kept_in(nothing, scripted_numbers),
+    "own": kept_in(attribute("kept", lambda: random.Random(0)), own_numbers),
+    "own of NumPy": kept_in(attribute("kept", lambda: np.random.default_rng(0)), own_numpy_numbers),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_numbers_that_no_key_decides_are_refused(name):
+    layer, ps, st = from_torch(DRAWING[name]())
+    for _ in range(2):
+        with pytest.raises(InputError, match="draws from"):
+            layer(torch.ones(4, 3), ps, st)
