@@ -66,6 +66,11 @@ def differentiated() -> bool:
     return forward_ad._current_level >= 0 or _Kind.Grad in kinds or _Kind.Jvp in kinds
 
 
+def in_reverse() -> bool:
+    """Tell whether a transform of torch.func differentiates what is computed now in reverse mode."""
+    return _Kind.Grad in _kinds()
+
+
 def first_order(*tensors: Tensor | None) -> bool:
     """Tell whether what is computed now is differentiated once at most, and in reverse mode.
 

@@ -10,7 +10,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from logging import Logger
@@ -105,14 +105,21 @@ class Duplicate:
 
     # What a call leaves behind.
 
-    def settle(self) -> None:
-        """Remember the copy as it is now, for `restore` and `free`."""
-        self._empty = [each for each in self._containers if isinstance(each, dict) and not each]
-        self._dicts = [
-            (each, [*each], [*each.values()]) for each in self._containers if isinstance(each, dict) and each
-        ]
-        self._others = [(each, _content(each)) for each in self._containers if not isinstance(each, dict)]
+    def settle(self, besides: Collection[int] = ()) -> None:
+        """Remember the copy as it is now, for `restore` and `free`.
+
+        Args:
+            besides: The ids of dicts that need not be looked after.
+        """
+        self._look(besides)
         self._counts = [*map(sys.getrefcount, self._objects)]
+
+    def _look(self, besides: Collection[int]) -> None:
+        containers = [each for each in self._containers if id(each) not in besides]
+        self._empty: list[Any] = [each for each in containers if isinstance(each, dict | set) and not each]
+        self._dicts = [(each, [*each], [*each.values()]) for each in containers if isinstance(each, dict) and each]
+        others = [each for each in containers if not isinstance(each, dict | set) or isinstance(each, set) and each]
+        self._others = [(each, before) for each in others if (before := _content(each)) is not None]
 
     def restore(self) -> None:
         """Put back what a call has changed."""
@@ -120,7 +127,7 @@ class Duplicate:
             for each in filter(None, self._empty):
                 each.clear()
         for each, names, values in self._dicts:
-            if len(each) != len(names) or not (_same(each, names) and _same(each.values(), values)):
+            if len(each) != len(names) or not (_same(each.values(), values) and _same(each, names)):
                 each.clear()
                 each.update(zip(names, values, strict=True))
         for each, before in self._others:
@@ -453,8 +460,6 @@ def _content(container: Any) -> Any:
 
 def _put_back(container: Any, before: Any) -> None:
     """Put back what was in a container, if something else is now."""
-    if before is None:
-        return
     if kind_of(container) == "numpy":
         if container.tobytes() != before.tobytes():
             container[...] = before

@@ -63,7 +63,7 @@ class ModuleLayer(Layer):
             own = {name: value for name, value in st.items() if name not in ours} if ours else st
             body.lend(ps, own)
             if not skeleton.random:
-                return body.function(self.method)(*args, **kwargs), {**body.root.take(own), **ours}
+                return body.function(self.method)(*args, **kwargs), {**body.take(own), **ours}
             keys = Keys(st[RNG])
             if torch.compiler.is_compiling():
                 with PureMode(keys):
@@ -71,7 +71,7 @@ class ModuleLayer(Layer):
             else:
                 with body.running(keys):
                     y = body.function(self.method)(*args, **kwargs)
-            return y, {**body.root.take(own), **ours, RNG: keys.rng}
+            return y, {**body.take(own), **ours, RNG: keys.rng}
         except Exception as error:
             if not torch.compiler.is_compiling() and not getattr(error, "inside", ()):
                 error.inside = _place(error.__traceback__, body.root)  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ class Bound:
             body.lend(self._ps, {name: value for name, value in st.items() if name not in ours})
             with body.running(keys):
                 yield body.module
-            own = body.root.take({name: value for name, value in st.items() if name not in ours})
+            own = body.take({name: value for name, value in st.items() if name not in ours})
             self._given = {**own, **ours, **({RNG: keys.rng} if RNG in ours else {})}
             self.st = self._kept(self._given)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,9 +79,11 @@ class Part:
         modal: Whether what it computes may depend on the mode, or on random numbers.
         training: The mode that the module was in.
         written: Whether it may write into its input.
-        stores: By the name of each tensor, the dict in which it stands.
+        stores: By the name of each tensor, the dict in which it stands between calls.
         stood: By name, what stood there when the part was made.
+        stateful: Whether there are states here or below.
         trainable: The names of the parameters that require a gradient in the module.
+        traced: Whether a compiler runs the module, which does not see that another dict is put in.
         as_parameters: Whether code asks of what is lent whether it is an `nn.Parameter`.
     """
 
@@ -110,6 +113,8 @@ class Part:
             smooth = like.is_floating_point() or like.is_complex()
             (self.parameters if store is module._parameters and smooth else self.states)[name] = like
         self._plain = frozenset(name for name, store in self.stores.items() if store is module.__dict__)
+        self._of_parameters = frozenset(name for name, store in self.stores.items() if store is module._parameters)
+        self._store: dict[str, Any] = module._parameters
         # What a compiler is to put back; it does not see what else a forward leaves behind.
         self._nones = (
             [name for name, value in vars(module).items() if value is None and name not in _OF_TORCH] if own else []
@@ -118,10 +123,11 @@ class Part:
             if child is not None and id(child) not in seen:
                 seen[id(child)] = None
                 self.children[name] = Part(child, (*path, name), seen)
+        self.stateful: bool = bool(self.states) or any(child.stateful for child in self.children.values())
         self._shapes = {name: like.shape for name, like in self.parameters.items()}
-        self._lent: dict[str, Any] = {}
+        self._lent: list[Any] = []
         self.trainable = [name for name in self.parameters if getattr(self.stood[name], "trainable", False)]
-        self.as_parameters = False
+        self.as_parameters = self.traced = False
         self._names_of_ps = frozenset((*self.parameters, *self.children))
         self._names_of_st = frozenset((*self.states, *self.children, *((TRAINING,) if self.modal else ())))
 
@@ -152,24 +158,37 @@ class Part:
 
     def value(self, name: str) -> Any:
         """Return what stands here now."""
-        return getattr(self.module, name, None) if name in self._plain else self.stores[name].get(name)
+        if name in self._plain:
+            return getattr(self.module, name, None)
+        return (self.module._parameters if name in self._of_parameters else self.stores[name]).get(name)
 
     def _put(self, name: str, value: Any) -> None:
         if name in self._plain:  # the compiler does not know that an attribute stands in a dict
             setattr(self.module, name, value)
         else:
-            self.stores[name][name] = value
+            own: dict[str, Any] = self.module._parameters
+            (own if name in self._of_parameters else self.stores[name])[name] = value
+
+    @property
+    def lent_apart(self) -> bool:
+        """Whether parameters are lent in a dict of their own, which is dropped after the call."""
+        return bool(self._of_parameters)
 
     def lend(self, ps: Parameters, st: States) -> None:
         """Put parameters and states into the modules."""
         if ps.keys() != self._names_of_ps or st.keys() != self._names_of_st:
             raise self._wrong_names(ps, st)
-        own: dict[str, Any] = self.module._parameters
-        for name, shape in self._shapes.items():
-            value = ps[name]
-            if value.shape != shape:
-                raise self._wrong_shape("parameter", name, value)
-            self._lent[name] = own[name] = as_parameter(value) if self.as_parameters else value
+        if self._of_parameters and not self.traced:
+            vars(self.module)["_parameters"] = self._store.copy()
+        if self._shapes:
+            own: dict[str, Any] = self.module._parameters
+            self._lent = []
+            for name, shape in self._shapes.items():
+                value = ps[name]
+                if value.shape != shape:
+                    raise self._wrong_shape("parameter", name, value)
+                own[name] = value = as_parameter(value) if self.as_parameters else value
+                self._lent.append(value)
         for name, like in self.states.items():
             value = st[name]
             if value.shape != like.shape:
@@ -183,10 +202,8 @@ class Part:
 
     def take(self, st: States) -> dict[str, Any]:
         """Return the states after a call, detached; `st` are those before it."""
-        own: dict[str, Any] = self.module._parameters
-        for name, value in self._lent.items():
-            if own.get(name) is not value:
-                raise self.located(writes_parameter(name))
+        if not self.stateful:
+            return st  # type: ignore[return-value]
         new = dict(st)
         for name, like in self.states.items():
             value = self.value(name)
@@ -194,21 +211,34 @@ class Part:
                 raise self._changed(name, like, value)
             new[name] = value.detach()
         for name, child in self.children.items():
-            new[name] = child.take(st[name])
+            if child.stateful:
+                new[name] = child.take(st[name])
         return new
+
+    def check_parameters(self) -> None:
+        """Refuse a call that has put another tensor in the place of a parameter."""
+        own: dict[str, Any] = self.module._parameters
+        if not all(map(operator.is_, map(own.get, self._shapes), self._lent)):
+            name = next(
+                name for name, value in zip(self._shapes, self._lent, strict=True) if own.get(name) is not value
+            )
+            raise self.located(writes_parameter(name))
 
     def clear(self) -> None:
         """Take the tensors away again, and set the mode back."""
-        self._set_mode(self.training)
-        self._lent.clear()
-        for name, stood in self.stood.items():
-            self._put(name, stood)
-        if torch.compiler.is_compiling():
+        if self.modal:
+            self._set_mode(self.training)
+        self._lent = []
+        apart = self._of_parameters and not self.traced
+        if apart:
+            vars(self.module)["_parameters"] = self._store
+        for name in self.states if apart else self.stood:
+            if not (apart and name in self._of_parameters):
+                self._put(name, self.stood[name])
+        if self.traced:
             for name in self._nones:
                 if getattr(self.module, name, None) is not None:
                     setattr(self.module, name, None)
-        for child in self.children.values():
-            child.clear()
 
     def _set_mode(self, training: bool) -> None:
         if self.module.training != training:  # to set an attribute of a module is slow

@@ -68,7 +68,12 @@ _WRITES: dict[Any, bool] = {
 }
 _WRITES.update({getattr(Tensor, f"__i{name}__"): True for name in _OPERATORS})
 _WRITES.update({Tensor.__setitem__: True, Tensor.data.__set__: True})  # type: ignore[attr-defined]
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_KINDS: dict[Any, str] = {
+    **dict.fromkeys(_WRITES, "writes"),
+    **dict.fromkeys(OPENED, "opened"),
+    **dict.fromkeys(REPLACEMENTS, "replaced"),
+    Tensor.requires_grad.__get__: "asks",  # type: ignore[attr-defined]
+}
 
 
 class PureMode(TorchFunctionMode):
@@ -89,12 +94,15 @@ class PureMode(TorchFunctionMode):
             _show_to_compiler()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _KINDS.get(func)
+        if kind is None and not kwargs:
+            return func(*args)
         kwargs = kwargs or {}
         if self.body is not None:
-            if func in _WRITES or kwargs and ("out" in kwargs or kwargs.get("inplace")):
-                self._check_write(self.body, args, kwargs)
-            elif func == _REQUIRES_GRAD:
+            if kind == "asks":
                 return func(*args) or self.body.requires_gradient(args[0])
+            if func in _WRITES or "out" in kwargs or kwargs.get("inplace"):
+                self._check_write(self.body, args, kwargs)
         replacement = REPLACEMENTS.get(func)
         if replacement is not None:
             return replacement(self.keys, *args, **kwargs)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luxtorch._transforms import unwrapped
+from luxtorch._transforms import in_reverse, unwrapped
 from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
 from ._code import check_code, draws_checked, sources_of
-from ._duplicate import Duplicate
+from ._duplicate import Alias, Duplicate
 from ._identity import Identity, identity_of
 from ._keys import Keys
 from ._late import called, carried
@@ -56,28 +56,34 @@ class Body:
     Args:
         duplicate: The copy, with placeholders.
         draws: The global sources of random numbers that its code may draw from.
+        traced: Whether it is for a compiler.
 
     Attributes:
         module: The copy.
         root: Its parts.
     """
 
-    def __init__(self, duplicate: Duplicate, draws: frozenset[str] = frozenset()) -> None:
+    def __init__(self, duplicate: Duplicate, draws: frozenset[str] = frozenset(), *, traced: bool = False) -> None:
         self.module = duplicate.module
         self.root = Part(duplicate.module, (), {})
+        self._parts = [*self.root]
         self._duplicate = duplicate
         self._draws = draws
-        self._sources: dict[int, tuple[dict[str, Any], str]] = {}
+        self._sources: dict[int, tuple[Part, str]] = {}
         first = set()
         for part in self.root:
             for name, store in part.stores.items():
-                self._sources[id(store[name])] = store, name
+                self._sources[id(store[name])] = part, name
                 first.add((id(store), name))
         asked = any(asks_for_parameters(part.module) for part in self.root)
         for part in self.root:
-            part.as_parameters = asked
+            part.as_parameters, part.traced = asked, traced
+        self._lent_apart = {
+            id(part.module._parameters): part.module for part in self.root if part.lent_apart and not traced
+        }
         self._aliases = [alias for alias in duplicate.aliases if (id(alias.container), alias.name) not in first]
-        duplicate.settle()
+        self._hooked = [part for part in self.root if part.module._backward_hooks or part.module._backward_pre_hooks]
+        duplicate.settle(self._lent_apart)
 
     @property
     def free(self) -> bool:
@@ -88,11 +94,19 @@ class Body:
         """Put parameters and states into the copy, wherever they stand."""
         self.root.lend(ps, st)
         for alias in self._aliases:
-            alias.put(self._duplicate.filled(alias.content, self._value))
+            self._put(alias, self._duplicate.filled(alias.content, self._value))
 
     def _value(self, placeholder: Any) -> Any:
-        store, name = self._sources[id(placeholder)]
-        return store[name]
+        part, name = self._sources[id(placeholder)]
+        return part.value(name)
+
+    def _put(self, alias: Alias, value: Any) -> None:
+        module = self._lent_apart.get(id(alias.container))
+        if module is None:
+            alias.put(value)
+        else:  # another dict stands in the place of the container
+            own: dict[str, Any] = module._parameters
+            own[alias.name] = value
 
     def function(self, method: str) -> Callable[..., Any]:
         """Return a method of the module; its call, where that is its forward."""
@@ -101,16 +115,33 @@ class Body:
     @contextmanager
     def running(self, keys: Keys) -> Iterator[None]:
         """Let the module run, with random numbers from keys."""
+        if self._hooked and in_reverse():
+            raise self._hooked[0].located(
+                InputError(
+                    "The module has full backward hooks, which only an autograd tape runs.",
+                    expected="a tape, as that of training.single_train_step or of y.backward()",
+                    got="a transform of torch.func",
+                    fix="Remove them before from_torch: handle.remove().",
+                )
+            )
         own = self._duplicate.generators
         watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
         with watched, called(self, keys), PureMode(keys, self):
             yield
 
+    def take(self, st: States) -> dict[str, Any]:
+        """Return the states after a call; `st` are those before it."""
+        for part in self._parts:
+            if part.parameters:
+                part.check_parameters()
+        return self.root.take(st)
+
     def clear(self) -> None:
         """Take the tensors away again, and put back whatever else a call has changed."""
-        self.root.clear()
         for alias in self._aliases:
-            alias.put(alias.content)
+            self._put(alias, alias.content)
+        for part in self._parts:
+            part.clear()
         if not torch.compiler.is_compiling():
             self._duplicate.restore()
 
@@ -118,7 +149,7 @@ class Body:
         """Return the error of a forward that writes into a tensor, if it must not."""
         for part in self.root:
             for name in part.parameters:
-                if shares(tensor, part.stores[name][name]):
+                if shares(tensor, part.value(name)):
                     return part.located(writes_parameter(name))
         for value in self._duplicate.constants.values():
             if shares(tensor, value):
@@ -134,7 +165,7 @@ class Body:
         """Say whether a tensor stands for a parameter that requires a gradient in the module."""
         for part in self.root:
             for name in part.trainable:
-                if part.stores[name].get(name) is tensor:
+                if part.value(name) is tensor:
                     return True
         return False
 
@@ -248,7 +279,7 @@ class Skeleton:
         # Its copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
         stood = [value for part in self.root for value in part.stood.values()]
         shared = {id(value): value.tensor if traced else value for value in stood}
-        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws)
+        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws, traced=traced)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Skeleton) or self.identity != other.identity:

@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import luxtorch as lt
-from luxtorch.core import flatten_names, tree_map
+from luxtorch.core import InputError, flatten_names, tree_map
 from luxtorch.interop import from_torch
 
 from .test_drop_in import filled
@@ -127,3 +127,40 @@ def test_copies_come_back(rng):
         leaves = tree_map(lambda leaf: leaf.clone().requires_grad_(), ps)
         layer(x, leaves, st)[0].sum().backward()
     assert len(layer.skeleton._out) + len(layer.skeleton._idle) == 1
+
+
+def tripled(module, gradients, *_):
+    return tuple(None if gradient is None else 3 * gradient for gradient in gradients)
+
+
+HOOKS = {
+    "full backward": lambda part: part.register_full_backward_hook(tripled),
+    "full backward, before": lambda part: part.register_full_backward_pre_hook(tripled),
+    "forward": lambda part: part.register_forward_hook(lambda module, x, y: 2 * y),
+    "forward with keywords": lambda part: part.register_forward_hook(
+        lambda module, x, names, y: 2 * y, with_kwargs=True
+    ),
+    "before forward": lambda part: part.register_forward_pre_hook(lambda module, x: (2 * x[0],)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_run_on_a_tape_and_under_transforms_or_are_refused_by_name(rng, kind):
+    x = torch.randn(4, 3, generator=rng)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    HOOKS[kind](module[2])
+    layer, ps, st = from_torch(module)
+
+    def loss(ps):
+        return layer(x, ps, st)[0].sin().sum()
+
+    module(x).sin().sum().backward()
+    wanted = {name: value.grad for name, value in module.named_parameters()}
+    leaves = tree_map(lambda leaf: leaf.clone().requires_grad_(), ps)
+    loss(leaves).backward()
+    torch.testing.assert_close({name: leaf.grad for name, leaf in flatten_names(leaves).items()}, wanted)
+    if kind.startswith("full backward"):
+        with pytest.raises(InputError, match="full backward hooks"):
+            grad(loss)(ps)
+    else:
+        torch.testing.assert_close(flatten_names(grad(loss)(ps)), wanted)
