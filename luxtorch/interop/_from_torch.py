@@ -33,7 +33,8 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
 
     Modules that luxtorch has a layer for become that layer, and an `nn.Sequential` becomes a `Chain`. Any other module
     keeps its own `forward`, which runs on the parameters and states that it is given: batch normalisation returns its
-    statistics, and random numbers come from a key in the state. So the model is a pure function in either case.
+    statistics, and random numbers come from a key in the state. So the model is a pure function: whatever
+    way the code comes by a tensor of the module, it gets that of `ps` or `st`, and what it leaves behind is put back.
 
     Args:
         module: The module. It stays as it is, and shares no memory with what is returned.
@@ -44,12 +45,13 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
     Returns:
         `(layer, ps, st)`. The parameters are nested by the module's own names, and `lt.flatten_names(ps)` has those of
         `module.named_parameters()`: a tied parameter stands in the first of its places alone. The states are the
-        buffers, the mode of each module that has one, and the keys.
+        buffers, the mode of each module that has one, and the keys. Parameters with `requires_grad=False` come in
+        frozen, as by `lt.freeze`.
 
     Raises:
         DTypeError: If it is no module.
-        InputError: If it is a lazy module that has seen no input yet, or a wrapper or script whose inside cannot be
-            reached.
+        InputError: If it is a lazy module that has seen no input yet, a wrapper or script whose inside cannot be
+            reached, or one whose code reaches its own tensors by globals; or if it has no such method.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -63,7 +65,8 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
         ['weight', 'bias']
 
     Several or keyword arguments are passed as `lt.Inputs`. What a forward keeps on the module besides its parameters
-    and buffers, such as a list that grows, is no part of the state and is forgotten.
+    and buffers, such as a list that grows, is no part of the state and is forgotten. A forward that changes its
+    parameters is an error when it is called.
 
     Source: Lux's `FromFluxAdaptor`.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,8 +80,9 @@ def check_purity(
     The model is called twice, and every layer inside is watched: whether it changes its input, its parameters or its
     states; whether it reads or moves on the global random numbers of torch, NumPy or Python; whether the states that it
     returns have the names, shapes and dtypes of those that came, are detached, and hold what the layers inside have
-    returned; and whether it returns the same for the same arguments. The arguments are copied before, and the global
-    random numbers are put back.
+    returned; and whether it returns the same for the same arguments. Copies of the model are then called with other
+    parameters first, and with other ones in between, to see whether a call remembers an earlier one. The arguments are
+    copied before, and the global random numbers are put back.
 
     Args:
         layer: The model.
@@ -115,6 +118,7 @@ def check_purity(
     key = as_key(rng)
     ps = initial_parameters(key, layer) if ps is None else ps
     st = initial_states(key, layer) if st is None else st
+    uncalled = [_uncalled(layer) for _ in range(2)]
     runs = []
     for seed in range(2):
         watch = _Watch()
@@ -124,7 +128,8 @@ def check_purity(
             model(_copied(x), _followed(nested_dicts(ps)), _copied(st))
         runs.append(watch)
     first, second = runs
-    return PurityReport((*first.findings, *_unrepeated(first, second)))
+    findings = (*first.findings, *_unrepeated(first, second))
+    return PurityReport(findings or tuple(_remembered(uncalled, x, ps, st)))
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,29 @@ def _unrepeated(first: _Watch, second: _Watch) -> Iterator[Impurity]:
         if not any(_within(path, finding.path) for path in known):
             known.add(finding.path)
             yield finding
+
+
+def _remembered(models: list[Layer], x: Any, ps: Any, st: Any) -> Iterator[Impurity]:
+    """Say whether a call of two equal models depends on the parameters of an earlier one: both orders of two trees."""
+    ps = nested_dicts(ps)
+    other = tree_map(lambda leaf: 0.5 * leaf + 0.1 if leaf.is_floating_point() else leaf, ps)
+    found = []
+    for model, order in zip(models, ((ps, other), (other, ps)), strict=True):
+        with restored(), torch.no_grad():
+            for tree in order:
+                reseed(0)
+                found.append([Snapshot("output", model(_copied(x), tree, _copied(st))).copies])
+    if not (same(found[0], found[3]) and same(found[1], found[2])):
+        what = "returns something else after a call with other parameters."
+        yield _finding((), models[0], "unrepeatable", what)
+
+
+def _uncalled(layer: Layer) -> Layer:
+    """Return a copy that no call has changed."""
+    try:
+        return pickle.loads(pickle.dumps(layer))  # type: ignore[no-any-return]
+    except Exception:  # a layer with functions that have no name
+        return copy.deepcopy(layer)
 
 
 def _within(path: str, outer: str) -> bool:

@@ -189,3 +189,23 @@ def test_errors_of_the_model_come_through():
         check_purity(lt.Chain(lt.Dense(2, 3)), torch.ones(4, 3))
     with pytest.raises(InputError, match="Only a layer can be checked"):
         check_purity(torch.tanh, torch.ones(4, 3))
+
+
+class Remembering(lt.Layer):
+    """Keep what the first call has computed from its parameters."""
+
+    cache: dict
+
+    def initial_parameters(self, key):
+        return {"weight": torch.ones(2)}
+
+    def __call__(self, x, ps, st):
+        if "weight" not in self.cache:
+            self.cache["weight"] = 2 * ps["weight"]
+        return x * self.cache["weight"], st
+
+
+def test_what_a_call_remembers_of_earlier_parameters_is_found():
+    report = lt.check_purity(Remembering({}), torch.ones(3, 2))
+    assert not report
+    assert "other parameters" in str(report)
