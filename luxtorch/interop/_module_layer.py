@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luxtorch.core import Layer, Parameters, States, tree_map
 
@@ -74,6 +74,11 @@ class ModuleLayer(Layer):
         from ._perturbed_module import PerturbedModule  # which is made of such a layer
 
         return PerturbedModule(self, (path,))
+
+    def tappable(self) -> list[str]:
+        """Return the paths of the modules inside that are called."""
+        called = (part for part in self.skeleton.root if type(part.module).forward is not nn.Module.forward)
+        return [".".join(part.path) for part in called if part.path]
 
     def extra_repr(self) -> str:
         """Return the name of the module's class."""
