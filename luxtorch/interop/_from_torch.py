@@ -59,7 +59,7 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
         >>> list(ps["0"])
         ['weight', 'bias']
 
-    Several or keyword arguments are passed as `lt.Inputs`, and a module's one input may be, by torch's name for it. What a
+    Several or keyword arguments are passed as `lt.Inputs`, and so may one be, by the name that torch has for it. What a
     forward keeps on the module besides its parameters and buffers, such as a list that grows, is no part of the state
     and is forgotten.
 
