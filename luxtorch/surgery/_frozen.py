@@ -138,6 +138,7 @@ def freeze(layer: Layer, ps: Parameters, st: States, *paths: Path) -> tuple[Laye
 
     Raises:
         KeyNameError: If a path stands for no parameter, or the trees' names are not those of the model.
+        DTypeError: If something is no path.
 
     Example:
         >>> import torch, luxtorch as lt
