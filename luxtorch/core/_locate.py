@@ -6,6 +6,10 @@ failure into an error of luxtorch, and each container that the error passes puts
 
 from __future__ import annotations
 
+import dis
+import re
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,23 +38,49 @@ def located(call: Call) -> Call:
     def __call__(self: Layer, x: Any, ps: Any = None, st: Any = None) -> Any:
         # torch.compile traces through here: the check below is not for it, nor is the explanation.
         if torch.compiler.is_compiling():
-            return call(self, x, ps, st)
+            return call(self, opened(self, x), ps, st)
         try:
             names = self._names
             if ps.keys() != names[0] or st.keys() != names[1]:
                 raise _wrong_names(self, ps, st) or KeyError
             return call(self, x, ps, st)
         except Exception as error:
-            if isinstance(error, LuxtorchError):
-                _extend(error, self, ps, st)
-                raise
-            if type(error) not in _BUILTIN:
-                raise
-            explained = _explain(error, self, x, ps, st)
-            explained.inside = getattr(error, "inside", ())
-            raise _extend(explained, self, ps, st) from error
+            # Arguments are opened here, after a layer that takes one input has failed: it costs those nothing that come
+            # with a tensor.
+            one = _opened_here(self, x, ps, st)
+            if one is x:
+                if isinstance(error, LuxtorchError):
+                    _extend(error, self, ps, st)
+                    raise
+                unsupported = type(error) is NotImplementedError and _is_about_dtypes(str(error))
+                if type(error) not in _BUILTIN and not unsupported:
+                    raise
+                explained = _explain(error, self, x, ps, st)
+                explained.inside = getattr(error, "inside", ())
+                raise _extend(explained, self, ps, st) from error
+        return __call__(self, one, ps, st)
 
     return __call__  # type: ignore[return-value]
+
+
+def opened(layer: Layer, x: Any) -> Any:
+    """Return the one input that arguments of a module of torch.nn are for a layer; anything else as it is.
+
+    Args:
+        layer: The layer.
+        x: What it was called with.
+
+    Raises:
+        InputError: If the layer takes one input, and the arguments are others.
+    """
+    return x._single(layer) if hasattr(type(x), "_single") else x
+
+
+def _opened_here(layer: Layer, x: Any, ps: Any, st: Any) -> Any:
+    try:
+        return opened(layer, x)
+    except LuxtorchError as error:
+        raise _extend(error, layer, ps, st) from None
 
 
 def _extend(error: LuxtorchError, layer: Layer, ps: Any, st: Any) -> LuxtorchError:
@@ -90,20 +120,47 @@ def _has(tree: Any, name: str) -> bool:
 
 
 def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> LuxtorchError:
-    """Turn an error of Python or torch into one that says what was probably done."""
-    wrong = _wrong_names(layer, ps, st) or _wrong_shapes(layer, ps) or _wrong_dtype(x, ps, str(error))
-    if wrong is not None:
-        return wrong
+    """Turn an error of Python or torch into one that says what was done, as far as that is certain."""
+    misnamed = _wrong_names(layer, ps, st)
+    if misnamed is not None:
+        return misnamed
     expected, got = layer.expected_input(), _describe(x)
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if expected and type(error) is not AttributeError:
-        return InputError(
-            "The input does not fit the layer.",
-            expected=expected,
-            got=got,
-            fix=f"Change the input, or the layer that makes it. The cause: {message}",
-        )
-    return LayerError(f"{type(error).__name__} in the layer: {message}", expected=expected, got=f"the input {got}")
+    message = str(error).strip() or "(no message)"
+    cause, homes = f"{type(error).__name__}: {message.splitlines()[0]}", _homes(error)
+    wrong = None
+    # What somebody raises by hand, outside of torch, says best itself what is wrong.
+    if not (_is_raised(error) and _is_foreign(homes[-1])):
+        wrong = _wrong_shapes(layer, ps) or _wrong_dtype(x, ps, message) or _wrong_device(x, ps, message)
+        # Where the error comes out of a function that the layer was given, it may be that which does not fit.
+        given = any(_is_foreign(home) and home != type(layer).__module__ for home in homes)
+        plain = type(error) is not AttributeError and not _is_about_dtypes(message)
+        if wrong is None and expected and plain and not given:
+            fix = "Change the input, or the layer that makes it."
+            wrong = InputError("The input does not fit the layer.", expected=expected, got=got, fix=fix)
+    if wrong is None:
+        return LayerError(cause.replace(":", " in the layer:", 1), expected=expected, got=f"the input {got}")
+    wrong.fix += f" The cause: {cause}"
+    return wrong
+
+
+def _homes(error: Exception) -> list[str]:
+    """Return the names of the modules that an error came through, that in which it was raised last."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [frame.f_globals.get("__name__", "") for frame in frames]
+
+
+def _is_foreign(home: str) -> bool:
+    """Tell whether a module belongs neither to luxtorch, nor to torch, nor to Python."""
+    root = home.partition(".")[0]
+    return root not in ("luxtorch", "torch") and root not in sys.stdlib_module_names
+
+
+def _is_raised(error: Exception) -> bool:
+    """Tell whether an error was raised by a statement, and not by what is written in C."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _wrong_names(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
@@ -165,22 +222,75 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
 
 
+# Torch's words where dtypes differ, or are not implemented: most of these messages name the dtypes.
+_DTYPES_DIFFER = re.compile(
+    "must have the same (dtype|scalar type)|have (the )?same dtypes?,? but|dtypes must be the same, got"
+    "|dtypes match, got|expected scalar type .+ but found|type .+ and (weight|bias) type .+ should be the same"
+    "|Found dtype .+ but expected|expected dtype .+ but got dtype|dtype .+ does not match weight dtype"
+    "|Type promoting not supported|not implemented for '|floating point or complex (dtype|tensor as input). Got"
+)
+_UNNAMED = re.compile(
+    "^mixed dtype|^both inputs should have same dtype|Expected self.dtype to be equal to src.dtype"
+    "|only support floating point"
+)
+_SPELLED = {
+    torch.float64: "Double|double",
+    torch.float32: "Float|float",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.int64: "Long|long int|long",
+    torch.int32: "Int|int",
+    torch.int16: "Short|short",
+    torch.int8: "Char|char",
+    torch.uint8: "Byte|unsigned char",
+    torch.bool: "Bool|bool",
+    torch.complex64: "ComplexFloat|complex<float>",
+    torch.complex128: "ComplexDouble|complex<double>",
+}
+_DEVICES_DIFFER = re.compile(
+    "(on|at) the same device|not on the expected device|type .+ and weight type .+ should be the same"
+    "|is on .+, (but expected|different from other tensors)"
+)
+
+
+def _is_about_dtypes(message: str) -> bool:
+    """Tell whether a message is one of torch's about dtypes that differ, or that are not implemented."""
+    return bool(_DTYPES_DIFFER.search(message) or _UNNAMED.search(message))
+
+
 def _wrong_dtype(x: Any, ps: Any, message: str) -> DTypeError | None:
-    """Explain an input whose dtype is not that of the parameters, if that is what is wrong."""
-    # A layer may well take integers, and fail for another reason.
-    if not ("type" in message or "not implemented for" in message):
-        return None
-    inputs = {leaf.dtype for leaf in tree_leaves(x) if isinstance(leaf, Tensor)}
+    """Explain an input whose dtype is not that of the parameters, if that is what torch says."""
+    tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
     wanted = {leaf.dtype for leaf in tree_leaves(ps) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point}
-    if not inputs or len(wanted) != 1 or inputs <= wanted:
+    others = {leaf.dtype for leaf in tensors} - wanted
+    # A layer may well take integers, and fail because of something else inside.
+    named = _DTYPES_DIFFER.search(message) and any(_is_named(dtype, message) for dtype in others)
+    if len(wanted) != 1 or not others or not (named or _UNNAMED.search(message)):
         return None
     dtype = wanted.pop()
-    got = ", ".join(sorted(str(other) for other in inputs))
     return DTypeError(
         "The input's dtype is not that of the parameters.",
         expected=f"{dtype}, as the parameters",
-        got=got,
+        got=", ".join(sorted(map(str, others))),
         fix=f"Convert the input, x.to({dtype}), or the parameters, lt.f64(ps) and the like.",
+    )
+
+
+def _is_named(dtype: torch.dtype, message: str) -> bool:
+    names = f"{dtype}|(CPU|CUDA)?({_SPELLED.get(dtype, dtype)})(Type|Tensor)?"
+    return re.search(rf"(?<!\w)({names})(?!\w)", message) is not None
+
+
+def _wrong_device(x: Any, ps: Any, message: str) -> InputError | None:
+    """Explain an input that is not where the parameters are, if that is what torch says."""
+    came, wanted = ({leaf.device for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)} for tree in (x, ps))
+    if len(wanted) != 1 or came <= wanted or not _DEVICES_DIFFER.search(message):
+        return None
+    return InputError(
+        "The input is not on the device of the parameters.",
+        expected=str(*wanted),
+        got=", ".join(sorted(map(str, came - wanted))),
+        fix=f"Move the input, x.to('{next(iter(wanted))}'), or the parameters and the states.",
     )
 
 

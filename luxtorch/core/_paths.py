@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from luxtorch._errors import KeyNameError, suggest
+from luxtorch._errors import DTypeError, KeyNameError, suggest
 
-Path: TypeAlias = "str | Callable[[str], bool] | None"
-"""A dotted path such as "layer_1", which stands for everything below it; or a predicate on names; or all."""
+Name: TypeAlias = "str | Callable[[str], bool]"
+"""Which of some things with dotted names are meant:
+
+- a dotted path such as `"layer_1"`, which stands for everything below it;
+- a glob such as `"*.bias"` or `"encoder.block_?.norm"`, which stands for all dotted paths that it matches, and so for
+  everything below them. It is matched as by `fnmatch.fnmatchcase`: `*` is any number of characters and `?` is one, dots
+  among them; `[ab]` is one of these and `[!ab]` any other. A path that is literally there stands for that alone;
+- a predicate on the dotted names.
+"""
+
+Path: TypeAlias = "Name | Sequence[Name] | Set[Name] | None"
+"""One of these; or a list, tuple or set of them, for what any of them stands for; or None, for all."""
 
 
 def select(path: Path, names: Sequence[str], kind: str = "parameter") -> set[str]:
@@ -20,22 +32,10 @@ def select(path: Path, names: Sequence[str], kind: str = "parameter") -> set[str
         kind: What they are the names of, for the error.
 
     Raises:
-        KeyNameError: If there is none.
+        KeyNameError: If there is none, also for one of several paths.
+        DTypeError: If it is no path.
     """
-    if path is None:
-        return set(names)
-    if isinstance(path, str):
-        chosen = {name for name in names if name == path or name.startswith(f"{path}.")}
-    else:
-        chosen = {name for name in names if path(name)}
-    if chosen:
-        return chosen
-    problem = f"No {kind} is named '{path}'." if isinstance(path, str) else f"The predicate is true of no {kind}."
-    raise KeyNameError(
-        problem,
-        expected=", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or f"no {kind}, as there is none",
-        fix=suggest(path, _prefixes(names)) if isinstance(path, str) else "It is called with each dotted name.",
-    )
+    return {name for below in places(path, names, kind).values() for name in below}
 
 
 def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "parameter") -> list[str]:
@@ -43,6 +43,7 @@ def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "paramet
 
     Raises:
         KeyNameError: If a path stands for none.
+        DTypeError: If one is no path.
     """
     if not paths:
         return list(names)
@@ -50,6 +51,75 @@ def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "paramet
     return [name for name in names if name in chosen]
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
-    parts = (name.split(".") for name in names)
-    return list(dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1)))
+def places(path: Path, names: Sequence[str], kind: str = "parameter", *, below: bool = True) -> Mapping[str, list[str]]:
+    """Return the places that a path stands for, each with the names there, or also below; see `select`."""
+    if path is None:
+        return {name: [name] for name in names}
+    if isinstance(path, str):
+        found = _literally(path, names, below) or _matching(path, names, below)
+        problem = f"No {kind} is named '{path}'."
+    elif callable(path):
+        found = {name: [name] for name in names if path(name)}
+        problem = f"The predicate is true of no {kind}."
+    elif isinstance(path, Sequence | Set) and not any(one is None for one in path):
+        found = {place: each for one in path for place, each in places(one, names, kind, below=below).items()}
+        problem = f"An empty list of paths stands for no {kind}."
+    else:
+        raise DTypeError(
+            f"That is no path of a {kind}.",
+            expected="a dotted path, a glob such as '*.bias', a predicate on names, or a list of these",
+            got=f"{path!r:.80} of type {type(path).__name__}",
+        )
+    if found:
+        return found
+    raise KeyNameError(
+        problem,
+        expected=", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or f"no {kind}, as there is none",
+        fix=_nearest(path, names) if isinstance(path, str) else "It is called with each dotted name." * callable(path),
+    )
+
+
+def is_glob(path: str) -> bool:
+    """Tell whether a path has characters with a meaning in globs."""
+    return any(character in path for character in "*?[")
+
+
+def _literally(path: str, names: Sequence[str], below: bool) -> dict[str, list[str]]:
+    found = [name for name in names if name == path or (below and name.startswith(f"{path}."))]
+    return {path: found} if found else {}
+
+
+def _matching(glob: str, names: Sequence[str], below: bool) -> dict[str, list[str]]:
+    """Return the places that a glob matches; but none below another, where that stands for all below it."""
+    found: dict[str, list[str]] = {}
+    for name in names if is_glob(glob) else ():
+        paths = _prefixes(name) if below else [name]
+        place = next((path for path in paths if _fits(path, glob)), None)
+        if place is not None:
+            found.setdefault(place, []).append(name)
+    return found
+
+
+def _fits(path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob)
+
+
+# How torch.compile takes a constant: it cannot trace regular expressions.
+_fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the paths that lead to a name, the shortest first, and the name."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def _nearest(path: str, names: Sequence[str]) -> str:
+    """Suggest a path that stands for something."""
+    if is_glob(path):  # misspelt is one of the words between the dots
+        words = {word for name in names for word in name.split(".")}
+        near = (word if is_glob(word) else "".join(get_close_matches(word, words, 1)) for word in path.split("."))
+        mended = ".".join(near)
+        if _matching(mended, names, True):
+            return f"Did you mean '{mended}'?"
+    return suggest(path, dict.fromkeys(prefix for name in names for prefix in _prefixes(name)))

@@ -64,9 +64,9 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
         >>> list(ps["0"])
         ['weight', 'bias']
 
-    Several or keyword arguments are passed as `lt.Inputs`. What a forward keeps on the module besides its parameters
-    and buffers, such as a list that grows, is no part of the state and is forgotten. A forward that changes its
-    parameters is an error when it is called.
+    Several or keyword arguments are passed as `lt.Inputs`, and so may one be, by the name that torch has for it. What a
+    forward keeps on the module besides its parameters and buffers, such as a list that grows, is no part of the state
+    and is forgotten. A forward that changes its parameters is an error when it is called.
 
     Source: Lux's `FromFluxAdaptor`.
     """

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from luxtorch.core import register_node
+from luxtorch.core import InputError, Layer, register_node, suggest
 
 
 class Inputs:
     """Hold the arguments of a `torch.nn.Module` that takes several, or takes them by keyword.
 
     A layer takes one input `x`, and a tuple is one input too: `Inputs` is how it is told apart from several. It is a
-    pytree, so transforms see the tensors in it.
+    pytree, so transforms see the tensors in it. Layers that take the place of modules with one input, such as `Dense`,
+    take it as `Inputs(x)` and `Inputs(input=x)` too.
 
     Args:
         *args: The positional arguments.
         **kwargs: The keyword arguments.
+
+    Raises:
+        InputError: In a call of such a layer: if these are other arguments.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -31,6 +35,16 @@ class Inputs:
         self.args = args
         self.kwargs = kwargs
 
+    def _single(self, layer: Layer) -> Any:
+        """Return the one input that these are for a layer that takes one; for any other, themselves.
+
+        Raises:
+            InputError: If the layer takes one, and these are others.
+        """
+        from ._single import single  # which knows layers that take arguments
+
+        return single(layer, self)
+
     def __repr__(self) -> str:
         shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
         return f"Inputs({', '.join(shown)})"
@@ -39,6 +53,26 @@ class Inputs:
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments that stand for an input."""
     return (x.args, x.kwargs) if isinstance(x, Inputs) else ((x,), {})
+
+
+def bound(given: Inputs, name: str, *optional: str) -> list[Any]:
+    """Return arguments in the order of their names, None in the places of those that are not given.
+
+    Raises:
+        InputError: If they do not fit the names.
+    """
+    names = (name, *optional)
+    values = {**dict(zip(names, given.args, strict=False)), **given.kwargs}
+    unknown = [other for other in given.kwargs if other not in names]
+    if name in values and len(values) == len(given.args) + len(given.kwargs) and not unknown:
+        return [values.get(each) for each in names]
+    wanted = ", ".join((f"{name}=x", *(f"{other}=..." for other in optional)))
+    raise InputError(
+        "The layer does not take these arguments.",
+        expected=f"x, lt.Inputs(x) or lt.Inputs({wanted})",
+        got=f"lt.Inputs({', '.join(['x'] * len(given.args) + [f'{other}=...' for other in given.kwargs])})",
+        fix=suggest(unknown[0], names) if unknown else "",
+    )
 
 
 def _unflatten(children: Any, static: tuple[int, tuple[str, ...]]) -> Inputs:

@@ -94,6 +94,11 @@ class ModuleLayer(Layer):
 
         return PerturbedModule(self, (path,))
 
+    def tappable(self) -> list[str]:
+        """Return the paths of the modules inside that are called."""
+        called = (part for part in self.skeleton.root if type(part.module).forward is not nn.Module.forward)
+        return [".".join(part.path) for part in called if part.path]
+
     def extra_repr(self) -> str:
         """Return the name of the module's class."""
         name = type(self.skeleton.root.module).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from luxtorch.core import InputError, Layer, Parameters, States
 from luxtorch.layers import Conv, ConvTranspose
 
-from ._inputs import Inputs, arguments
+from ._inputs import Inputs, bound
 
 
 class SizedConvTranspose(ConvTranspose):
@@ -31,8 +31,7 @@ class SizedConvTranspose(ConvTranspose):
 
     def __call__(self, x: Tensor | Inputs, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the transposed convolution of the input, and `st`."""
-        args, kwargs = arguments(x)
-        image, size = _image_and_size(*args, **kwargs)
+        image, size = bound(x, "input", "output_size") if isinstance(x, Inputs) else (x, None)
         # Another layer, with the padding of this size: ConvTranspose's own call knows nothing of sizes.
         plain = ConvTranspose.__call__
         return plain(self if size is None else replace(self, output_padding=self._missing(image, size)), image, ps, st)
@@ -50,10 +49,6 @@ class SizedConvTranspose(ConvTranspose):
                 "The output cannot be as small.", expected=f"at least {tuple(least)}", got=f"{tuple(size)}"
             )
         return more
-
-
-def _image_and_size(input: Tensor, output_size: Sequence[int] | None = None) -> tuple[Tensor, Sequence[int] | None]:
-    return input, output_size
 
 
 def _conv(module: Any) -> Conv:

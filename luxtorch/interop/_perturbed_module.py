@@ -55,6 +55,10 @@ class PerturbedModule(Layer):
         """Return the layer with one more module perturbed."""
         return PerturbedModule(self.inside, (*self.paths, path))
 
+    def tappable(self) -> list[str]:
+        """Return the paths of the modules inside that are called."""
+        return self.inside.tappable()
+
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return those of the module."""
         return self.inside.initial_parameters(key)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
+from luxtorch.core._locate import opened
 from luxtorch.random import bernoulli, split
 
 
@@ -64,7 +65,7 @@ class Dropout(RandomMask):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the masked input and the state with the next key; in test mode, both as they are."""
         if self.p == 0 or not st[TRAINING]:
-            return x, st
+            return x if isinstance(x, Tensor) else opened(self, x), st
         key, rng = split(st["rng"])
         return dropped(x, key, self.p, self._mask_shape(x)), {"rng": rng, TRAINING: st[TRAINING]}
 

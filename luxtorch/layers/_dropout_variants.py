@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import TRAINING, InputError, Parameters, States, Static
+from luxtorch.core._locate import opened
 from luxtorch.random import bernoulli, split, where
 
 from ._dropout import Dropout, RandomMask, dropped
@@ -48,7 +49,7 @@ class AlphaDropout(RandomMask):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the masked input and the state with the next key; in test mode, both as they are."""
         if self.p == 0 or not st[TRAINING]:
-            return x, st
+            return x if isinstance(x, Tensor) else opened(self, x), st
         key, rng = split(st["rng"])
         return alpha_dropped(x, key, self.p, tuple(x.shape)), {"rng": rng, TRAINING: st[TRAINING]}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,13 @@ from luxtorch.core import (
     suggest,
     tree_map,
 )
+from luxtorch.core._paths import Name, is_glob, places
 
+from ._branches import Layers
+from ._cell import Cell
 from ._chain import as_layer
+from ._compact_parts import Group
+from ._repeated import AlternatePrecision
 from ._tap import changed, with_perturbation, with_tap, without_output
 
 
@@ -33,7 +38,8 @@ class Perturbed(WrapperLayer):
 
     Args:
         layer: The model.
-        *paths: The layers inside, by the names that lead to their parameters: `"layer_2"`, `"encoder.layer_1"`.
+        *paths: The layers inside, by the names that lead to their parameters: `"layer_2"`, `"encoder.layer_1"`; by
+            globs such as `"*.attention"`, in which `*` stands for dots too; or by predicates on such names.
 
     Parameters:
         Those of the model, not nested.
@@ -76,9 +82,10 @@ class Perturbed(WrapperLayer):
     layer: Layer
     paths: tuple[str, ...]
 
-    def __init__(self, layer: Layer | Callable[[Any], Any], *paths: str) -> None:
-        self._set(layer=as_layer(layer), paths=tuple(dict.fromkeys(paths)))
-        if not paths or not all(isinstance(path, str) for path in paths):
+    def __init__(self, layer: Layer | Callable[[Any], Any], *paths: Name) -> None:
+        layer = as_layer(layer)
+        self._set(layer=layer, paths=layer_paths(layer, paths))
+        if not paths or not all(isinstance(path, str) for path in self.paths):
             raise InputError(
                 "Perturbed takes the paths of layers.",
                 expected='Perturbed(model, "layer_1")',
@@ -127,6 +134,41 @@ class Perturbed(WrapperLayer):
     def extra_repr(self) -> str:
         """Return the paths."""
         return ", ".join(map(repr, self.paths))
+
+
+HOLDERS = Group, Layers
+"""Layers that hold others for the one around them, and are taken apart rather than called."""
+
+
+def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
+    """Return paths of layers inside, with what globs and predicates find in their place.
+
+    Raises:
+        KeyNameError: If one finds none.
+    """
+    searching = [path for path in paths if callable(path) or (isinstance(path, str) and is_glob(path))]
+    known = list(dict.fromkeys((*tappable(layer), *tappable(layer, True)))) if searching else []
+    found: list[Any] = []
+    for path in paths:
+        found += places(path, known, "layer", below=False) if path in searching else [path]
+    return tuple(dict.fromkeys(found))
+
+
+# How torch.compile takes a constant: it need not trace what asks for no tensor.
+layer_paths._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the paths of the layers inside that a tap can be put on; and of modules of torch.nn inside of these."""
+    # These do not call what is inside with states that have taps in them.
+    if isinstance(layer, Cell | AlternatePrecision | Perturbed):
+        return
+    if modules and hasattr(type(layer), "tappable"):
+        yield from (".".join((*path, name)) for name in layer.tappable())  # type: ignore[attr-defined]
+    for name, child in layer.children().items():
+        if name and not isinstance(child, (Cell, *HOLDERS)):
+            yield ".".join((*path, name))
+        yield from tappable(child, modules, (*path, name) if name else path)
 
 
 def intermediate_gradients(

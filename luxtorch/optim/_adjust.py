@@ -24,9 +24,10 @@ def adjust(
     Args:
         opt_state: The state. In a chain, every rule that has the hyperparameter gets the value.
         lr: The learning rate.
-        path: For which parameters: a dotted path such as `"layer_1"`, which stands for everything below it, a
-            predicate on dotted names, or None for all. A compiled step stays as it is for None; the first use of
-            a path changes the structure of the state, so that it is compiled once more.
+        path: For which parameters: a dotted path such as `"layer_1"`, which stands for everything below it, a glob
+            such as `"*.bias"`, a predicate on dotted names, a list of these, or None for all; see `luxtorch.freeze`.
+            A compiled step stays as it is for None; the first use of a path changes the structure of the state, so
+            that it is compiled once more.
         **hyperparameters: Others by their names, such as `betas`, `eps`, `weight_decay`, `momentum`.
 
     Returns:

@@ -17,9 +17,10 @@ def freeze(opt_state: OptState, path: Path = None) -> OptState:
 
     Args:
         opt_state: The state.
-        path: A dotted path such as `"layer_1"`, which stands for everything below it, a predicate on dotted
-            names, or None for all. The components of a ComponentVector have names too: once some of them are
-            told apart, the vector's step is taken component by component.
+        path: A dotted path such as `"layer_1"`, which stands for everything below it, a glob such as `"*.bias"`, a
+            predicate on dotted names, a list of these, or None for all; see `luxtorch.freeze`. The components of a
+            ComponentVector have names too: once some of them are told apart, the vector's step is taken component by
+            component.
 
     Returns:
         The new state.
@@ -50,7 +51,7 @@ def thaw(opt_state: OptState, path: Path = None) -> OptState:
 
     Args:
         opt_state: The state.
-        path: A dotted path, a predicate on dotted names, or None for all; see `freeze`.
+        path: A dotted path, a glob, a predicate on dotted names, a list of these, or None for all; see `freeze`.
 
     Returns:
         The new state.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torchopt.base import GradientTransformation
 from typing_extensions import Self
 
 from luxtorch.core import InputError, Static
-from luxtorch.core._paths import select
+from luxtorch.core._paths import Name, Path, select
 
 from ._leaves import Leaves, pair, to_components
 from ._list_rule import ChangeState, ListRule, Updates
@@ -41,8 +41,8 @@ class Groups(ListRule):
     Every parameter belongs to exactly one group. The components of a ComponentVector are parameters of their own.
 
     Args:
-        groups: The rules by path: a dotted path such as `"layer_1"`, which stands for everything below it, or a
-            predicate on dotted names.
+        groups: The rules by path: a dotted path such as `"layer_1"`, which stands for everything below it, a glob
+            such as `"*.bias"`, a predicate on dotted names, or a tuple of these; see `luxtorch.freeze`.
         rest: The rule for all other parameters. Without it there may be none.
 
     Raises:
@@ -60,14 +60,14 @@ class Groups(ListRule):
     The parameter groups of torch.optim.
     """
 
-    paths: tuple[str | Callable[[str], bool] | None, ...]
+    paths: tuple[Path, ...]
     rules: tuple[ListRule, ...]
 
     needs_params = True
 
     def __init__(
         self,
-        groups: Mapping[str | Callable[[str], bool], GradientTransformation],
+        groups: Mapping[Name | tuple[Name, ...] | frozenset[Name], GradientTransformation],
         rest: GradientTransformation | None = None,
     ) -> None:
         pairs: dict[Any, GradientTransformation] = {**groups} if rest is None else {**groups, None: rest}
@@ -82,9 +82,7 @@ class Groups(ListRule):
     def bare(self) -> Self:
         """Return the rule without what its state holds: also without predicates, whose members the state knows."""
         bare = super().bare()
-        numbered = (
-            path if path is None or isinstance(path, str) else f"<predicate {i}>" for i, path in enumerate(self.paths)
-        )
+        numbered = (f"<predicate {i}>" if _asks(path) else path for i, path in enumerate(self.paths))
         object.__setattr__(bare, "paths", tuple(numbered))
         return bare
 
@@ -172,6 +170,11 @@ class Groups(ListRule):
                 fix="Add a group, or rest= with a rule for all others.",
             )
         return tuple(tuple(name for name in names if owner.get(name) == path) for path in self.paths)
+
+
+def _asks(path: Path) -> bool:
+    """Tell whether a path is a predicate, or has one among several."""
+    return callable(path) or (isinstance(path, tuple | frozenset) and any(map(callable, path)))
 
 
 def _given(leaves: Leaves) -> bool:

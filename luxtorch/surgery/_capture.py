@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from luxtorch.core import Layer, Parameters, States
-from luxtorch.layers import AlternatePrecision, Cell, Perturbed
+from luxtorch.core._paths import Path
+from luxtorch.layers import Perturbed
+from luxtorch.layers._perturbed import layer_paths, tappable
 from luxtorch.layers._tap import OUTPUT, changed, with_perturbation, without_output, without_tap
-
-from ._watch import HOLDERS
 
 
 def capture(
-    layer: Layer, x: Any, ps: Parameters, st: States, paths: str | Sequence[str] | None = None
+    layer: Layer, x: Any, ps: Parameters, st: States, paths: Path = None
 ) -> tuple[tuple[Any, dict[str, Any]], States]:
     """Call a model, and return what layers inside return beside its output.
 
@@ -27,8 +26,10 @@ def capture(
         ps: Its parameters.
         st: Its states.
         paths: The layers inside, by the names that lead to their parameters: `"layer_2"`, `"encoder.layer_1"`; in a
-            module from `lt.from_torch`, the modules' own names. None stands for every layer that is called as one: not
-            for the cell in a `Recurrence`, nor for modules of torch.nn inside others.
+            module from `lt.from_torch`, the modules' own names. Or globs such as `"*.attention"`, which stand for the
+            layers whose whole path they match (`*` is any number of characters, dots among them); predicates on paths;
+            a list, tuple or set of these. None stands for every layer that is called as one: not for the cell in a
+            `Recurrence`, nor for modules of torch.nn inside others.
 
     Returns:
         `((y, inside), st)`: the output, a dict of what the layers return by path, and the new states. Of a layer that
@@ -51,7 +52,8 @@ def capture(
 
     Source: `capture_intermediates` of Flax; forward hooks in torch, which know no transforms.
     """
-    chosen = (paths,) if isinstance(paths, str) else None if paths is None else tuple(paths)
+    one = isinstance(paths, str) or callable(paths)
+    chosen = None if paths is None else layer_paths(layer, (paths,) if one else tuple(paths))  # type: ignore[arg-type]
     model: Perturbed | None = getattr(_MADE, _name(layer, chosen))
     if model is None:
         y, st = layer(x, ps, st)
@@ -78,7 +80,7 @@ _MADE, _NAMES = _Made(), dict[tuple[Layer, tuple[str, ...] | None], str]()
 def _name(layer: Layer, paths: tuple[str, ...] | None) -> str:
     """Return the attribute that holds a model with taps at the ends of paths, or wherever there can be one."""
     if (layer, paths) not in _NAMES:
-        chosen = tuple(dict.fromkeys(_paths(layer, ()))) if paths is None else paths
+        chosen = tuple(dict.fromkeys(tappable(layer))) if paths is None else paths
         name = f"model_{len(_NAMES)}"
         setattr(_MADE, name, Perturbed(layer, *chosen) if chosen else None)
         _NAMES[layer, paths] = name
@@ -88,14 +90,3 @@ def _name(layer: Layer, paths: tuple[str, ...] | None) -> str:
 # torch.compile cannot trace how a layer is made: it takes the name of the one that is made meanwhile as a constant. The
 # decorator that sets this mark, torch.compiler.assume_constant_result, would load the whole compiler.
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _paths(layer: Layer, path: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of the layers inside that a tap can be put on."""
-    # These do not call what is inside with states that have taps in them.
-    if isinstance(layer, Cell | AlternatePrecision | Perturbed):
-        return
-    for name, child in layer.children().items():
-        if name and not isinstance(child, (Cell, *HOLDERS)):
-            yield ".".join((*path, name))
-        yield from _paths(child, (*path, name) if name else path)

@@ -25,8 +25,8 @@ class Frozen(Rewired):
 
     Args:
         layer: A layer or a plain function.
-        *paths: What to freeze: dotted paths such as `"layer_1"`, which stand for everything below them, or predicates
-            on dotted names. Without any, all parameters.
+        *paths: What to freeze: dotted paths such as `"layer_1"`, which stand for everything below them, globs such as
+            `"*.bias"`, predicates on dotted names, or lists of these; see `freeze`. Without any, all parameters.
 
     Parameters:
         Those of the layer but the frozen ones. A layer inside with nothing left keeps an empty dict.
@@ -124,14 +124,21 @@ def freeze(layer: Layer, ps: Parameters, st: States, *paths: Path) -> tuple[Laye
         layer: The model.
         ps: Its parameters.
         st: Its states.
-        *paths: What to freeze: dotted paths such as `"layer_1"`, which stand for everything below them, or predicates
-            on dotted names. Without any, all parameters. What is frozen already stays so.
+        *paths: What to freeze. Without any, all parameters; what is frozen already stays so. One of them is
+
+            - a dotted path such as `"layer_1"`, which stands for everything below it;
+            - a glob such as `"*.bias"` or `"encoder.block_?.norm"`, which stands for all that it matches and everything
+              below that. As in `fnmatch.fnmatchcase`, `*` is any number of characters and `?` is one, dots among them;
+              `[ab]` is one of these, `[!ab]` any other. What is literally so called comes first;
+            - a predicate on dotted names;
+            - a list, tuple or set of these, for what any of them stands for.
 
     Returns:
         `(layer, ps, st)`: the model as `Frozen`, with its trees; what was passed in stays as it is.
 
     Raises:
         KeyNameError: If a path stands for no parameter, or the trees' names are not those of the model.
+        DTypeError: If something is no path.
 
     Example:
         >>> import torch, luxtorch as lt

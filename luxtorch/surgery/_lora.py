@@ -34,8 +34,9 @@ class LoRA(Rewired):
 
     Args:
         layer: A layer or a plain function.
-        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, or predicates
-            on dotted names. Of these, all with at least two dimensions; without paths, of all parameters.
+        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, globs such as
+            `"*.attention"`, predicates on dotted names, or lists of these; see `freeze`. Of these, all with at least
+            two dimensions; without paths, of all parameters.
         rank: The size that both matrices share.
         alpha: The scale of the change, divided by the rank; `rank` if None.
         init_weight: The initializer of `lora_A`.
@@ -145,8 +146,9 @@ def lora(
         layer: The model.
         ps: Its parameters.
         st: Its states.
-        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, or predicates
-            on dotted names. Of these, all with at least two dimensions; without paths, of all parameters. Of an
+        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, globs such as
+            `"*.attention"`, predicates on dotted names, or lists of these; see `freeze`. Of these, all with at least
+            two dimensions; without paths, of all parameters. Of an
             `Ensemble`, a weight is that of all members, so that the change would be low-rank over all: adapt the
             member instead.
         rng: A seed, a key or a `torch.Generator`, which is moved on.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from luxtorch.core import DTypeError, InputError, flatten_names, nested_dicts
-from luxtorch.core._paths import select
+from luxtorch.core._paths import Path, select
 
 from ._trees import closed, merged, ordered, taken
 
 
-def partition(tree: Mapping[str, Any], *paths: str | Callable[[str], bool]) -> tuple[Any, ...]:
+def partition(tree: Mapping[str, Any], *paths: Path) -> tuple[Any, ...]:
     """Divide a tree of tensors into parts: one for each path, and the rest.
 
     Each part is a tree by itself, to be differentiated, optimized or put into a `ComponentVector`; `combine` puts them
@@ -19,7 +19,8 @@ def partition(tree: Mapping[str, Any], *paths: str | Callable[[str], bool]) -> t
 
     Args:
         tree: Parameters, states or gradients; nested dicts or a ComponentVector.
-        *paths: Dotted paths such as `"layer_1"`, which stand for everything below them, or predicates on dotted names.
+        *paths: Dotted paths such as `"layer_1"`, which stand for everything below them, globs such as `"*.bias"`,
+            predicates on dotted names, or lists of these, each for one part; see `freeze`.
 
     Returns:
         A tuple of trees, the rest last. Every part has all groups, empty ones too. What is no tensor, such as the mode

@@ -11,12 +11,12 @@ from torch import Tensor, equal
 
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map, unflatten_names
 from luxtorch.core._nowhere import NOWHERE
-from luxtorch.core._paths import select_any
+from luxtorch.core._paths import Name, places
 from luxtorch.core._values import physical
 from luxtorch.layers._chain import as_layer
 
 from ._rewired import Rewired, Triple, everywhere
-from ._trees import closed, merged, opened, ordered, taken
+from ._trees import closed, merged, names_of, opened, ordered, taken
 
 
 class Shared(Rewired):
@@ -27,7 +27,8 @@ class Shared(Rewired):
     Args:
         layer: A layer or a plain function.
         *groups: For each group of places that are one, their dotted paths: of parameters, or of layers with the same
-            parameters. The parameters stand in the first of the places.
+            parameters. The parameters stand in the first of the places. A glob such as `"layers.*.attention"`, or a
+            predicate on the names of parameters, stands for all places that it finds; see `freeze`.
 
     Parameters:
         Those of the layer, without those of all places but the first of each group. A layer inside with nothing left
@@ -59,17 +60,21 @@ class Shared(Rewired):
 
     undone: ClassVar[str] = "Call lt.unshare_parameters first, and share again after the change."
 
-    def __init__(self, layer: Layer | Callable[[Any], Any], *groups: Sequence[str]) -> None:
+    def __init__(self, layer: Layer | Callable[[Any], Any], *groups: Name | Sequence[Name]) -> None:
         layer = as_layer(layer)
+        names, found = names_of(layer), []
         for group in groups or [()]:
-            if isinstance(group, str) or len(group) < 2 or not all(isinstance(path, str) for path in group):
+            paths = group if isinstance(group, Sequence) and not isinstance(group, str) else (group,)
+            named = all(isinstance(path, str) or callable(path) for path in paths)
+            found.append(tuple(place for path in paths for place in places(path, names)) if named else ())
+            if len(found[-1]) < 2:
                 raise InputError(
                     "A group of shared parameters is told by the paths of its places.",
                     expected="at least one group of at least two, such as ('embed.weight', 'logits.weight')",
                     got=f"{group!r:.80}" if groups else "no group",
                     fix="Put the paths of a group in parentheses." * isinstance(group, str),
                 )
-        self._set(layer=layer, groups=tuple(map(tuple, groups)))
+        self._set(layer=layer, groups=tuple(found))
         self.copies  # noqa: B018  # what is wrong with the groups is an error now
 
     @cached_property
@@ -130,7 +135,7 @@ class Shared(Rewired):
 
 
 def share_parameters(
-    layer: Layer, ps: Parameters, st: States, *groups: Sequence[str]
+    layer: Layer, ps: Parameters, st: States, *groups: Name | Sequence[Name]
 ) -> tuple[Layer, Any, dict[str, Any]]:
     """Make parameters in several places of a model one.
 
@@ -142,7 +147,8 @@ def share_parameters(
         ps: Its parameters.
         st: Its states.
         *groups: For each group of places that become one, their dotted paths: of parameters, or of layers with the
-            same parameters.
+            same parameters. A glob such as `"layers.*.attention"`, or a predicate on the names of parameters, stands
+            for all places that it finds; see `freeze`.
 
     Returns:
         `(layer, ps, st)`: the model as `Shared`, with its trees; what was passed in stays as it is. The values are
@@ -220,7 +226,7 @@ def _looked_up(sources: Mapping[str, Any], ps: Parameters) -> dict[str, Any]:
 
 def _below(path: str, like: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names of the parameters that a path stands for, by what they are called below it."""
-    names = select_any([path], list(like))
+    names = [name for name in like if name == path or name.startswith(f"{path}.")]
     return {name.removeprefix(path).lstrip("."): name for name in names}
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from luxtorch.core import Layer, Parameters, States, WrapperLayer
 from luxtorch.core._replace import replace_children
 from luxtorch.layers import Cell, Perturbed
-from luxtorch.layers._branches import Layers
-from luxtorch.layers._compact_parts import Group
+from luxtorch.layers._perturbed import HOLDERS
 from luxtorch.layers._tap import Tap
 
 Path: TypeAlias = tuple[str, ...]
@@ -19,10 +18,6 @@ Path: TypeAlias = tuple[str, ...]
 
 Call: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
 """A function of an input, parameters and states that returns an output and states."""
-
-
-HOLDERS = Group, Layers
-"""Layers that hold others for the one around them, and are taken apart rather than called."""
 
 
 class Watcher(Protocol):

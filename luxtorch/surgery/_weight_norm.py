@@ -23,8 +23,9 @@ def weight_norm(
         layer: The model.
         ps: Its parameters.
         st: Its states.
-        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, or predicates
-            on dotted names. Of these, all with at least two dimensions; without paths, of all parameters.
+        *paths: Which weights: dotted paths such as `"layer_1"`, which stand for everything below them, globs such as
+            `"*.attention"`, predicates on dotted names, or lists of these; see `freeze`. Of these, all with at least
+            two dimensions; without paths, of all parameters.
         dim: The dimension along which each slice has a length of its own; None for one length in all.
 
     Returns:

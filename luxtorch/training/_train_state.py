@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torchopt.base import GradientTransformation
 
 from luxtorch import optim
 from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, register_node, suggest, tree_leaves
+from luxtorch.core._paths import Path
 from luxtorch.optim._opt_state import in_force
 from luxtorch.optim._optimiserchain import as_one
 from luxtorch.optim._rule import structure_of
@@ -166,7 +167,7 @@ class TrainState:
         self,
         lr: float | Tensor | None = None,
         *,
-        path: str | Callable[[str], bool] | None = None,
+        path: Path = None,
         **hyperparameters: float | tuple[float, ...] | Tensor,
     ) -> TrainState:
         """Return a training state with other values of some hyperparameters; see `luxtorch.optim.adjust`.
