@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, nested_dicts, path_name, tree_map
+from luxtorch.core._former import names_today, uncounted
 
 from ._load_report import LoadReport
 from ._weight_files import read_weights
@@ -41,7 +42,8 @@ def load_weights(
 
     A tensor goes to the place whose dotted name it has, such as `layer_1.weight`; those of a model from `lt.from_torch`
     are the names of the module's `state_dict`. It is cast to the dtype and brought to the device of what it replaces.
-    Random keys may be missing, as other programs have none.
+    Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of a
+    normalization may be called `scale`, as luxtorch called it once, and as Lux and Flax do.
 
     Args:
         source: A safetensors file, a state_dict saved by `torch.save`, the `.index.json` of a model in several files, a
@@ -80,9 +82,11 @@ def load_weights(
         )
     path = None if isinstance(source, Mapping) else Path(source)
     tensors = dict(named_leaves(_opened(source if path is None else read_weights(path))))
-    new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
     wanted = dict(named_leaves(_opened((ps, st))))
     wanted = {name.partition(".")[2]: leaf for name, leaf in wanted.items()}
+    new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
+    today = names_today(new_names.values(), wanted)
+    new_names = {name: today[new] for name, new in new_names.items()}
     values, report = _matched(tensors, new_names, wanted)
     if strict and not report.complete:
         error = report.error({name: _described(leaf) for name, leaf in wanted.items()}, new_names)
@@ -123,8 +127,9 @@ def _matched(
                 tied[name] = twin
             else:
                 unexpected.append(name)
-    # A key is not missed.
-    missing = tuple(n for n, like in wanted.items() if n not in sources and like.dtype != torch.uint64)
+    # A key is not missed, nor what torch itself does not miss.
+    spared = uncounted(sources, wanted) | {name for name, like in wanted.items() if like.dtype == torch.uint64}
+    missing = tuple(name for name in wanted if name not in sources and name not in spared)
     loaded = tuple(name for name in wanted if name in values)
     return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)
 
