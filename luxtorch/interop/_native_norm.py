@@ -33,7 +33,8 @@ def _group_norm(module: nn.GroupNorm) -> Layer:
 
 
 def _layer_norm(module: nn.LayerNorm) -> Layer:
-    affine, bias = module.elementwise_affine, module.bias is not None
+    affine = module.elementwise_affine
+    bias = module.bias is not None or not affine
     return LayerNorm(module.normalized_shape, eps=module.eps, affine=affine, bias=bias)
 
 

@@ -13,6 +13,7 @@ import luxtorch as lt
 from luxtorch.core import flatten_names
 from luxtorch.interop import Inputs, ModuleLayer, from_torch
 from luxtorch.interop._function import function
+from luxtorch.interop._unbatched import Unbatched
 
 PAIRS = {
     "Linear": (nn.Linear(3, 2, bias=False), lt.Dense(3, 2, bias=False)),
@@ -27,6 +28,10 @@ PAIRS = {
     "BatchNorm2d": (nn.BatchNorm2d(3, 0.1, 1, bias=False), lt.BatchNorm(3, eps=0.1, momentum=1.0, bias=False)),
     "BatchNorm1d": (nn.BatchNorm1d(3, momentum=None, affine=False), lt.BatchNorm(3, momentum=None, affine=False)),
     "BatchNorm3d": (nn.BatchNorm3d(3, track_running_stats=False), lt.BatchNorm(3, track_running_stats=False)),
+    "InstanceNorm1d": (
+        nn.InstanceNorm1d(3, momentum=None, affine=True, track_running_stats=True),
+        Unbatched(lt.InstanceNorm(3, momentum=0.0, affine=True, track_running_stats=True), 3),
+    ),
     "GroupNorm": (nn.GroupNorm(2, 4, eps=0.1), lt.GroupNorm(4, 2, eps=0.1)),
     "LayerNorm": (nn.LayerNorm((3, 4), bias=False), lt.LayerNorm((3, 4), bias=False)),
     "RMSNorm": (nn.RMSNorm(3, elementwise_affine=False), lt.RMSNorm(3, affine=False)),
