@@ -41,9 +41,10 @@ def load_weights(
     r"""Return parameters and states with values from a file of weights.
 
     A tensor goes to the place whose dotted name it has, such as `layer_1.weight`; those of a model from `lt.from_torch`
-    are the names of the module's `state_dict`. It is cast to the dtype and brought to the device of what it replaces.
-    Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of a
-    normalization may be called `scale`, as luxtorch called it once, and as Lux and Flax do.
+    are the names of the module's `state_dict`, as are those of a model written by hand, `lt.Chain(conv=..., norm=...)`,
+    whose layers are called as the module's parts. A tensor is cast to the dtype and brought to the device of what it
+    replaces. Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of
+    a normalization may be called `scale`, as luxtorch called it once, and as Lux and Flax do.
 
     Args:
         source: A safetensors file, a state_dict saved by `torch.save`, the `.index.json` of a model in several files, a
