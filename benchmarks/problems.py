@@ -69,7 +69,7 @@ def _weights(rng: np.random.Generator, name: str, *shape: int) -> Arrays:
 
 
 def _norm(name: str, size: int) -> Arrays:
-    return {f"{name}.scale": np.ones(size, np.float32), f"{name}.bias": np.zeros(size, np.float32)}
+    return {f"{name}.weight": np.ones(size, np.float32), f"{name}.bias": np.zeros(size, np.float32)}
 
 
 def _mlp(rng: np.random.Generator, *widths: int) -> Arrays:

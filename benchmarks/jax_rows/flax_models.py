@@ -153,7 +153,7 @@ def _of_torch(ps: dict[str, np.ndarray], name: str) -> np.ndarray:
     for ours, theirs in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out")):
         name = name.replace(f"self_attn.{theirs}.", f"self_attn.{ours}.")
     if not name.endswith("kernel"):
-        return ps[name]
+        return ps[name.replace(".scale", ".weight")]
     weight = ps[name.replace("kernel", "weight")]
     return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.swapaxes(-1, -2)
 

@@ -176,7 +176,7 @@ def torch_model(problem: Problem, data: Data, device: str) -> nn.Module:
         elif "k_proj" not in name and "v_proj" not in name:
             last = name.rpartition(".")[2]
             recurrent = last.endswith(("_ih", "_hh"))
-            values[f"{name}_l0" if recurrent else name.replace(".scale", ".weight")] = value
+            values[f"{name}_l0" if recurrent else name] = value
     missing, unexpected = module.load_state_dict(values, strict=False)
     if unexpected or any(not name.endswith(("running_mean", "running_var", "tracked")) for name in missing):
         raise KeyError(f"missing {missing}, unexpected {unexpected}")

@@ -92,7 +92,7 @@ def state_length(model: Layer | States) -> int:
     Example:
         >>> import luxtorch as lt
         >>> lt.state_length(lt.BatchNorm(3))
-        6
+        7
     """
     return count(initial_states(NOWHERE, model) if isinstance(model, Layer) else model)
 

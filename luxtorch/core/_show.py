@@ -24,8 +24,8 @@ def show(layer: Layer) -> str:
         Chain(
             layer_1 = Dense(2 -> 8, tanh),    # 24 parameters: weight (8, 2), bias (8,)
             layer_(2-4) = Dense(8 -> 8),      # 3 x 72 parameters: weight (8, 8), bias (8,)
-            layer_5 = BatchNorm(8),           # 16 parameters: scale (8,), bias (8,); 16 states
-        )                                     # total: 256 parameters, 16 states
+            layer_5 = BatchNorm(8),           # 16 parameters: weight (8,), bias (8,); 17 states
+        )                                     # total: 256 parameters, 17 states
     """
     ps, st = layer.initial_parameters(NOWHERE), layer.initial_states(NOWHERE)
     lines = list(_lines("", layer, ps, st, 0, 1))

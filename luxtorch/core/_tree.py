@@ -85,9 +85,9 @@ def flatten_names(tree: Mapping[str, Any]) -> dict[str, Tensor]:
         >>> import luxtorch as lt
         >>> ps, st = lt.setup(0, lt.Chain(lt.Dense(2, 3), lt.BatchNorm(3)))
         >>> list(lt.flatten_names(ps))
-        ['layer_1.weight', 'layer_1.bias', 'layer_2.scale', 'layer_2.bias']
+        ['layer_1.weight', 'layer_1.bias', 'layer_2.weight', 'layer_2.bias']
         >>> list(lt.flatten_names(st))
-        ['layer_2.running_mean', 'layer_2.running_var']
+        ['layer_2.running_mean', 'layer_2.running_var', 'layer_2.num_batches_tracked']
 
     Source: `torch.nn.Module.state_dict`.
     """

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError, named_leaves, path_name, suggest
+from luxtorch.core._former import names_today, same_today, uncounted
 
 from ._failure import DistributedError, collective
 from ._world import rank, world_size
@@ -73,6 +74,7 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
 
     All ranks call it together. `like` decides the structure, where the tensors go, and how they are sharded; that may
     differ from what was saved. The values come from the folder. The modes of layers are a part of the structure.
+    Folders from when the `weight` of a normalization was called `scale` are loaded too.
 
     Args:
         path: The folder.
@@ -103,10 +105,17 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     """
     path = Path(path)
     wanted = _named(like)
-    _check_fits(_read_description(path), _describe(like), path)
+    saved = _read_description(path)
+    today = names_today(saved["leaves"], wanted)
+    saved["leaves"] = {today[name]: text for name, text in saved["leaves"].items()}
+    counts = uncounted(saved["leaves"], wanted)
+    _check_fits(saved, _describe(like), counts, path)
     tensors = {name: _empty_like(leaf) for name, leaf in wanted.items()}
+    for name in counts:
+        tensors[name].zero_()
     with _storage("read", path):
-        load(tensors, storage_reader=FileSystemReader(path), no_dist=world_size() == 1)
+        held = {name: tensors[new] for name, new in today.items()}
+        load(held, storage_reader=FileSystemReader(path), no_dist=world_size() == 1)
     _, spec = pytree.tree_flatten(like)
     leaves = [tensors[name].requires_grad_(leaf.requires_grad) for name, leaf in wanted.items()]
     return pytree.tree_unflatten(leaves, spec)
@@ -198,9 +207,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _check_fits(saved: dict[str, Any], like: dict[str, Any], path: Path) -> None:
-    """Raise an error that lists the differences, unless a folder has just what a tree needs."""
-    file, tree = saved["leaves"], like["leaves"]
+def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[str], path: Path) -> None:
+    """Raise an error that lists the differences, unless a folder has just what a tree needs, some counts apart."""
+    file, tree = saved["leaves"], {name: text for name, text in like["leaves"].items() if name not in counts}
+    like = {**like, "leaves": tree}
     missing, extra = [name for name in tree if name not in file], [name for name in file if name not in tree]
     if missing or extra:
         hint = suggest(extra[0], missing or tree) if extra else suggest(missing[0], file)
@@ -213,7 +223,7 @@ def _check_fits(saved: dict[str, Any], like: dict[str, Any], path: Path) -> None
         )
     for what in ("leaves", "axes"):
         wanted, came = like[what], saved[what]
-        differing = [name for name in wanted if came.get(name) != wanted[name]]
+        differing = [name for name in wanted if not same_today(came.get(name, ""), wanted[name])]
         if differing:
             raise InputError(
                 "The checkpoint and the tree to load it into differ.",

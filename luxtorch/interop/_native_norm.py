@@ -11,35 +11,40 @@ from torch import nn
 from luxtorch.core import Layer
 from luxtorch.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
-from ._renamed import Renamed, RenamedBatchNorm
 from ._unbatched import Unbatched
 
 
-def _batch_norm(module: Any) -> Layer | None:
-    if not module.track_running_stats or module.momentum is None:
-        return None
-    momentum = float(module.momentum)
-    return RenamedBatchNorm(BatchNorm(module.num_features, eps=module.eps, momentum=momentum, affine=module.affine))
+def _batch_norm(module: Any) -> Layer:
+    momentum, tracked = module.momentum, module.track_running_stats
+    momentum = None if momentum is None else float(momentum)
+    return BatchNorm(module.num_features, momentum=momentum, track_running_stats=tracked, **_options(module))
 
 
 def _instance_norm(ndim: int, module: Any) -> Layer | None:
-    # Without parameters torch's takes any number of channels; with statistics it keeps a count that stays zero.
-    if not module.affine or module.track_running_stats:
+    if not module.affine:  # torch's takes any number of channels then
         return None
-    return Unbatched(Renamed(InstanceNorm(module.num_features, eps=module.eps, affine=True)), ndim)
+    momentum, tracked = float(module.momentum or 0.0), module.track_running_stats
+    layer = InstanceNorm(module.num_features, momentum=momentum, track_running_stats=tracked, **_options(module))
+    return Unbatched(layer, ndim)
 
 
 def _group_norm(module: nn.GroupNorm) -> Layer:
-    return Renamed(GroupNorm(module.num_channels, module.num_groups, eps=module.eps, affine=module.affine))
+    return GroupNorm(module.num_channels, module.num_groups, **_options(module))
 
 
 def _layer_norm(module: nn.LayerNorm) -> Layer:
-    affine, bias = module.elementwise_affine, module.bias is not None
-    return Renamed(LayerNorm(module.normalized_shape, eps=module.eps, affine=affine, bias=bias))
+    affine = module.elementwise_affine
+    bias = module.bias is not None or not affine
+    return LayerNorm(module.normalized_shape, eps=module.eps, affine=affine, bias=bias)
 
 
 def _rms_norm(module: nn.RMSNorm) -> Layer:
-    return Renamed(RMSNorm(module.normalized_shape, eps=module.eps, affine=module.elementwise_affine))
+    return RMSNorm(module.normalized_shape, eps=module.eps, affine=module.elementwise_affine)
+
+
+def _options(module: Any) -> dict[str, Any]:
+    bias = module.bias is not None or not module.affine
+    return {"eps": module.eps, "affine": module.affine, "bias": bias}
 
 
 CONVERTERS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {

@@ -51,7 +51,7 @@ class PureBatchNorm(PureNorm):
         if not self.training and mean is not None and var is not None:
             return normalised(input, mean, var, self.weight, self.bias, self.eps)
         if input.numel() == input.shape[1]:
-            raise InputError("Fewer than two values a feature have no variance to normalise by.")
+            raise InputError("A single value a feature has no variance to normalise by.")
         if input.numel() == 0:  # it counts, and leaves the statistics alone
             if self.track_running_stats and mean is not None:
                 self._buffers.update(num_batches_tracked=self.num_batches_tracked + 1)

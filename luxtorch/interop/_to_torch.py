@@ -93,7 +93,7 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
         >>> layer = lt.Chain(lt.Dense(3, 4, torch.relu), lt.BatchNorm(4), lt.Dense(4, 1))
         >>> module = lt.to_torch(layer, *lt.setup(0, layer))
         >>> list(module.state_dict())[:3]
-        ['layer_1.weight', 'layer_1.bias', 'layer_2.scale']
+        ['layer_1.weight', 'layer_1.bias', 'layer_2.weight']
         >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         >>> module(torch.ones(8, 3)).sum().backward()
         >>> optimizer.step()

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, nested_dicts, path_name, tree_map
+from luxtorch.core._former import names_today, uncounted
 
 from ._load_report import LoadReport
 from ._names import Names, names_in, public
@@ -41,8 +42,10 @@ def load_weights(
     r"""Return parameters and states with values from a file of weights.
 
     A tensor goes to the place whose dotted name it has, such as `layer_1.weight`; those of a model from `lt.from_torch`
-    are the names of the module's `state_dict`. It is cast to the dtype and brought to the device of what it replaces.
-    Random keys may be missing, as other programs have none.
+    are the names of the module's `state_dict`, as are those of a model written by hand, `lt.Chain(conv=..., norm=...)`,
+    whose layers are called as the module's parts. A tensor is cast to the dtype and brought to the device of what it
+    replaces. Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of
+    a normalization may be called `scale`, as luxtorch called it once, and as Lux and Flax do.
 
     Args:
         source: A safetensors file, a state_dict saved by `torch.save`, the `.index.json` of a model in several files, a
@@ -81,9 +84,11 @@ def load_weights(
         )
     path = None if isinstance(source, Mapping) else Path(source)
     tensors = dict(named_leaves(_opened(source if path is None else read_weights(path))))
-    new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
     wanted = dict(named_leaves(_opened((ps, st))))
     wanted = {public(name.partition(".")[2]): leaf for name, leaf in wanted.items()}
+    new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
+    today = names_today(new_names.values(), wanted)
+    new_names = {name: today[new] for name, new in new_names.items()}
     values, report = _matched(tensors, new_names, wanted, list(names_in(st)))
     if strict and not report.complete:
         error = report.error({name: _described(leaf) for name, leaf in wanted.items()}, new_names)
@@ -131,9 +136,10 @@ def _matched(
                 tied[name] = twin
             else:
                 unexpected.append(name)
-    # A key is not missed, nor what a state_dict leaves out.
-    optional = transient | {name for name, like in wanted.items() if like.dtype == torch.uint64}
-    missing = tuple(name for name in wanted if name not in sources and name not in optional)
+    # A key is not missed, nor what a state_dict leaves out, nor what torch itself does not miss.
+    keys = {name for name, like in wanted.items() if like.dtype == torch.uint64}
+    spared = transient | keys | uncounted(sources, wanted)
+    missing = tuple(name for name in wanted if name not in sources and name not in spared)
     loaded = tuple(name for name in wanted if name in values)
     return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from luxtorch._transforms import differentiate_again, saved_aside, transformed
 from luxtorch.core import TRAINING, InputError, Parameters, States
+from luxtorch.core._former import renamed_option
 
 from ._activations import activated
-from ._normalise import HALVES, FeatureNorm, check_channels, normalised, shown
+from ._normalise import COUNT, HALVES, FeatureNorm, affine_of, check_channels, normalised, shown
 
 
+@renamed_option("init_scale", "init_weight")
 class BatchNorm(FeatureNorm):
     """Normalise each feature over the batch, and keep running statistics for test mode.
 
@@ -27,27 +29,27 @@ class BatchNorm(FeatureNorm):
         activation: A function of a tensor, or the name of one, such as "relu"; None for none.
         eps: Added to the variance.
         momentum: The weight of the new batch in the running statistics; None for their plain average so far.
-        affine: Whether there are a scale and a bias.
+        affine: Whether there are a weight and a bias.
+        bias: Whether there is a bias where there is a weight.
         track_running_stats: Whether there are running statistics; without, test mode takes those of the batch too.
-        init_scale: The initializer of the scale.
+        init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
 
     Parameters:
-        scale: (num_features,), unless `affine=False`
-        bias: (num_features,), unless `affine=False`
+        weight: (num_features,), unless `affine=False`
+        bias: (num_features,), unless `affine=False` or `bias=False`
 
     States:
-        running_mean: (num_features,)
+        running_mean: (num_features,), with `track_running_stats=True`, like the next two
         running_var: (num_features,), unbiased
-        num_batches_tracked: (), only with `momentum=None`
+        num_batches_tracked: (), how many batches those are of; it matters with `momentum=None` alone
         training: Whether the batch's own statistics are used.
 
     Shape:
-        (batch, num_features, ...) to the same
+        (batch, num_features, ...) to the same; an empty batch is counted, and leaves the statistics alone
 
     Raises:
-        InputError: If the input has another number of features, or fewer than two values a feature to take the
-            variance of.
+        InputError: If the input has another number of features, or a single value a feature to take the variance of.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -66,31 +68,28 @@ class BatchNorm(FeatureNorm):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input, and the state with the new running statistics."""
         self._check(x, st)
-        scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
-        if self.track_running_stats and not st[TRAINING]:
-            y = normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
-        elif not self.track_running_stats:
-            y = normalised(x, *moments(x), scale, bias, self.eps)
+        weight, bias = affine_of(self, ps)
+        if not self.track_running_stats:
+            y = normalised(x, *moments(x), weight, bias, self.eps)
+        elif not st[TRAINING]:
+            y = normalised(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
         else:
-            y, st = self._train(x, scale, bias, st)
+            y, st = self._train(x, weight, bias, st)
         return activated(y, self.activation), st
 
-    def _train(self, x: Tensor, scale: Tensor | None, bias: Tensor | None, st: States) -> tuple[Tensor, States]:
-        new = dict(st)
-        weight: float | Tensor | None = self.momentum
-        if weight is None:
-            new["num_batches_tracked"] = st["num_batches_tracked"] + 1
-            weight = 1 / new["num_batches_tracked"].to(st["running_mean"].dtype)
-        y, new["running_mean"], new["running_var"] = batch_normalised(
-            x, st["running_mean"], st["running_var"], scale, bias, weight, self.eps
-        )
+    def _train(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, st: States) -> tuple[Tensor, States]:
+        mean, var, new = st["running_mean"], st["running_var"], {**st, COUNT: st[COUNT] + 1}
+        if x.numel() == 0:  # as in torch it counts, and leaves the statistics alone
+            return normalised(x, mean, var, weight, bias, self.eps), new
+        momentum = 1 / new[COUNT].to(mean.dtype) if self.momentum is None else self.momentum
+        y, new["running_mean"], new["running_var"] = batch_normalised(x, mean, var, weight, bias, momentum, self.eps)
         return y, new
 
     def _check(self, x: Tensor, st: States) -> None:
         check_channels(self, x, self.num_features, min_ndim=2)
-        if (st[TRAINING] or not self.track_running_stats) and x.numel() <= self.num_features:
+        if 0 < x.numel() == self.num_features and (st[TRAINING] or not self.track_running_stats):
             raise InputError(
-                "Fewer than two values a feature have no variance to normalise by.",
+                "A single value a feature has no variance to normalise by.",
                 expected="more than one value a feature",
                 got=f"a tensor of shape {tuple(x.shape)}",
                 fix="Use a larger batch, or with track_running_stats=True lt.test_mode(st).",
@@ -109,25 +108,25 @@ def batch_normalised(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
-    scale: Tensor | None,
+    weight: Tensor | None,
     bias: Tensor | None,
-    weight: float | Tensor,
+    momentum: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by the batch's own moments; return also the running ones, in which those have the given weight."""
+    """Normalise by the batch's own moments; return also the running ones, in which those have the weight `momentum`."""
     mean, var = mean.detach(), var.detach()
-    if isinstance(weight, float) and not transformed() and not saved_aside():
+    if isinstance(momentum, float) and not transformed() and not saved_aside():
         # torch's kernel writes the statistics that it is given: it gets copies.
         mean, var = mean.clone(), var.clone()
         # It also wants all four in one dtype, where the input may be of a lower precision.
-        scale, bias = (None if p is None else p.to(mean.dtype) for p in (scale, bias))
-        y = F.batch_norm(x, mean, var, scale, bias, True, weight, eps)
+        weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
         return differentiate_again(y, _batch_norm_formula(eps)), mean, var
     batch_mean, batch_var = moments(x)
-    y = normalised(x, batch_mean, batch_var, scale, bias, eps)
+    y = normalised(x, batch_mean, batch_var, weight, bias, eps)
     count = x.numel() // x.shape[1]
-    mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), weight)
-    var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), weight)
+    mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), momentum)
+    var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), momentum)
     return y, mean, var
 
 
@@ -136,13 +135,15 @@ def _batch_norm_formula(eps: float) -> Callable[[Any], Callable[..., Tensor] | N
     def formula(node: Any) -> Callable[..., Tensor] | None:
         if not hasattr(node, "_saved_weight"):
             return None
-        return lambda x, scale, bias: normalised(x, *moments(x), scale, bias, eps)
+        return lambda x, weight, bias: normalised(x, *moments(x), weight, bias, eps)
 
     return formula
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each feature, in at least single precision."""
+    """Return mean and biased variance of each feature, in at least single precision; zeros of an empty batch."""
     wide = x.float() if x.dtype in HALVES else x
+    if x.numel() == 0:
+        return wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
     var, mean = torch.var_mean(wide, [dim for dim in range(x.ndim) if dim != 1], correction=0)
     return mean, var

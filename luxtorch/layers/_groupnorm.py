@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States
+from luxtorch.core._former import renamed_option
 from luxtorch.init import Initializer, ones, zeros
-from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._normalise import check_channels, group_normalised, shown
+from ._normalise import affine_of, check_channels, group_normalised, initial_affine, shown
 
 
+@renamed_option("init_scale", "init_weight")
 class GroupNorm(Layer):
     """Normalise each sample over groups of neighbouring channels, the same in train and in test mode.
 
@@ -23,13 +24,14 @@ class GroupNorm(Layer):
         num_groups: The number of groups; it divides `num_channels`.
         activation: A function of a tensor, or the name of one; None for none.
         eps: Added to the variance.
-        affine: Whether there are a scale and a bias.
-        init_scale: The initializer of the scale.
+        affine: Whether there are a weight and a bias.
+        bias: Whether there is a bias where there is a weight.
+        init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
 
     Parameters:
-        scale: (num_channels,), unless `affine=False`
-        bias: (num_channels,), unless `affine=False`
+        weight: (num_channels,), unless `affine=False`
+        bias: (num_channels,), unless `affine=False` or `bias=False`
 
     Shape:
         (batch, num_channels, ...) to the same
@@ -54,7 +56,8 @@ class GroupNorm(Layer):
     _: KW_ONLY
     eps: float = 1e-5
     affine: bool = True
-    init_scale: Initializer = ones
+    bias: bool = True
+    init_weight: Initializer = ones
     init_bias: Initializer = zeros
 
     def __post_init__(self) -> None:
@@ -68,19 +71,13 @@ class GroupNorm(Layer):
         self._set(activation=as_activation(self.activation))
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale` and `bias`, if there are any."""
-        if not self.affine:
-            return {}
-        return {
-            "scale": self.init_scale(fold_in(key, "scale"), (self.num_channels,)),
-            "bias": self.init_bias(fold_in(key, "bias"), (self.num_channels,)),
-        }
+        """Return `weight` and `bias`, if there are any."""
+        return initial_affine(self, key, (self.num_channels,))
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input and `st`."""
         check_channels(self, x, self.num_channels, 2)
-        scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
-        return activated(group_normalised(x, self.num_groups, scale, bias, self.eps), self.activation), st
+        return activated(group_normalised(x, self.num_groups, *affine_of(self, ps), self.eps), self.activation), st
 
     def expected_input(self) -> str:
         """Name the channels."""

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import TRAINING, InputError, Parameters, States
+from luxtorch.core._former import renamed_option
 
 from ._activations import activated
-from ._normalise import HALVES, FeatureNorm, check_channels, group_normalised, normalised, shown
+from ._normalise import HALVES, FeatureNorm, affine_of, check_channels, group_normalised, normalised, shown
 
 
+@renamed_option("init_scale", "init_weight")
 class InstanceNorm(FeatureNorm):
     """Normalise each channel of each sample over its spatial dimensions.
 
@@ -23,18 +25,20 @@ class InstanceNorm(FeatureNorm):
         activation: A function of a tensor, or the name of one; None for none.
         eps: Added to the variance.
         momentum: The weight of the new batch in the running statistics.
-        affine: Whether there are a scale and a bias.
+        affine: Whether there are a weight and a bias.
+        bias: Whether there is a bias where there is a weight.
         track_running_stats: Whether there are running statistics, which test mode then normalises by.
-        init_scale: The initializer of the scale.
+        init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
 
     Parameters:
-        scale: (num_features,), with `affine=True`
-        bias: (num_features,), with `affine=True`
+        weight: (num_features,), with `affine=True`
+        bias: (num_features,), with `affine=True`, unless `bias=False`
 
     States:
         running_mean: (num_features,), with `track_running_stats=True`
         running_var: (num_features,), unbiased, with `track_running_stats=True`
+        num_batches_tracked: (), with `track_running_stats=True`; it stays zero, as in torch
         training: Whether running statistics are updated, and not used.
 
     Shape:
@@ -65,19 +69,19 @@ class InstanceNorm(FeatureNorm):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input, and the state with the new running statistics."""
         check_channels(self, x, self.num_features, 3)
-        scale, bias = (ps["scale"], ps["bias"]) if self.affine else (None, None)
+        weight, bias = affine_of(self, ps)
         if self.track_running_stats and not st[TRAINING]:
-            y = normalised(x, st["running_mean"], st["running_var"], scale, bias, self.eps)
+            y = normalised(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
         else:
             self._check_values(x)
             # Groups of one channel: the same numbers, without the copies of torch's kernel, and for empty batches too.
-            y = group_normalised(x, self.num_features, scale, bias, self.eps)
+            y = group_normalised(x, self.num_features, weight, bias, self.eps)
             st = self._updated(x, st) if self.track_running_stats else st
         return activated(y, self.activation), st
 
     def _updated(self, x: Tensor, st: States) -> States:
         mean, var = instance_statistics(x, st["running_mean"], st["running_var"], self.momentum)
-        return {"running_mean": mean, "running_var": var, TRAINING: st[TRAINING]}
+        return {**st, "running_mean": mean, "running_var": var}
 
     def _check_values(self, x: Tensor) -> None:
         if x.shape[2:].numel() < 2:

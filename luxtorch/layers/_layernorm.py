@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States
+from luxtorch.core._former import renamed_option
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._normalise import layer_normalised, shown
+from ._normalise import affine_of, initial_affine, layer_normalised, shown
 
 
+@renamed_option("init_scale", "init_weight")
 class LayerNorm(Layer):
     """Normalise over the last dimensions, each sample by itself, the same in train and in test mode.
 
@@ -26,13 +28,13 @@ class LayerNorm(Layer):
         shape: The size of the input's last dimension, or the shape of its last dimensions.
         activation: A function of a tensor, or the name of one; None for none.
         eps: Added to the variance.
-        affine: Whether there are a scale and a bias.
-        bias: Whether there is a bias where there is a scale.
-        init_scale: The initializer of the scale.
+        affine: Whether there are a weight and a bias.
+        bias: Whether there is a bias where there is a weight.
+        init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
 
     Parameters:
-        scale: shape, unless `affine=False`
+        weight: shape, unless `affine=False`
         bias: shape, unless `affine=False` or `bias=False`
 
     Shape:
@@ -58,7 +60,7 @@ class LayerNorm(Layer):
     eps: float
     affine: bool
     bias: bool
-    init_scale: Initializer
+    init_weight: Initializer
     init_bias: Initializer
 
     def __init__(
@@ -69,28 +71,21 @@ class LayerNorm(Layer):
         eps: float = 1e-5,
         affine: bool = True,
         bias: bool = True,
-        init_scale: Initializer = ones,
+        init_weight: Initializer = ones,
         init_bias: Initializer = zeros,
     ) -> None:
         self._set(
             shape=_last_dimensions(shape), activation=as_activation(activation), eps=eps, affine=affine, bias=bias
         )
-        self._set(init_scale=init_scale, init_bias=init_bias)
+        self._set(init_weight=init_weight, init_bias=init_bias)
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale` and `bias`, if there are any."""
-        if not self.affine:
-            return {}
-        ps = {"scale": self.init_scale(fold_in(key, "scale"), self.shape)}
-        if self.bias:
-            ps["bias"] = self.init_bias(fold_in(key, "bias"), self.shape)
-        return ps
+        """Return `weight` and `bias`, if there are any."""
+        return initial_affine(self, key, self.shape)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input and `st`."""
-        scale = ps["scale"] if self.affine else None
-        bias = ps["bias"] if self.affine and self.bias else None
-        return activated(layer_normalised(x, self.shape, scale, bias, self.eps), self.activation), st
+        return activated(layer_normalised(x, self.shape, *affine_of(self, ps), self.eps), self.activation), st
 
     def expected_input(self) -> str:
         """Name the last dimensions."""
@@ -101,17 +96,18 @@ class LayerNorm(Layer):
         return shown(self, *self.shape, activation=self.activation)
 
 
+@renamed_option("init_scale", "init_weight")
 class RMSNorm(Layer):
     """Divide by the root mean square over the last dimensions, each sample by itself.
 
     Args:
         shape: The size of the input's last dimension, or the shape of its last dimensions.
         eps: Added to the mean square; None for the smallest step of the input's dtype, `torch.finfo(dtype).eps`.
-        affine: Whether there is a scale.
-        init_scale: The initializer of the scale.
+        affine: Whether there is a weight.
+        init_weight: The initializer of the weight.
 
     Parameters:
-        scale: shape, unless `affine=False`
+        weight: shape, unless `affine=False`
 
     Shape:
         (..., *shape) to the same
@@ -133,7 +129,7 @@ class RMSNorm(Layer):
     shape: tuple[int, ...]
     eps: float | None
     affine: bool
-    init_scale: Initializer
+    init_weight: Initializer
 
     def __init__(
         self,
@@ -141,17 +137,17 @@ class RMSNorm(Layer):
         *,
         eps: float | None = None,
         affine: bool = True,
-        init_scale: Initializer = ones,
+        init_weight: Initializer = ones,
     ) -> None:
-        self._set(shape=_last_dimensions(shape), eps=eps, affine=affine, init_scale=init_scale)
+        self._set(shape=_last_dimensions(shape), eps=eps, affine=affine, init_weight=init_weight)
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale`, if there is one."""
-        return {"scale": self.init_scale(fold_in(key, "scale"), self.shape)} if self.affine else {}
+        """Return `weight`, if there is one."""
+        return {"weight": self.init_weight(fold_in(key, "weight"), self.shape)} if self.affine else {}
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalised input and `st`."""
-        return F.rms_norm(x, self.shape, ps["scale"] if self.affine else None, self.eps), st
+        return F.rms_norm(x, self.shape, ps["weight"] if self.affine else None, self.eps), st
 
     def expected_input(self) -> str:
         """Name the last dimensions."""

@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import differentiate_again, first_order, functional, reverse_alone, saved_aside, transformed
-from luxtorch.core import TRAINING, InputError, Layer, Static, show_value
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, Static, show_value
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, as_activation
 
 HALVES = (torch.float16, torch.bfloat16)
+COUNT = "num_batches_tracked"
 
 
 class FeatureNorm(Layer):
-    """Hold what normalisations with a scale, a bias and running statistics for each feature have in common."""
+    """Hold what normalisations with a weight, a bias and running statistics for each feature have in common."""
 
     num_features: int
     activation: Activation | str | None = None
@@ -31,21 +32,17 @@ class FeatureNorm(Layer):
     eps: float = 1e-5
     momentum: float | None = 0.1
     affine: bool = True
+    bias: bool = True
     track_running_stats: bool = True
-    init_scale: Initializer = ones
+    init_weight: Initializer = ones
     init_bias: Initializer = zeros
 
     def __post_init__(self) -> None:
         self._set(activation=as_activation(self.activation))
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return `scale` and `bias`, if there are any."""
-        if not self.affine:
-            return {}
-        return {
-            "scale": self.init_scale(fold_in(key, "scale"), (self.num_features,)),
-            "bias": self.init_bias(fold_in(key, "bias"), (self.num_features,)),
-        }
+        """Return `weight` and `bias`, if there are any."""
+        return initial_affine(self, key, (self.num_features,))
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
         """Return the running statistics, if they are tracked, and the mode."""
@@ -53,9 +50,25 @@ class FeatureNorm(Layer):
         if self.track_running_stats:
             st["running_mean"] = torch.zeros(self.num_features, device=key.device)
             st["running_var"] = torch.ones(self.num_features, device=key.device)
-            if self.momentum is None:
-                st["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=key.device)
+            st[COUNT] = torch.zeros((), dtype=torch.int64, device=key.device)
         return {**st, TRAINING: Static(True)}
+
+
+def initial_affine(layer: Any, key: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the first `weight` and `bias` of a normalisation, as far as it has them."""
+    if not layer.affine:
+        return {}
+    ps = {"weight": layer.init_weight(fold_in(key, "weight"), shape)}
+    if layer.bias:
+        ps["bias"] = layer.init_bias(fold_in(key, "bias"), shape)
+    return ps
+
+
+def affine_of(layer: Any, ps: Parameters) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of a normalisation, None for what it does not have."""
+    if not layer.affine:
+        return None, None
+    return ps["weight"], ps["bias"] if layer.bias else None
 
 
 def check_channels(layer: Layer, x: Tensor, channels: int, min_ndim: int) -> None:
@@ -69,17 +82,17 @@ def check_channels(layer: Layer, x: Tensor, channels: int, min_ndim: int) -> Non
         )
 
 
-def group_normalised(x: Tensor, groups: int, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def group_normalised(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise each sample over groups of channels."""
     if x.dtype not in HALVES or not transformed():
-        return F.group_norm(x, groups, scale, bias, eps)
+        return F.group_norm(x, groups, weight, bias, eps)
     # torch computes a derivative that can be differentiated again in the input's dtype, from differences that cancel.
-    scale, bias = (None if tensor is None else tensor.float() for tensor in (scale, bias))
-    return F.group_norm(x.float(), groups, scale, bias, eps).to(x.dtype)
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    return F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
 
 
 def layer_normalised(
-    x: Tensor, shape: tuple[int, ...], scale: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalise over the last dimensions, which have the given shape.
 
@@ -87,28 +100,28 @@ def layer_normalised(
     by any the third.
     """
     if not functional() and not saved_aside():
-        return differentiate_again(F.layer_norm(x, shape, scale, bias, eps), _layer_norm_formula(shape, eps))
-    same = all(tensor is None or tensor.dtype == x.dtype for tensor in (scale, bias))
+        return differentiate_again(F.layer_norm(x, shape, weight, bias, eps), _layer_norm_formula(shape, eps))
+    same = all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias))
     # In two dtypes, as under autocast, the kernel's derivative has no batching rule. It says best what does not fit.
-    if (same and first_order(x, scale, bias)) or x.shape[-len(shape) :] != shape:
-        return F.layer_norm(x, shape, scale, bias, eps)
-    return _layer_normalised(x, shape, scale, bias, eps)
+    if (same and first_order(x, weight, bias)) or x.shape[-len(shape) :] != shape:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return _layer_normalised(x, shape, weight, bias, eps)
 
 
 def _layer_normalised(
-    x: Tensor, shape: tuple[int, ...], scale: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     dims = tuple(range(-len(shape), 0))
     wide = x.float() if x.dtype in HALVES else x
     centred = wide - wide.mean(dims, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    y = y if scale is None else y * scale
+    y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 @lru_cache
 def _layer_norm_formula(shape: tuple[int, ...], eps: float) -> Callable[[Any], Callable[..., Tensor]]:
-    return lambda node: lambda x, scale, bias: _layer_normalised(x, shape, scale, bias, eps)
+    return lambda node: lambda x, weight, bias: _layer_normalised(x, shape, weight, bias, eps)
 
 
 def euclidean_norm(v: Tensor, dims: list[int] | None, *, keepdim: bool = False) -> Tensor:
@@ -122,11 +135,11 @@ def euclidean_norm(v: Tensor, dims: list[int] | None, *, keepdim: bool = False) 
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def normalised(x: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise each channel by given moments, in operations that every transform knows."""
     shape = (-1, *(1,) * (x.ndim - 2))
     factor = torch.rsqrt(var + eps)
-    factor = factor if scale is None else factor * scale
+    factor = factor if weight is None else factor * weight
     y = (x - mean.view(shape)) * factor.view(shape)
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 

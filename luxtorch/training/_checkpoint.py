@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, KeyNameError, LuxtorchError, Static, suggest
+from luxtorch.core._former import uncounted
 
 from ._checkpoint_file import read_tensor, replacing, write_tensor
 from ._checkpoint_format import CheckpointError, Contents, header, read_header
-from ._checkpoint_tree import Named, contents_of, describe_contents, describe_tree, name_leaves
+from ._checkpoint_tree import Named, contents_of, contents_today, describe_contents, describe_tree, name_leaves
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -62,6 +63,8 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     holds. `ts.rule` shows what is in force. To go on with another rate, or by another rule, call `ts.adjust(lr=...)` or
     `ts.with_rule(rule)` after loading.
 
+    Files from when the `weight` of a normalization was called `scale` are loaded too.
+
     Args:
         path: The file.
         like: A tree of the same structure, such as the TrainState before the first step. Its values are not read and
@@ -91,10 +94,12 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     path = Path(path)
     named = name_leaves(like)
     with _reading(path) as file:
-        contents = read_header(file)
-        _check_fits(contents, named)
+        contents = contents_today(read_header(file), named)
+        counts = uncounted(contents.tensors, named.leaves)
+        _check_fits(contents, named, counts)
         flags = {name: Static(flag) for name, flag in contents.flags.items()}
-        return named.rebuilt({**named.leaves, **contents.values, **flags, **_read_tensors(file, contents, named)})
+        tensors = _read_tensors(file, contents, named) | {name: _zeros_like(named.leaves[name]) for name in counts}
+        return named.rebuilt({**named.leaves, **contents.values, **flags, **tensors})
 
 
 def write_checkpoint(path: Path, tree: Any, note: Mapping[str, Any]) -> None:
@@ -159,7 +164,7 @@ def _read_tensors(file: BinaryIO, contents: Contents, named: Named) -> dict[str,
         moved: dict[Any, Tensor] = {}
         for user in users[name]:
             like = named.leaves[user]
-            device = torch.device("cpu") if like.is_meta else like.device
+            device = _device_of(like)
             place = (device, like.requires_grad)
             if place not in moved:
                 moved[place] = tensor.to(device).detach().requires_grad_(like.requires_grad)
@@ -167,9 +172,18 @@ def _read_tensors(file: BinaryIO, contents: Contents, named: Named) -> dict[str,
     return tensors
 
 
-def _check_fits(contents: Contents, named: Named) -> None:
-    """Raise an error that lists all differences, unless a file has just what a tree needs."""
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device=_device_of(tensor))
+
+
+def _device_of(like: Tensor) -> torch.device:
+    return torch.device("cpu") if like.is_meta else like.device
+
+
+def _check_fits(contents: Contents, named: Named, counts: Collection[str]) -> None:
+    """Raise an error that lists all differences, unless a file has just what a tree needs, some counts apart."""
     file, tree = describe_contents(contents), describe_tree(named)
+    tree = {name: text for name, text in tree.items() if name not in counts}
     missing = [name for name in tree if name not in file]
     extra = [name for name in file if name not in tree]
     lines = [

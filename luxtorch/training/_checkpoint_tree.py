@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
 from luxtorch.core import DTypeError, KeyNameError, Static, path_name
+from luxtorch.core._former import names_today, same_today
 from luxtorch.optim import OptState
 
 from ._checkpoint_format import Contents, Stored, dtype_name, is_storable
@@ -87,6 +88,22 @@ def contents_of(named: Named, note: Mapping[str, Any]) -> tuple[Contents, list[T
         leaf = tensors[name]
         contents.tensors[name] = Stored(dtype_name(leaf.dtype), tuple(leaf.shape), _memory_order(leaf))
     return contents, [tensors[name] for name in order]
+
+
+def contents_today(contents: Contents, named: Named) -> Contents:
+    """Return the description of a file by the names that a tree has for what is in it, some of which were others."""
+    file, tree = describe_contents(contents), describe_tree(named)
+    names = names_today(file, tree)
+    structure = {}
+    for name, text in contents.structure.items():
+        wanted = tree.get(names[name], text)
+        structure[names[name]] = wanted if same_today(text, wanted) else text
+    return replace(
+        contents,
+        tensors={names[name]: stored for name, stored in contents.tensors.items()},
+        same={names[name]: names[other] for name, other in contents.same.items()},
+        structure=structure,
+    )
 
 
 def describe_tree(named: Named) -> dict[str, str]:

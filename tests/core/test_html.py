@@ -95,9 +95,9 @@ def test_a_model_is_the_tree_that_is_printed():
         lt.Dense(2, 8, torch.tanh), *[lt.Dense(8, 8)] * 3, lt.SkipConnection(lt.BatchNorm(8), torch.add), torch.exp
     )
     assert Page(model._repr_html_()).text.splitlines() == [
-        "parameters states Chain 256 16 layer_1 = Dense(2 -> 8, tanh) weight (8, 2), bias (8,) 24 "
+        "parameters states Chain 256 17 layer_1 = Dense(2 -> 8, tanh) weight (8, 2), bias (8,) 24 "
         "layer_(2-4) = Dense(8 -> 8) weight (8, 8), bias (8,) 3 x 72 "
-        "layer_5 = SkipConnection(add) 16 16 BatchNorm(8) scale (8,), bias (8,) 16 16 layer_6 = WrappedFunction(exp)"
+        "layer_5 = SkipConnection(add) 16 17 BatchNorm(8) weight (8,), bias (8,) 16 17 layer_6 = WrappedFunction(exp)"
     ]
 
 
@@ -217,7 +217,7 @@ def test_a_box_shows_its_parts():
     text = Page(lt.StatefulLayer(MODEL, ps, st)._repr_html_()).text
     assert all(word in text for word in ("StatefulLayer", "Dense(3 -> 2)", "parameters", "states", "running_var"))
     without = Page(lt.StatefulLayer(MODEL, None, st)._repr_html_()).text
-    assert "scale" in text.split("running_var")[0].split("parameters (")[1]
+    assert "weight" in text.split("running_var")[0].split("parameters (")[1]
     assert "parameters (" not in without and "running_var" in without
 
 

@@ -180,7 +180,7 @@ def test_printing_shows_shapes_counts_runs_and_totals():
     assert lines[2][:5] == ["layer_(2-4)", "=", "Dense(8", "->", "8),"] and lines[2][5:9] == ["#", "3", "x", "72"]
     assert lines[3] == ["layer_5", "=", "Doubled("]
     assert "a_function" in str(model)
-    assert lines[-1] == f") # total: {24 + 3 * 72 + 16} parameters, 16 states".split()
+    assert lines[-1] == f") # total: {24 + 3 * 72 + 16} parameters, 17 states".split()
     assert str(Dense(2, 8)) == "Dense(2 -> 8)    # 24 parameters: weight (8, 2), bias (8,)"
     assert "1_000_000 parameters" in str(Dense(1000, 1000, bias=False))
 

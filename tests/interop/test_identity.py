@@ -102,7 +102,7 @@ def test_models_stack_whole():
     [
         (nn.Bilinear(2, 2, 3), [(4, 2), (4, 2)]),
         (nn.RNNCell(2, 3), [(4, 2)]),
-        (nn.BatchNorm1d(2, track_running_stats=False), [(4, 2)]),
+        (nn.SyncBatchNorm(2, track_running_stats=False), [(4, 2)]),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -13,6 +13,7 @@ import luxtorch as lt
 from luxtorch.core import flatten_names
 from luxtorch.interop import Inputs, ModuleLayer, from_torch
 from luxtorch.interop._function import function
+from luxtorch.interop._unbatched import Unbatched
 
 PAIRS = {
     "Linear": (nn.Linear(3, 2, bias=False), lt.Dense(3, 2, bias=False)),
@@ -24,6 +25,16 @@ PAIRS = {
     "AvgPool3d": (nn.AvgPool3d(2, divisor_override=3), lt.MeanPool((2, 2, 2), divisor_override=3)),
     "LPPool2d": (nn.LPPool2d(3, (2, 3)), lt.LPPool((2, 3), p=3.0)),
     "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d((None, 3)), lt.AdaptiveMeanPool((None, 3))),
+    "BatchNorm2d": (nn.BatchNorm2d(3, 0.1, 1, bias=False), lt.BatchNorm(3, eps=0.1, momentum=1.0, bias=False)),
+    "BatchNorm1d": (nn.BatchNorm1d(3, momentum=None, affine=False), lt.BatchNorm(3, momentum=None, affine=False)),
+    "BatchNorm3d": (nn.BatchNorm3d(3, track_running_stats=False), lt.BatchNorm(3, track_running_stats=False)),
+    "InstanceNorm1d": (
+        nn.InstanceNorm1d(3, momentum=None, affine=True, track_running_stats=True),
+        Unbatched(lt.InstanceNorm(3, momentum=0.0, affine=True, track_running_stats=True), 3),
+    ),
+    "GroupNorm": (nn.GroupNorm(2, 4, eps=0.1), lt.GroupNorm(4, 2, eps=0.1)),
+    "LayerNorm": (nn.LayerNorm((3, 4), bias=False), lt.LayerNorm((3, 4), bias=False)),
+    "RMSNorm": (nn.RMSNorm(3, elementwise_affine=False), lt.RMSNorm(3, affine=False)),
     "Dropout": (nn.Dropout(0.2, inplace=True), lt.Dropout(0.2)),
     "Dropout2d": (nn.Dropout2d(0.2), lt.FeatureDropout(0.2)),
     "ReLU": (nn.ReLU(inplace=True), lt.WrappedFunction(torch.relu)),
@@ -67,7 +78,6 @@ OTHERS = {
     "a module inside": changed(lambda module: module.add_module("extra", nn.Linear(2, 2))),
     "a norm of rows": nn.Embedding(3, 2, max_norm=1.0),
     "indices": nn.MaxPool2d(2, return_indices=True),
-    "a plain average": nn.BatchNorm1d(3, momentum=None),
     "options that luxtorch refuses": nn.MaxPool1d(2, padding=2),
 }
 
@@ -109,19 +119,15 @@ def test_prints():
         """\
 Chain(
     0 = Conv((3, 3), 1 -> 4),               # 40 parameters: weight (4, 1, 3, 3), bias (4,)
-    1 = RenamedBatchNorm(
-        BatchNorm(4),                       # 8 parameters: weight (4,), bias (4,); 9 states
-    ),
+    1 = BatchNorm(4),                       # 8 parameters: weight (4,), bias (4,); 9 states
     2 = WrappedFunction(elu(alpha=0.5)),
     3 = FlattenLayer(),
-    4 = Renamed(
-        LayerNorm(4, bias=False),           # 4 parameters: weight (4,)
-    ),
+    4 = LayerNorm(4, bias=False),           # 4 parameters: weight (4,)
 )                                           # total: 52 parameters, 9 states"""
     )
 
 
-def test_an_error_inside_a_renamed_layer_is_located():
+def test_an_error_inside_a_native_layer_is_located():
     layer, ps, st = from_torch(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(5)))
     with pytest.raises(lt.InputError, match=r"model\.1 \(LayerNorm 5\)"):
         layer(torch.ones(2, 3), ps, st)

@@ -261,7 +261,7 @@ def test_frozen_parts_have_no_gradients(mlp, normal):
     module.layer_1.requires_grad_(False)
     loss(module(normal(8, 3))).backward()
     with_gradient = {name for name, value in module.named_parameters() if value.grad is not None}
-    assert with_gradient == {"layer_2.scale", "layer_2.bias", "layer_4.weight", "layer_4.bias"}
+    assert with_gradient == {"layer_2.weight", "layer_2.bias", "layer_4.weight", "layer_4.bias"}
 
 
 RULES = {

@@ -17,6 +17,7 @@ from .conftest import compiled, train
 LAYERS = {
     "dense": lambda: lt.Dense(3, 2, "tanh"),
     "layernorm": lambda: lt.Chain(lt.Dense(3, 4), lt.LayerNorm((4,)), lt.Dense(4, 2)),
+    "batchnorm": lambda: lt.Chain(lt.Dense(3, 4), lt.BatchNorm(4), lt.Dense(4, 2)),
     "dropout": lambda: lt.Chain(lt.Dense(3, 4), lt.Dropout(0.5), lt.Dense(4, 2)),
     "lstm": lambda: lt.Chain(lt.WrappedFunction(_steps), lt.Recurrence(lt.LSTMCell(3, 4)), lt.Dense(4, 2)),
 }
@@ -101,8 +102,8 @@ def test_means(name, how):
 @pytest.mark.parametrize("jitted", [False, True])
 def test_errors_are_the_same(jitted, make_state):
     step = jit(train, backend="replay") if jitted else train
-    with pytest.raises(lt.InputError, match="Fewer than two values a feature"):
-        step(make_state(lt.BatchNorm(3)), (torch.zeros(0, 3), torch.zeros(0, 3)))
+    with pytest.raises(lt.InputError, match="A single value a feature"):
+        step(make_state(lt.BatchNorm(3)), (torch.zeros(1, 3), torch.zeros(1, 3)))
     loss = L.CTCLoss()
     loss = jit(loss, backend="replay") if jitted else loss
     none = torch.zeros(0, dtype=torch.int64)

@@ -31,8 +31,8 @@ def test_batch_norm_is_that_of_torch_over_many_steps(make_key, path, momentum, a
     layer = BatchNorm(3, momentum=momentum, affine=affine)
     ps, st = lt.setup(make_key(), layer)
     if affine:
-        ps = {"scale": torch.tensor([0.5, 1.0, 2.0]), "bias": torch.tensor([-1.0, 0.0, 3.0])}
-        reference.load_state_dict({"weight": ps["scale"], "bias": ps["bias"]}, strict=False)
+        ps = {"weight": torch.tensor([0.5, 1.0, 2.0]), "bias": torch.tensor([-1.0, 0.0, 3.0])}
+        reference.load_state_dict(ps, strict=False)
     run = {
         "fused": layer,
         "decomposed": lambda x, ps, st: torch.func.vjp(lambda x: layer(x, ps, st), x, has_aux=True)[::2],
@@ -89,12 +89,11 @@ def test_batch_norm_without_statistics_uses_the_batch_in_both_modes(make_key):
         torch.testing.assert_close(layer(x, ps, state)[0], reference.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [0, 1])
-def test_batch_norm_refuses_a_feature_without_variance(make_key, size):
+def test_batch_norm_refuses_a_feature_without_variance(make_key):
     ps, st = lt.setup(make_key(), BatchNorm(3))
     with pytest.raises(lt.InputError, match="no variance[\\s\\S]*test_mode"):
-        BatchNorm(3)(torch.ones(size, 3), ps, st)
-    assert BatchNorm(3)(torch.ones(size, 3), ps, lt.test_mode(st))[0].shape == (size, 3)
+        BatchNorm(3)(torch.ones(1, 3), ps, st)
+    assert BatchNorm(3)(torch.ones(1, 3), ps, lt.test_mode(st))[0].shape == (1, 3)
     with pytest.raises(lt.InputError, match="\\(batch, 3, ...\\)[\\s\\S]*second"):
         BatchNorm(3)(torch.ones(2, 5, 3), ps, st)
 

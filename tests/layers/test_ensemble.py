@@ -138,7 +138,7 @@ def test_errors_name_the_place(make_key):
         layer(x, ps, lt.update_state(st, "running_mean", torch.zeros(3, 4)))
     with pytest.raises(KeyNameError, match="(?s)model.layer_2.*no parameter 'gain'"):
         layer(x, {**ps, "layer_2": {**ps["layer_2"], "gain": torch.ones(())}}, st)
-    with pytest.raises(KeyNameError, match="(?s)model.layer_2.*lacks the parameter 'bias', 'scale'"):
+    with pytest.raises(KeyNameError, match="(?s)model.layer_2.*lacks the parameter 'bias', 'weight'"):
         layer(x, {**ps, "layer_2": {}}, st)
     with pytest.raises(InputError, match=r"(?s)a stack of 4 inputs.*\(5, 3\)"):
         Ensemble(MODEL, 4, same_input=False)(x, ps, st)

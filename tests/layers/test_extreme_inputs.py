@@ -164,10 +164,6 @@ def test_an_empty_batch_has_an_output_and_gradients_of_zero(make_key, name, mode
     layer = ALL[name]
     ps, st = lt.setup(make_key(), layer)
     x, st = torch.ones(0, 4, 5, 5), MODES[mode](st)
-    if isinstance(layer, BatchNorm) and (mode == "train" or not layer.track_running_stats):
-        with pytest.raises(lt.InputError, match="no variance"):
-            layer(x, ps, st)
-        return
     shape = lt.output_shape(layer, (1, 4, 5, 5))
     y, new, (to_x, to_ps) = run(layer, x, ps, st)
     assert y.shape == (0, *shape[1:]) and to_x.shape == x.shape

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pickle
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +16,8 @@ from luxtorch import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 FORMS = {
     "GroupNorm": (GroupNorm(4, 2, torch.tanh), [(2, 4), (1, 4, 2, 2)]),
     "GroupNorm, not affine": (GroupNorm(4, 1, affine=False), [(2, 4, 3)]),
+    "GroupNorm without bias": (GroupNorm(4, 2, bias=False), [(2, 4, 3)]),
+    "BatchNorm without bias": (BatchNorm(4, bias=False), [(3, 4)]),
     "LayerNorm": (LayerNorm(3, torch.tanh), [(3,), (2, 4, 3)]),
     "LayerNorm of two dimensions": (LayerNorm((2, 3)), [(4, 2, 3)]),
     "LayerNorm without bias": (LayerNorm(3, bias=False), [(2, 3)]),
@@ -19,6 +26,7 @@ FORMS = {
     "RMSNorm of two dimensions, not affine": (RMSNorm([2, 3], eps=1e-3, affine=False), [(4, 2, 3)]),
     "InstanceNorm": (InstanceNorm(2, torch.tanh), [(3, 2, 4), (1, 2, 2, 3), (1, 2, 2, 1, 2)]),
     "InstanceNorm, affine, with statistics": (InstanceNorm(2, affine=True, track_running_stats=True), [(3, 2, 4)]),
+    "InstanceNorm without bias": (InstanceNorm(2, affine=True, bias=False), [(3, 2, 4)]),
     "InstanceNorm with statistics": (InstanceNorm(2, track_running_stats=True), [(3, 2, 2, 2)]),
 }
 HALVES = [torch.float16, torch.bfloat16]
@@ -31,12 +39,11 @@ def test_every_law_holds(check_laws, name):
 
 def parameters_of(key, reference):
     """Draw parameters, and give them to a module of torch."""
-    names = {"weight": "scale", "bias": "bias"}
     ps = {
-        names[name]: lt.random.normal(lt.random.fold_in(key, name), value.shape, mean=1.0, dtype=value.dtype)
+        name: lt.random.normal(lt.random.fold_in(key, name), value.shape, mean=1.0, dtype=value.dtype)
         for name, value in reference.named_parameters()
     }
-    reference.load_state_dict({name: ps[names[name]] for name, _ in reference.named_parameters()}, strict=False)
+    reference.load_state_dict(ps, strict=False)
     return ps
 
 
@@ -87,10 +94,8 @@ def test_the_numbers_and_gradients_are_those_of_torch(make_key, name, dtype, con
         reference.zero_grad()
         if ps:
             (reference(x) ** 2).sum().backward()
-            for n, name_in_torch in {"scale": "weight", "bias": "bias"}.items():
-                if n in ps:
-                    expected = getattr(reference, name_in_torch).grad
-                    torch.testing.assert_close(got[n], expected, rtol=10 * tolerance["rtol"], atol=0.1)
+            expected = {name: value.grad for name, value in reference.named_parameters()}
+            torch.testing.assert_close(got, expected, rtol=10 * tolerance["rtol"], atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -103,7 +108,7 @@ def test_the_gradient_of_close_half_precision_values_is_that_of_double_precision
 
     def gradient(x, dtype):
         cast = {name: value.to(dtype) for name, value in ps.items()}
-        return torch.func.grad(lambda ps: (layer(x, ps, st)[0] * weights.to(dtype)).sum())(cast)["scale"]
+        return torch.func.grad(lambda ps: (layer(x, ps, st)[0] * weights.to(dtype)).sum())(cast)["weight"]
 
     torch.testing.assert_close(gradient(x, dtype), gradient(x.double(), torch.float64).to(dtype), rtol=2e-2, atol=2e-2)
 
@@ -119,7 +124,7 @@ def test_the_activation_comes_last(make_key, layer):
 def test_parameters_start_as_ones_and_zeros():
     for layer in (GroupNorm(4, 2), LayerNorm(4), RMSNorm(4), InstanceNorm(4, affine=True)):
         ps, _ = lt.setup(0, layer)
-        assert ps["scale"].tolist() == [1] * 4
+        assert ps["weight"].tolist() == [1] * 4
         assert ps.get("bias", torch.zeros(4)).tolist() == [0] * 4
 
 
@@ -209,12 +214,11 @@ def test_a_wrong_input_is_explained(make_key, layer, shape, expected):
         layer(torch.ones(shape), ps, st)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (0, 4, 3)])
-def test_batch_norm_without_statistics_needs_values_in_test_mode_too(shape):
+def test_batch_norm_without_statistics_needs_values_in_test_mode_too():
     layer = BatchNorm(4, track_running_stats=False)
     ps, st = lt.setup(0, layer)
     with pytest.raises(lt.InputError, match="variance"):
-        layer(torch.ones(shape), ps, lt.test_mode(st))
+        layer(torch.ones(1, 4), ps, lt.test_mode(st))
     with pytest.raises(ValueError, match="more than 1 value"):
         torch.nn.BatchNorm1d(4, track_running_stats=False).eval()(torch.ones(1, 4))
 
@@ -236,7 +240,7 @@ def test_the_gradients_of_batch_norm_are_those_of_torch(make_key, shape, dtype, 
     reference(given).backward(cotangent)
     to_x, to_ps = pullback(cotangent)
     torch.testing.assert_close(to_x, given.grad, rtol=1e-4, atol=1e-5)
-    expected = {"scale": reference.weight.grad, "bias": reference.bias.grad}
+    expected = {"weight": reference.weight.grad, "bias": reference.bias.grad}
     torch.testing.assert_close(to_ps, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -268,3 +272,22 @@ def test_another_dtype_is_explained(layer):
 )
 def test_layers_print_their_arguments(layer, text):
     assert f"{type(layer).__name__}({layer.extra_repr()})" == text
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm, partial(GroupNorm, 4, 2), LayerNorm, RMSNorm])
+def test_the_former_name_of_an_option_is_deprecated(layer):
+    make = layer if isinstance(layer, partial) else partial(layer, 4)
+    twos = lt.init.constant(value=2.0)
+    with pytest.warns(DeprecationWarning, match="`init_scale` of .*Norm is deprecated, .* `init_weight`") as caught:
+        former = make(affine=True, init_scale=twos)
+    assert caught[0].filename == __file__
+    assert former == make(affine=True, init_weight=twos) and hash(former) == hash(make(affine=True, init_weight=twos))
+    assert lt.setup(0, former)[0]["weight"].tolist() == [2.0] * 4
+    with pytest.warns(DeprecationWarning, match="init_weight"):
+        assert former.init_scale == twos
+    with pytest.raises(lt.InputError, match="one option"):
+        make(affine=True, init_scale=twos, init_weight=twos)
+    assert dataclasses.replace(former, affine=False).init_weight == twos
+    assert (
+        pickle.loads(pickle.dumps(former)) == former and "init_scale" not in inspect.signature(type(former)).parameters
+    )

@@ -55,7 +55,7 @@ def flat_names(name):
     if path.endswith(("q_proj", "k_proj", "v_proj")):
         path, projection = path.rsplit(".", 1)
         return f"{path}.in_proj_{last}", "qkv".index(projection[0])
-    return f"{path}.{'weight' if last == 'scale' else last}", None
+    return name, None
 
 
 def parameters_of(key, layer, module, dtype):

@@ -59,9 +59,9 @@ def test_what_was_wrong_before_is_said_to_be(make_key, value):
     ps, st = lt.setup(make_key(), model)
     bad, x = torch.full((2,), value), lt.random.normal(make_key(), (4, 2))
     word = "NaN" if math.isnan(value) else "Inf"
-    broken = lt.unflatten_names({"layer_2.scale": bad}, like=ps)
+    broken = lt.unflatten_names({"layer_2.weight": bad}, like=ps)
     error = found(lambda: debug_mode(model)(x, broken, st))
-    assert error.path == "layer_2" and f"The parameter 'scale' holds {word}" in str(error)
+    assert error.path == "layer_2" and f"The parameter 'weight' holds {word}" in str(error)
     if math.isnan(value):
         error = found(lambda: debug_mode(model)(x, ps, lt.unflatten_names({"layer_2.running_mean": bad}, like=st)))
         assert error.path == "layer_2" and "The state 'running_mean' holds NaN" in str(error)

@@ -51,7 +51,7 @@ RULES = {
     "WeightDecay": optim.OptimiserChain(optim.WeightDecay(), optim.Adam()),
     "OptimiserChain": optim.OptimiserChain(optim.ClipGrad(1.0), optim.Momentum()),
     "MixedPrecision": optim.MixedPrecision(optim.Adam()),
-    "Muon": optim.Groups({lambda name: name.endswith("weight"): optim.Muon()}, rest=optim.AdamW()),
+    "Muon": optim.Groups({"layer_3.weight": optim.Muon(), "layer_4.weight": optim.Muon()}, rest=optim.AdamW()),
     "Groups": optim.Groups({"layer_4": optim.Descent()}, rest=optim.Adam()),
 }
 FROZEN = ("layer_1", "layer_4.bias")
@@ -183,10 +183,10 @@ def test_frozen_parameters_stay_on_the_tape_and_keep_no_vector_alive(model):
 
 @pytest.mark.parametrize("inside", [lambda layer: layer, lambda layer: lt.Ensemble(layer, 3), lt.Checkpointed])
 def test_a_layer_is_frozen_where_the_model_is_made(make_key, inside, x):
-    backbone = Frozen(lt.Chain(lt.Dense(3, 4, torch.tanh), lt.BatchNorm(4)), lambda name: "weight" in name)
+    backbone = Frozen(lt.Chain(lt.Dense(3, 4, torch.tanh), lt.BatchNorm(4)), lambda name: name == "layer_1.weight")
     layer = inside(lt.Chain(backbone, lt.Dense(4, 2)))
     ps, st = lt.setup(make_key(), layer)
-    assert list(lt.flatten_names(ps))[:2] == ["layer_1.layer_1.bias", "layer_1.layer_2.scale"]
+    assert list(lt.flatten_names(ps))[:2] == ["layer_1.layer_1.bias", "layer_1.layer_2.weight"]
     assert "layer_1.frozen_params.layer_1.weight" in lt.flatten_names(st)
     plain, whole, plain_st = unfreeze(layer, ps, st)
     assert plain == inside(lt.Chain(backbone.layer, lt.Dense(4, 2)))
@@ -220,7 +220,7 @@ def test_each_dense_layer_is_frozen_by_a_map(model, x):
         return freeze(layer, ps, st, "weight") if isinstance(layer, lt.Dense) else (layer, ps, st)
 
     layer, ps, st = layer_map(change, *model)
-    trained = ["layer_1.bias", "layer_2.scale", "layer_2.bias", "layer_3.bias", "layer_4.bias"]
+    trained = ["layer_1.bias", "layer_2.weight", "layer_2.bias", "layer_3.bias", "layer_4.bias"]
     assert list(lt.flatten_names(ps)) == trained
     torch.testing.assert_close(layer(x, ps, st)[0], model[0](x, *model[1:])[0])
     back = unfreeze(layer, ps, st)
