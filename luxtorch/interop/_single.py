@@ -35,13 +35,12 @@ from luxtorch.layers import (
 from ._inputs import Inputs, bound
 from ._module_layer import ModuleLayer
 from ._native_dense import Identity
-from ._renamed import RenamedBatchNorm
 from ._unbatched import Unbatched
 
 _ONE = (
     *(AdaptiveMaxPool, AdaptiveMeanPool, AlphaDropout, BatchNorm, Conv, Dense, Dropout, Embedding, FeatureDropout),
     *(FlattenLayer, GLU, GroupNorm, Identity, InstanceNorm, LayerNorm, LPPool, MaxPool, MeanPool, Pad, PReLU),
-    *(RenamedBatchNorm, Unbatched, Upsample, WrappedFunction),
+    *(Unbatched, Upsample, WrappedFunction),
 )
 
 ARGUMENTS: dict[type[Layer], str] = {**dict.fromkeys(_ONE, "input"), RMSNorm: "x"}
