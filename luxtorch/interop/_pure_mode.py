@@ -13,6 +13,7 @@ from luxtorch._transforms import first_order
 
 from . import (
     _pure_attention,
+    _pure_ctc,
     _pure_dropout,
     _pure_filling,
     _pure_fractional,
@@ -39,6 +40,7 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_attention.REPLACEMENTS,
+    **_pure_ctc.REPLACEMENTS,
     **_pure_dropout.REPLACEMENTS,
     **_pure_filling.REPLACEMENTS,
     **_pure_fractional.REPLACEMENTS,
