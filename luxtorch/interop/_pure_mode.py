@@ -22,6 +22,7 @@ from . import (
     _pure_losses,
     _pure_margins,
     _pure_norms,
+    _pure_packed,
     _pure_random,
     _pure_rnn,
 )
@@ -49,6 +50,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_losses.REPLACEMENTS,
     **_pure_margins.REPLACEMENTS,
     **_pure_norms.REPLACEMENTS,
+    **_pure_packed.REPLACEMENTS,
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
     **{function: _in_any_nesting(function) for function in RULES},
