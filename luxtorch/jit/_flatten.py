@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any, TypeAlias
@@ -11,7 +12,9 @@ import optree
 import torch
 import torch.utils._pytree as pytree
 
-from ._constants import Constant
+from luxtorch.core import DTypeError
+
+from ._constants import Constant, Refused, fingerprint, is_mutable
 
 Spec: TypeAlias = "optree.PyTreeSpec"
 
@@ -52,15 +55,41 @@ def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
 def _register(cls: Any) -> None:
     """Register with optree, for `jit` alone, a class that is registered with torch."""
 
-    def take_apart(node: Any) -> tuple[tuple[Any, ...], Constant]:
+    def take_apart(node: Any) -> tuple[tuple[Any, ...], _Context]:
         children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(node)
-        return tuple(children), Constant(context)
+        try:
+            return tuple(children), _Context(context)
+        except Refused as error:
+            raise DTypeError(
+                f"What {cls.__name__} keeps beside its children is no constant.",
+                expected="a context of its pytree node that can be compared, without tensors",
+                got=f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}",
+                fix="Let the function that flattens it return tensors as children.",
+            ) from None
 
     def put_together(context: Any, children: Any) -> Any:
-        return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.value)
+        return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.fresh())
 
     with contextlib.suppress(ValueError):  # another thread has been faster
         optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)
+
+
+class _Context(Constant):
+    """Hold what a node keeps beside its children; each node gets one of its own, where that can be changed."""
+
+    __slots__ = ("_copied",)
+
+    def fresh(self) -> Any:
+        """Return the value, or an equal one that nobody else has."""
+        if not hasattr(self, "_copied"):
+            # An object that is compared by identity has to stay what it is.
+            self._copied = is_mutable(self.value) and fingerprint(copy.deepcopy(self.value)) == self.key
+        return copy.deepcopy(self.value) if self._copied else self.value
+
+
+def settled(leaves: list[Any], spec: Spec) -> Spec:
+    """Return a structure of which nobody else has a part that can be changed."""
+    return flatten(spec.unflatten(leaves))[1]
 
 
 def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:
