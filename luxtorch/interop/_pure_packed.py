@@ -54,8 +54,8 @@ def _pad(
 ) -> tuple[Tensor, Tensor]:
     if not functional():
         return torch._pad_packed_sequence(data, batch_sizes, batch_first, padding_value, total_length)
-    sizes = torch.tensor(numbers(batch_sizes))
-    running = torch.arange(sizes[0]) < F.pad(sizes, (0, total_length - len(sizes)))[:, None]
+    sizes = numbers(batch_sizes)
+    running = torch.arange(sizes[0]) < F.pad(torch.tensor(sizes), (0, total_length - len(sizes)))[:, None]
     places = (running.flatten().cumsum(0) - 1).to(data.device)
     found = data.index_select(0, places).reshape(*running.shape, *data.shape[1:])
     padded = torch.where(running.to(data.device).reshape(*running.shape, *(1,) * (data.ndim - 1)), found, padding_value)

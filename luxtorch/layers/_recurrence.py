@@ -55,13 +55,13 @@ class Recurrence(WrapperLayer):
         >>> y, st = model(torch.ones(2, 7, 3), ps, st)
         >>> y.shape
         torch.Size([2, 1])
+        >>> y, st = model((torch.ones(2, 7, 3), None, torch.tensor([7, 4])), ps, st)
+        >>> torch.allclose(y[1], model(torch.ones(4, 3), ps, st)[0], atol=1e-6)
+        True
         >>> all_steps = lt.Recurrence(lt.GRUCell(3, 5), return_sequence=True, return_carry=True)
         >>> (y, carry), st = all_steps(torch.ones(2, 7, 3), *lt.setup(0, all_steps))
         >>> y.shape
         torch.Size([2, 7, 5])
-        >>> y, st = model((torch.ones(2, 7, 3), None, torch.tensor([7, 4])), ps, st)
-        >>> torch.allclose(y[1], model(torch.ones(4, 3), ps, st)[0], atol=1e-6)
-        True
 
     Source: Lux's `Recurrence`; `torch.nn.RNN`, `LSTM` and `GRU`; `torch.nn.utils.rnn` for the lengths.
     """
