@@ -17,6 +17,7 @@ from ._native import hooked, native
 from ._part import Part, tensors_of
 from ._skeleton import RNG, Skeleton
 from ._to_torch import LayerModule, held
+from ._uncompiled import uncompiled
 
 
 class Model(NamedTuple):
@@ -35,7 +36,8 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
     statistics, and random numbers come from a key in the state. So the model is a pure function in either case.
 
     Args:
-        module: The module. It stays as it is, and shares no memory with what is returned.
+        module: The module. It stays as it is, and shares no memory with what is returned. Of one that `torch.compile`
+            has wrapped the original is taken.
         rng: A seed, a key or a generator, for dropout and whatever else the module draws.
 
     Returns:
@@ -64,6 +66,7 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
 
     Source: Lux's `FromFluxAdaptor`.
     """
+    module = uncompiled(module)
     _check(module)
     key = as_key(rng)
     for value in (*module.parameters(), *module.buffers()):
