@@ -191,22 +191,6 @@ def test_derivatives_of_every_order(make_key, draw, name, words):
         )
 
 
-@pytest.mark.slow
-def test_the_laws_hold_with_lengths(make_key, draw):
-    xs = lt.random.normal(make_key(), (2, 3, 2))
-    h = [lt.random.normal(make_key(), (2, 3)) for _ in range(2)]
-    for steps in (torch.tensor([2, 3]), torch.tensor([[True, True, False], [False, True, True]])):
-        lt.testing.check_layer(
-            Recurrence(LSTMCell(2, 3), return_sequence=True),
-            (xs, tuple(h), steps),
-            rng=make_key(),
-            modes=[lt.train_mode],
-        )
-        lt.testing.check_layer(
-            BidirectionalRNN(GRUCell(2, 3)), (xs, ((h[0],), (h[1],)), steps), rng=make_key(), modes=[lt.train_mode]
-        )
-
-
 @pytest.mark.parametrize(("form", "batch_first", "kind"), list(product(AS, (True, False), ("lstm", "gru", "stack"))))
 def test_both_directions_begin_at_the_ends_of_each_sequence(make_key, draw, form, batch_first, kind):
     layer = BidirectionalRNN(CELLS[kind], batch_first=batch_first, return_carry=True)
