@@ -58,6 +58,10 @@ FORMS = {
         Recurrence(LSTMCell(2, 3), return_sequence=True, return_carry=True),
         [((2, 3, 2), ((2, 3), (2, 3)), torch.tensor([1, 3]))],
     ),
+    "Recurrence of a stack with dropout, with lengths": (
+        Recurrence(StackedCell(GRUCell(2, 3), GRUCell(3, 2), dropout=0.5), return_sequence=True),
+        [((2, 3, 2), (((2, 3),), ((2, 2),)), torch.tensor([3, 1]))],
+    ),
     "Recurrence of another cell with lengths": (
         Recurrence(Leaky(2), return_carry=True),
         [((2, 3, 2), (2, 2), torch.tensor([3, 2]))],
