@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
-from threading import Lock
+from collections.abc import Iterator, Sequence
+from threading import Lock, local
 from typing import Any, TypeAlias
 
 import optree
@@ -58,7 +58,7 @@ def _register(cls: Any) -> None:
     def take_apart(node: Any) -> tuple[tuple[Any, ...], _Context]:
         children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(node)
         try:
-            return tuple(children), _Context(context)
+            kept = _Context(context)
         except Refused as error:
             raise DTypeError(
                 f"What {cls.__name__} keeps beside its children is no constant.",
@@ -66,6 +66,9 @@ def _register(cls: Any) -> None:
                 got=f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}",
                 fix="Let the function that flattens it return tensors as children.",
             ) from None
+        if _LOCAL.owning:
+            kept.value = kept.fresh()
+        return tuple(children), kept
 
     def put_together(context: Any, children: Any) -> Any:
         return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.fresh())
@@ -87,9 +90,21 @@ class _Context(Constant):
         return copy.deepcopy(self.value) if self._copied else self.value
 
 
-def settled(leaves: list[Any], spec: Spec) -> Spec:
-    """Return a structure of which nobody else has a part that can be changed."""
-    return flatten(spec.unflatten(leaves))[1]
+class _Local(local):
+    owning = False
+
+
+_LOCAL = _Local()
+
+
+@contextlib.contextmanager
+def owning() -> Iterator[None]:
+    """Have structures of which nobody else has a part that can be changed."""
+    _LOCAL.owning = True
+    try:
+        yield
+    finally:
+        _LOCAL.owning = False
 
 
 def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
-from ._flatten import Spec, flatten, settled, with_nodes, written
+from ._flatten import Spec, flatten, owning, with_nodes, written
 from ._purity import Functions, TracingError, Watch, explained, storage
 from ._signature import Signature
 from ._sizes import OfArguments, Sizes, hides_symbols, is_number
@@ -87,11 +87,12 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         for i, tensor in zip(places, tensors, strict=True):
             full[i] = tensor
         arguments = spec.unflatten(full)
-        out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        result = fn(*arguments)
+        with owning():
+            out, parts["spec"] = with_nodes(*flatten(result))
         if "results" in parts:  # traced once more, for its derivative
             return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
         _check_unchanged(arguments, full, spec)
-        parts["spec"] = settled(out, parts["spec"])
         if "FakeTensor(" in str(parts["spec"]):
             raise _formatted("result, in what is no leaf of it,", parts["spec"])
         given = {id(tensor): n for n, tensor in enumerate(tensors)}

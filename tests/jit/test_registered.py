@@ -173,6 +173,29 @@ def test_results_share_no_context():
     assert passed.cache_info()[:2] == (1, 2)
 
 
+class Checked:
+    """Look at its numbers when it is made, as distributions do."""
+
+    def __init__(self, x: Any) -> None:
+        assert not isinstance(x, torch.Tensor) or bool((x >= 0).all())
+        self.x = x
+
+
+pytree.register_pytree_node(Checked, lambda node: ([node.x], None), lambda children, _: Checked(*children))
+
+
+def test_results_are_not_put_together_before_they_have_numbers():
+    jitted = jit(lambda make, x: make(x + 1), backend="replay", static="make")
+
+    def make(x):
+        node = Checked(0)
+        node.x = x
+        return node
+
+    jitted(make, W)
+    assert torch.equal(jitted(make, W).x, W + 1)
+
+
 class Unknown:
     def __init__(self, x: Any) -> None:
         self.x = x
