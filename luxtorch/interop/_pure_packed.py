@@ -17,6 +17,8 @@ from ._keys import Keys
 
 def numbers(lengths: Tensor) -> list[int]:
     """Return lengths as numbers; raise where they have none, for they decide about shapes."""
+    if torch.compiler.is_compiling():
+        return lengths.tolist()  # where torch.compile breaks its graph, if it may
     if not traced():
         try:
             return lengths.tolist()
@@ -24,15 +26,15 @@ def numbers(lengths: Tensor) -> list[int]:
             pass
     raise InputError(
         "How packed sequences lie in memory depends on the numbers of their lengths.",
-        expected="lengths that are the same for all that vmap runs, outside of functions that are compiled",
+        expected="lengths that are the same for all that vmap runs, outside of jitted functions",
         got="lengths that are traced, or batched",
         fix="Leave the padding in, by lt.Recurrence or lt.BidirectionalRNN with lengths; or call the model without "
-        "lt.jit and torch.compile, and vmap it over inputs of the same lengths.",
+        "lt.jit, and vmap it over inputs of the same lengths.",
     )
 
 
 def _pack(keys: Keys, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    if not (functional() or traced()):
+    if not functional() and (torch.compiler.is_compiling() or not traced()):
         return torch._pack_padded_sequence(input, lengths, batch_first)
     counts = numbers(lengths)
     xs = input.transpose(0, 1) if batch_first else input

@@ -334,6 +334,14 @@ def test_lengths_that_have_no_numbers_are_refused(draw):
             lt.jit(lambda x, n: layer(Inputs(x, n), ps, st)[0][0], backend="replay")(x, given)
 
 
+@pytest.mark.slow
+def test_sequences_packed_inside_break_a_compiled_graph(draw):
+    layer, ps, st = from_torch(Padded("GRU", {}, False, None))
+    x = Inputs(draw(4, 3, 3), torch.tensor([2, 4, 1]))
+    compiled = torch.compile(lambda ps: layer(x, ps, st)[0], backend="aot_eager")
+    torch.testing.assert_close(compiled(ps), layer(x, ps, st)[0])
+
+
 @pytest.mark.parametrize("lengths", [[5, 4, 1], [4, 0, 1]], ids=str)
 def test_lengths_that_do_not_fit_are_refused(draw, lengths):
     layer, ps, st = from_torch(Padded("LSTM", {}, False, None))
