@@ -18,6 +18,7 @@ from ._part import Part, hooked
 from ._reach import everything
 from ._skeleton import Skeleton
 from ._to_torch import LayerModule, held
+from ._uncompiled import uncompiled
 
 
 class Model(NamedTuple):
@@ -37,7 +38,8 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
     way the code comes by a tensor of the module, it gets that of `ps` or `st`, and what it leaves behind is put back.
 
     Args:
-        module: The module. It stays as it is, and shares no memory with what is returned.
+        module: The module. It stays as it is, and shares no memory with what is returned. Of one that `torch.compile`
+            has wrapped the original is taken.
         rng: A seed, a key or a generator, for dropout and whatever else the module draws.
         method: What a call of the layer calls, such as `"generate"`. To call several, see `layer.bind`, which a module
             with a forward of its own has: `layer.bind(ps, st).generate(ids)`.
@@ -70,6 +72,7 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
 
     Source: Lux's `FromFluxAdaptor`.
     """
+    module = uncompiled(module)
     _check(module)
     key = as_key(rng)
     for value in (*module.parameters(), *module.buffers()):

@@ -21,7 +21,8 @@ def _pooled(kernel: Callable[..., tuple[Tensor, Tensor]], order: Sequence[int]) 
             return kernel(x, window, output, samples)
         dims = len(order)
         sizes, counts = ((given,) * dims if isinstance(given, int) else tuple(given) for given in (window, output))
-        samples = samples.reshape(*x.shape[:-dims], dims)
+        # For a batch of one, or for none, there may be more samples than are needed.
+        samples = samples[: 1 if x.ndim == dims + 1 else x.shape[0]].reshape(*x.shape[:-dims], dims)
         index = torch.zeros((), dtype=torch.int64, device=x.device)
         for dim in range(dims):
             full = x.shape[dim - dims]

@@ -163,7 +163,9 @@ def _kl_div(
     log_target: bool = False,
 ) -> Tensor:
     loss = target.exp() * (target - input) if log_target else torch.xlogy(target, target) - target * input
-    return loss.sum() / input.shape[0] if reduction == "batchmean" else reduced(loss, reduction, size_average, reduce)
+    if reduction == "batchmean":
+        return loss.sum() / (input.shape[0] if input.ndim else 1)
+    return reduced(loss, reduction, size_average, reduce)
 
 
 def _cross_entropy(

@@ -15,6 +15,7 @@ from luxtorch._transforms import first_order
 
 from . import (
     _pure_attention,
+    _pure_ctc,
     _pure_dropout,
     _pure_filling,
     _pure_fractional,
@@ -23,6 +24,7 @@ from . import (
     _pure_losses,
     _pure_margins,
     _pure_norms,
+    _pure_packed,
     _pure_random,
     _pure_rnn,
 )
@@ -44,6 +46,7 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_attention.REPLACEMENTS,
+    **_pure_ctc.REPLACEMENTS,
     **_pure_dropout.REPLACEMENTS,
     **_pure_filling.REPLACEMENTS,
     **_pure_fractional.REPLACEMENTS,
@@ -52,6 +55,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_losses.REPLACEMENTS,
     **_pure_margins.REPLACEMENTS,
     **_pure_norms.REPLACEMENTS,
+    **_pure_packed.REPLACEMENTS,
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
     **{function: _in_any_nesting(function) for function in RULES},

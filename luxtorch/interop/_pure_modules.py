@@ -132,6 +132,7 @@ _PURE: dict[type[nn.Module], type[Pure]] = {
         (
             nn.BCEWithLogitsLoss,
             nn.Bilinear,
+            nn.CTCLoss,
             nn.CosineEmbeddingLoss,
             nn.CosineSimilarity,
             nn.CrossEntropyLoss,

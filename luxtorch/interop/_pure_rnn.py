@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from luxtorch.layers._fused_rnn import Carry, scanned
 from luxtorch.layers._weighted_cell import WeightedCell
 
 from ._keys import Keys
+from ._pure_packed import numbers
 
 
 class _ProjectedLSTMCell(LSTMCell):
@@ -53,7 +53,7 @@ def _over_time(function: Callable[..., Any], kind: Kind) -> Callable[..., tuple[
         size = (4 if biases else 2) + projects
         each = [weights[start : start + size] for start in range(0, len(weights), size)]
         swap = not packed and args[8] and data.ndim == 3
-        lengths = args[1].tolist() if packed else None
+        lengths = numbers(args[1]) if packed else None
         xs, last = data.transpose(0, 1) if swap else data, []
         cell = _cell(_ProjectedLSTMCell if projects else kind, carry[-1].shape[-1], biases)
         run = _PackedRun(cell, lengths) if lengths else _Run(cell)
@@ -92,8 +92,7 @@ class _PackedRun:
 
     def __call__(self, xs: Tensor, carry: Carry, weights: Sequence[Tensor], backward: bool) -> tuple[Tensor, Carry]:
         projected = self.cell.project(xs, weights)
-        ends = list(accumulate(self.running))
-        steps = [projected[end - size : end] for end, size in zip(ends, self.running, strict=True)]
+        steps = torch.split(projected, list(self.running))
         current, ys = carry, []
         for step in reversed(steps) if backward else steps:
             # The sequences are sorted by length: those that have ended, or not begun when read backward, come last.

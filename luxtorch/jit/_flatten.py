@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from threading import Lock
+import copy
+from collections.abc import Iterator, Sequence
+from threading import Lock, local
 from typing import Any, TypeAlias
 
 import optree
 import torch
 import torch.utils._pytree as pytree
 
-from ._constants import Constant
+from luxtorch.core import DTypeError
+
+from ._constants import Constant, Refused, fingerprint, is_mutable
 
 Spec: TypeAlias = "optree.PyTreeSpec"
 
@@ -52,15 +55,56 @@ def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
 def _register(cls: Any) -> None:
     """Register with optree, for `jit` alone, a class that is registered with torch."""
 
-    def take_apart(node: Any) -> tuple[tuple[Any, ...], Constant]:
+    def take_apart(node: Any) -> tuple[tuple[Any, ...], _Context]:
         children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(node)
-        return tuple(children), Constant(context)
+        try:
+            kept = _Context(context)
+        except Refused as error:
+            raise DTypeError(
+                f"What {cls.__name__} keeps beside its children is no constant.",
+                expected="a context of its pytree node that can be compared, without tensors",
+                got=f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}",
+                fix="Let the function that flattens it return tensors as children.",
+            ) from None
+        if _LOCAL.owning:
+            kept.value = kept.fresh()
+        return tuple(children), kept
 
     def put_together(context: Any, children: Any) -> Any:
-        return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.value)
+        return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.fresh())
 
     with contextlib.suppress(ValueError):  # another thread has been faster
         optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)
+
+
+class _Context(Constant):
+    """Hold what a node keeps beside its children; each node gets one of its own, where that can be changed."""
+
+    __slots__ = ("_copied",)
+
+    def fresh(self) -> Any:
+        """Return the value, or an equal one that nobody else has."""
+        if not hasattr(self, "_copied"):
+            # An object that is compared by identity has to stay what it is.
+            self._copied = is_mutable(self.value) and fingerprint(copy.deepcopy(self.value)) == self.key
+        return copy.deepcopy(self.value) if self._copied else self.value
+
+
+class _Local(local):
+    owning = False
+
+
+_LOCAL = _Local()
+
+
+@contextlib.contextmanager
+def owning() -> Iterator[None]:
+    """Have structures of which nobody else has a part that can be changed."""
+    _LOCAL.owning = True
+    try:
+        yield
+    finally:
+        _LOCAL.owning = False
 
 
 def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:

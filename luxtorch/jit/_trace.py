@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
-from ._flatten import Spec, flatten, with_nodes, written
+from ._flatten import Spec, flatten, owning, with_nodes, written
 from ._purity import Functions, TracingError, Watch, explained, storage
 from ._signature import Signature
 from ._sizes import OfArguments, Sizes, hides_symbols, is_number
@@ -87,10 +87,14 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         for i, tensor in zip(places, tensors, strict=True):
             full[i] = tensor
         arguments = spec.unflatten(full)
-        out, parts["spec"] = with_nodes(*flatten(fn(*arguments)))
+        result = fn(*arguments)
+        with owning():
+            out, parts["spec"] = with_nodes(*flatten(result))
         if "results" in parts:  # traced once more, for its derivative
             return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
         _check_unchanged(arguments, full, spec)
+        if "FakeTensor(" in str(parts["spec"]):
+            raise _formatted("result, in what is no leaf of it,", parts["spec"])
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
         constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
         parts["results"], parts["numbers"] = [], []
@@ -179,13 +183,17 @@ def _kind(value: Any, spec: Spec, leaf: int) -> str:
             where=user_line(),
         ) from None
     if any("FakeTensor(" in text for text in texts(key)):
-        raise TracingError(
-            f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
-            got=f"{value!r:.80}",
-            fix="Return the tensor, and format it outside.",
-            where=user_line(),
-        )
+        raise _formatted(place, value)
     return "copied" if mutable else "static"
+
+
+def _formatted(place: str, value: Any) -> TracingError:
+    return TracingError(
+        f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
+        got=f"{value!r:.80}",
+        fix="Return the tensor, and format it outside.",
+        where=user_line(),
+    )
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:

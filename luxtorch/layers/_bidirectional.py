@@ -11,7 +11,8 @@ from torch import Tensor
 from luxtorch.core import ContainerLayer, InputError, Parameters, States
 
 from ._cell import Cell
-from ._recurrence import Recurrence
+from ._lengths import before
+from ._recurrence import Recurrence, brings_lengths, parts_of
 
 Merge = Callable[[Tensor, Tensor], Any]
 
@@ -35,8 +36,11 @@ class BidirectionalRNN(ContainerLayer):
 
     Shape:
         (batch, time, features), (time, batch, features) with `batch_first=False`, or (time, features) for a single
-        sequence; or a tuple of one and a tuple of both carries to start from. To the same order of dimensions, with the
-        width of both outputs together.
+        sequence; or a tuple of one and a tuple of both carries to start from, or `(x, carries, lengths)`, of which the
+        carries may be None. To the same order of dimensions, with the width of both outputs together.
+
+        Lengths, or a mask, are those of `Recurrence`: the backward cell starts at the last step that counts, and both
+        outputs are zeros in the place of padding, before they are merged.
 
     Raises:
         InputError: If `merge` is something else, or the cells are none.
@@ -81,14 +85,26 @@ class BidirectionalRNN(ContainerLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the merged outputs, with both carries if asked for, and the new states."""
-        x, carries = x if isinstance(x, tuple) else (x, None)
+        x, carries, steps = parts_of(x)
         start, end = (None, None) if carries is None else carries
         time = 1 if self.forward_rnn.batch_first and x.ndim > 2 else 0
-        (y, last), new_forward = self.forward_rnn((x, start), ps["forward_rnn"], st["forward_rnn"])
-        (z, first), new_backward = self.backward_rnn((x.flip(time), end), ps["backward_rnn"], st["backward_rnn"])
+        (y, last), new_forward = self.forward_rnn((x, start, steps), ps["forward_rnn"], st["forward_rnn"])
+        flipped = x.flip(time), end, None if steps is None else self._flipped(steps, time, x)
+        (z, first), new_backward = self.backward_rnn(flipped, ps["backward_rnn"], st["backward_rnn"])
         merged = self._merged(y, z.flip(time))
         new = {"forward_rnn": new_forward, "backward_rnn": new_backward}
         return ((merged, (last, first)) if self.return_carry else merged), new
+
+    def _flipped(self, steps: Tensor, time: int, x: Tensor) -> Tensor:
+        """Return a mask of the steps that count, from the last one on."""
+        if steps.dtype == torch.bool:
+            return steps.flip(time)
+        mask = before(steps, x.shape[time]).flip(0)
+        return mask.transpose(0, 1) if time else mask
+
+    def has_lengths(self, x: Any) -> bool:
+        """Tell whether an input brings lengths."""
+        return brings_lengths(x)
 
     def _merged(self, y: Tensor, z: Tensor) -> Any:
         if self.merge is None:

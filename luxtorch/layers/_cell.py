@@ -10,6 +10,8 @@ from torch import Tensor
 
 from luxtorch.core import Layer, Parameters, States, tree_map
 
+from ._lengths import before, held, where_before
+
 
 class Cell(Layer):
     """Take one step of a sequence: from an input and a carry to an output and the next carry.
@@ -85,6 +87,30 @@ class Cell(Layer):
             (y, _), _ = self.step(first_of(xs), carry, ps, st)
             return (tree_map(lambda leaf: leaf[None][:0], y), carry), st
         return (tree_map(lambda *leaves: torch.stack(leaves), *outputs), carry), st
+
+    def scan_lengths(
+        self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
+    ) -> tuple[tuple[Any, Any], States]:
+        """Return what `scan` does for sequences of different lengths: each carry stops at the end of its sequence.
+
+        The outputs after it are zeros. A subclass may define it anew, as it may `scan`.
+
+        Args:
+            xs: The inputs, (time, ..., features), at least one step.
+            lengths: How many steps of each sequence count, (...).
+            carry: The carry of the step before; None for the initial one.
+            ps: The parameters.
+            st: The states.
+        """
+        if carry is None:
+            carry, st = self.initial_carry(first_of(xs), ps, st)
+        outputs = []
+        for x, running in zip(xs.unbind(), before(lengths, xs.shape[0]).unbind(), strict=True):
+            (y, after), st = self.step(x, carry, ps, st)
+            carry = held(running, after, carry)
+            outputs.append(y)
+        ys = tree_map(lambda *leaves: where_before(lengths, torch.stack(leaves)), *outputs)
+        return (ys, carry), st
 
 
 def first_of(xs: Tensor) -> Tensor:

@@ -69,18 +69,33 @@ def show_combines(name: str, combine: Any) -> str:
     return "" if combine is None or isinstance(combine, Layer) else f"{name}{show_value(combine)}"
 
 
-def has_mask(layer: Layer, x: Any) -> bool:
-    """Tell whether an input brings a mask for a layer, or for the first one inside that the input goes to."""
-    while not hasattr(type(layer), "has_mask"):
+def brought(layer: Layer, x: Any) -> str:
+    """Name what an input brings for a layer, or for the first one inside that the input goes to; "" if nothing."""
+    while not (asked := [what for what in _BROUGHT if hasattr(type(layer), what)]):
         inside = layer.layers[0] if isinstance(layer, Chain) else layer.children().get("")
         if inside is None:
-            return False
+            return ""
         layer = inside
-    return bool(layer.has_mask(x))  # type: ignore[attr-defined]
+    return asked[0] if getattr(layer, asked[0])(x) else ""
 
 
-def _takes_mask(layer: Layer) -> bool:
-    return hasattr(type(layer), "has_mask") or any(map(_takes_mask, layer.children().values()))
+_BROUGHT = {
+    "has_mask": (
+        "A mask goes",
+        "Stack the layers in a TransformerEncoder or a TransformerDecoder: each of them gets the mask.",
+    ),
+    "has_lengths": ("Lengths go", "Stack the cells in a StackedCell, or pass the lengths on in a layer of your own."),
+}
+"""By the methods that tell whether an input brings something: what the errors say."""
+
+
+def no_further(what: str) -> str:
+    """Say that what an input brings goes no further."""
+    return f"{_BROUGHT[what][0]} no further"
+
+
+def _takes(layer: Layer, what: str) -> bool:
+    return hasattr(type(layer), what) or any(_takes(child, what) for child in layer.children().values())
 
 
 def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
@@ -139,22 +154,22 @@ class Chain(ContainerLayer):
         """Return the last layer's output, and each layer's state under its name."""
         new = {}
         for name, layer in zip(self.names, self.layers, strict=True):
-            if isinstance(x, tuple) and has_mask(layer, x):
-                self._check_mask(name)
+            if isinstance(x, tuple) and (what := brought(layer, x)):
+                self._check_brought(name, what)
             x, new[name] = layer(x, ps[name], st[name])
         return x, new
 
-    def _check_mask(self, name: str) -> None:
-        """Raise if one layer takes a mask, and another after it would have to do without."""
+    def _check_brought(self, name: str, what: str) -> None:
+        """Raise if one layer takes a mask or lengths, and another after it would have to do without."""
         layers = self.children()
         after = self.names[self.names.index(name) + 1 :]
-        without = [other for other in after if _takes_mask(layers[other])]
+        without = [other for other in after if _takes(layers[other], what)]
         if without:
             raise InputError(
-                "A mask goes no further in a chain than to the first layer that takes it.",
-                expected="one layer that takes a mask",
-                got=f"a mask for '{name}', and '{without[0]}' after it without one",
-                fix="Stack the layers in a TransformerEncoder or a TransformerDecoder: each of them gets the mask.",
+                f"{no_further(what)} in a chain than to the first layer that takes it.",
+                expected="one layer that takes such a thing",
+                got=f"an input for '{name}' that brings it, and '{without[0]}' after it, which has to do without",
+                fix=_BROUGHT[what][1],
             )
 
     def __len__(self) -> int:

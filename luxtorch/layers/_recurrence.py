@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from luxtorch.core import InputError, Parameters, States, WrapperLayer, tree_map
 
 from ._cell import Cell
+from ._lengths import Counted, at_ends
 
 
 class Recurrence(WrapperLayer):
@@ -33,11 +35,18 @@ class Recurrence(WrapperLayer):
 
     Shape:
         (batch, time, features), (time, batch, features) with `batch_first=False`, or (time, features) for a single
-        sequence; or a tuple of one and the carry to start from. To (batch, hidden), to the input's order of dimensions
-        with `return_sequence=True`.
+        sequence; or a tuple of one and the carry to start from, or `(x, carry, lengths)`, of which the carry may be
+        None. To (batch, hidden), to the input's order of dimensions with `return_sequence=True`.
+
+        Lengths are integers, (batch,): of each sequence only so many steps count, the others are padding. They may as
+        well be a mask of booleans, in the input's order of dimensions, (batch, time): the steps count where it is True,
+        wherever these are. The result is that of each sequence alone, without padding: the carry is the one after its
+        last step, and outputs in the place of padding are zeros, as is the last output of a sequence without steps.
 
     Raises:
-        InputError: If the input is no sequence, if it has no steps and so no last output, or if the cell is none.
+        InputError: If the input is no sequence, if it has no steps and so no last output, if a length is out of range
+            (on a CPU, outside of compiled functions), or if the cell is none.
+        DTypeError: If lengths are neither integers nor booleans.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -46,12 +55,15 @@ class Recurrence(WrapperLayer):
         >>> y, st = model(torch.ones(2, 7, 3), ps, st)
         >>> y.shape
         torch.Size([2, 1])
+        >>> y, st = model((torch.ones(2, 7, 3), None, torch.tensor([7, 4])), ps, st)
+        >>> torch.allclose(y[1], model(torch.ones(4, 3), ps, st)[0], atol=1e-6)
+        True
         >>> all_steps = lt.Recurrence(lt.GRUCell(3, 5), return_sequence=True, return_carry=True)
         >>> (y, carry), st = all_steps(torch.ones(2, 7, 3), *lt.setup(0, all_steps))
         >>> y.shape
         torch.Size([2, 7, 5])
 
-    Source: Lux's `Recurrence`; `torch.nn.RNN`, `LSTM` and `GRU`.
+    Source: Lux's `Recurrence`; `torch.nn.RNN`, `LSTM` and `GRU`; `torch.nn.utils.rnn` for the lengths.
     """
 
     cell: Cell
@@ -65,7 +77,7 @@ class Recurrence(WrapperLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the output, with the last carry if asked for, and the new state."""
-        x, carry = x if isinstance(x, tuple) else (x, None)
+        x, carry, steps = parts_of(x)
         if not isinstance(x, Tensor) or x.ndim < 2:
             raise InputError(
                 "The input is no sequence.",
@@ -82,24 +94,50 @@ class Recurrence(WrapperLayer):
                 got=f"a tensor of shape {tuple(x.shape)}",
                 fix="With return_sequence=True the output is an empty sequence.",
             )
-        (ys, carry), st = self.cell.scan(xs, carry, ps, st)
-        if not self.return_sequence:
-            y = tree_map(lambda leaf: leaf[-1], ys)
+        counted = None if steps is None else Counted.of(steps, xs, swap)
+        if counted is None or not xs.shape[0]:
+            (ys, carry), st = self.cell.scan(xs, carry, ps, st)
+            y = ys if self.return_sequence else tree_map(lambda leaf: leaf[-1], ys)
         else:
-            y = tree_map(lambda leaf: leaf.transpose(0, 1), ys) if swap else ys
+            xs, lengths = counted.in_front(xs), counted.lengths
+            (ys, carry), st = self.cell.scan_lengths(xs, lengths, carry, ps, st)
+            y = tree_map(counted.in_place if self.return_sequence else partial(at_ends, lengths), ys)
+        if swap and self.return_sequence:
+            y = tree_map(lambda leaf: leaf.transpose(0, 1), y)
         return ((y, carry) if self.return_carry else y), st
+
+    def has_lengths(self, x: Any) -> bool:
+        """Tell whether an input brings lengths."""
+        return brings_lengths(x)
 
     def expected_input(self) -> str:
         """Name the dimensions."""
         features = getattr(self.cell, "in_features", "features")
         order = "batch, time" if self.batch_first else "time, batch"
-        return f"a tensor of shape ({order}, {features}) or (time, {features}), or a tuple of one and a carry"
+        shapes = f"({order}, {features}) or (time, {features})"
+        return f"a tensor of shape {shapes}, or a tuple of one and a carry, or of these and lengths or a mask"
 
     def extra_repr(self) -> str:
         """Return for instance `return_sequence=True`."""
         flags = ("return_sequence", "return_carry")
         shown = [] if self.batch_first else ["batch_first=False"]
         return ", ".join(shown + [f"{name}=True" for name in flags if getattr(self, name)])
+
+
+def parts_of(x: Any) -> tuple[Any, Any, Any]:
+    """Return the sequences, the carry and the lengths of an input, None where there are none."""
+    parts = x if isinstance(x, tuple) else (x,)
+    if not 1 <= len(parts) <= 3:
+        raise InputError(
+            "The input is a tuple of another length.", expected="(x, carry, lengths)", got=f"a tuple of {len(parts)}"
+        )
+    x, carry, steps = (*parts, None, None)[:3]
+    return x, carry, steps
+
+
+def brings_lengths(x: Any) -> bool:
+    """Tell whether there are lengths in an input."""
+    return isinstance(x, tuple) and len(x) == 3 and x[2] is not None
 
 
 def check_cell(cell: Any) -> None:

@@ -22,7 +22,7 @@ from luxtorch.core import (
     tree_map,
 )
 
-from ._chain import LayerLike, as_layer, has_mask, some_layers
+from ._chain import LayerLike, as_layer, brought, no_further, some_layers
 
 
 class Maxout(ContainerLayer):
@@ -130,12 +130,13 @@ class RepeatedLayer(WrapperLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the last output and the last states."""
-        if isinstance(x, tuple) and self.repeats > 1 and not self.input_injection and has_mask(self.layer, x):
+        several = isinstance(x, tuple) and self.repeats > 1 and not self.input_injection
+        if several and (what := brought(self.layer, x)):
             raise InputError(
-                "A mask goes no further than to the first call of a repeated layer.",
-                expected="an input without a mask",
-                got=f"a mask, and {self.repeats} calls",
-                fix="Write a layer that calls the one inside with the mask each time.",
+                f"{no_further(what)} than to the first call of a repeated layer.",
+                expected="an input without it",
+                got=f"one with it, and {self.repeats} calls",
+                fix="Write a layer that passes it to the one inside each time.",
             )
         y = x
         for _ in range(self.repeats):

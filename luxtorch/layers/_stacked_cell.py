@@ -88,13 +88,19 @@ class StackedCell(ContainerLayer, Cell):
         """Return the last cell's outputs, the cells' carries, and their states."""
         return self._upwards(self._levels, xs, carry, ps, st)
 
+    def scan_lengths(
+        self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
+    ) -> tuple[tuple[Any, Any], States]:
+        """Return the same of sequences of different lengths."""
+        return self._upwards(self._levels, xs, carry, ps, st, lengths)
+
     @cached_property
     def _levels(self) -> tuple[Recurrence, ...]:
         options = {"batch_first": False, "return_sequence": True, "return_carry": True}
         return tuple(Recurrence(cell, **options) for cell in self.cells)
 
     def _upwards(
-        self, levels: tuple[Layer, ...], x: Any, carry: Any, ps: Parameters, st: States
+        self, levels: tuple[Layer, ...], x: Any, carry: Any, ps: Parameters, st: States, lengths: Tensor | None = None
     ) -> tuple[tuple[Any, Any], States]:
         carries = (None,) * len(levels) if carry is None else carry
         if len(carries) != len(levels):
@@ -108,7 +114,8 @@ class StackedCell(ContainerLayer, Cell):
             if i > 1 and self.dropout.p > 0:
                 x, new["dropout"] = self.dropout(x, ps["dropout"], new["dropout"])
             name = f"layer_{i}"
-            (x, end), new[name] = level((x, start), ps[name], st[name])
+            more = () if lengths is None else (lengths,)
+            (x, end), new[name] = level((x, start, *more), ps[name], st[name])
             last.append(end)
         return (x, tuple(last)), new
 

@@ -16,6 +16,7 @@ from luxtorch.random import fold_in, split
 
 from ._cell import Cell, first_of
 from ._fused_rnn import Carry, Kernel, scanned
+from ._lengths import at_ends, before, where_before
 from ._rnn_steps import project
 
 GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]
@@ -128,6 +129,30 @@ class WeightedCell(Cell):
         if carry is None:
             carry, st = self.initial_carry(first_of(xs), ps, st)
         return scanned(self, xs, self._fitted(xs, carry, xs.shape[1:-1]), self._weights(ps)), st
+
+    def scan_lengths(
+        self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
+    ) -> tuple[tuple[Any, Any], States]:
+        """Return the hidden states, zeros after the ends; the carries at the ends; and the new state.
+
+        All sequences run to the last step, so that a kernel can do it.
+        """
+        if carry is None:
+            carry, st = self.initial_carry(first_of(xs), ps, st)
+        carry = self._fitted(xs, carry, xs.shape[1:-1])
+        xs, weights = self.closed(xs, before(lengths, xs.shape[0]), self._weights(ps))
+        ys, last = scanned(self, xs, carry, weights)
+        return (where_before(lengths, ys), (at_ends(lengths, ys, carry[0]), *last[1:])), st
+
+    def closed(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return inputs and weights by which what is carried beside the hidden state stays as it is after the ends.
+
+        Args:
+            xs: The inputs, (time, ..., features).
+            running: Which of the steps come before the ends, (time, ...).
+            weights: The weights.
+        """
+        return xs, weights
 
     def _weights(self, ps: Parameters) -> list[Tensor]:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")

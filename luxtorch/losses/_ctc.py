@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._ctc import ctc_losses
 from luxtorch._transforms import traced, transformed
 from luxtorch.core import DTypeError
 
 from ._loss import Loss, total
-
-# Stands for the logarithm of 0: minus infinity has no derivative, and this is out of reach of real losses.
-_NEVER = -1e30
 
 
 class CTCLoss(Loss):
@@ -95,9 +93,7 @@ class CTCLoss(Loss):
         """Return one loss a sequence."""
         log_p = y_hat.float() if y_hat.dtype in (torch.float16, torch.bfloat16) else y_hat
         if transformed() or traced():
-            log_likelihoods = _log_likelihoods(log_p, *y, self.blank)
-            beyond = 0.0 if self.zero_infinity else torch.inf
-            return torch.where(log_likelihoods > _NEVER / 2, -log_likelihoods, beyond).to(y_hat.dtype)
+            return ctc_losses(log_p, *y, self.blank, self.zero_infinity).to(y_hat.dtype)
         if y_hat.device.type == "cpu":
             self._require_range(y_hat, *y)
         losses = F.ctc_loss(log_p, *y, blank=self.blank, reduction="none", zero_infinity=self.zero_infinity)
@@ -116,36 +112,3 @@ class CTCLoss(Loss):
             wrong = values[(values < 0) | (values > end)]
             if len(wrong):
                 raise self.error(f"A {name} is out of range.", expected=f"from 0 to {end}", got=str(int(wrong[0])))
-
-
-def _log_likelihoods(
-    log_p: Tensor, labels: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int
-) -> Tensor:
-    """Return the log-likelihoods of sequences, by the forward recursion over the labels with blanks between them.
-
-    State 2k is the blank before label k, state 2k + 1 is that label. At each step one stays, goes on by one state,
-    or leaves out a blank between two different labels.
-    """
-    batch, longest = labels.shape
-    states = 2 * longest + 1
-    place = torch.arange(states, device=labels.device)
-    is_label = (place % 2 == 1) & (place // 2 < target_lengths[:, None])
-    padded = F.pad(labels, (0, 1), value=blank).gather(1, (place // 2).expand(batch, states))
-    classes = torch.where(is_label, padded, blank)
-    may_skip = is_label & (place >= 2) & (classes != _shifted(classes, 2, blank))
-    log_p = log_p.clamp_min(_NEVER).gather(2, classes.expand(log_p.shape[0], batch, states))
-
-    # Before the first step one is in the first blank, so that the first step leads there or to the first label.
-    alpha = torch.where(place == 0, 0.0, _NEVER).to(log_p.dtype).expand(batch, states)
-    for time in range(log_p.shape[0]):
-        skip = torch.where(may_skip, _shifted(alpha, 2, _NEVER), _NEVER)
-        moved = torch.stack((alpha, _shifted(alpha, 1, _NEVER), skip)).logsumexp(0) + log_p[time]
-        alpha = torch.where((time < input_lengths)[:, None], moved, alpha)
-    # An alignment ends in the last label or in the blank after it.
-    last = 2 * target_lengths[:, None]
-    return torch.where((place == last) | (place == last - 1), alpha, _NEVER).logsumexp(1)
-
-
-def _shifted(row: Tensor, by: int, first: float) -> Tensor:
-    """Return rows moved to the right, with a value in the places that become free."""
-    return F.pad(row, (by, 0), value=first)[:, : row.shape[1]]

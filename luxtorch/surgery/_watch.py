@@ -67,6 +67,16 @@ class WatchedCell(Watched, Cell):
 
         return self.watcher(call, self.layer, self.path, (xs, carry), ps, st)
 
+    def scan_lengths(
+        self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
+    ) -> tuple[tuple[Any, Any], States]:
+        """Return that of the cell."""
+
+        def call(x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+            return self.layer.scan_lengths(x[0], x[2], x[1], ps, st)
+
+        return self.watcher(call, self.layer, self.path, (xs, carry, lengths), ps, st)
+
 
 def watched(model: Layer, watcher: Watcher, path: Path = ()) -> Layer:
     """Return a model whose layers, all the way down, are called through a watcher; its trees are the same."""

@@ -45,16 +45,10 @@ CLUSTERS = dict.fromkeys(
     ("vmap_inputs", "vmap_models", "jit"), "how many targets lie in a cluster decides about shapes"
 )
 CLUSTERS |= {"compile": CLUSTERS["vmap_inputs"]}
-CTC = {
-    **dict.fromkeys(("jit", "compile"), "the shape of what _ctc_loss returns depends on the numbers in its input"),
-    **dict.fromkeys(("forward", "orders"), "_ctc_loss has no derivative in forward mode"),
-}
+CTC = {"gradient": "torch takes the gradient by the scores of which log_softmax was taken"}
 UNPICKLED = {"copy": "torch refuses to pickle parametrized modules"}
 
 LOOPED = {
-    "CTCLoss": "ctc_loss",
-    "FractionalMaxPool2d": "fractional_max_pool2d",
-    "FractionalMaxPool3d": "fractional_max_pool3d",
     "MaxUnpool1d": "max_unpool2d",
     "MaxUnpool2d": "max_unpool2d",
     "MaxUnpool3d": "max_unpool3d",
@@ -157,7 +151,11 @@ def _poolings():
         kind = getattr(nn, f"FractionalMaxPool{dims}d")
         yield Form(kind(2, output_size=(2,) * dims), N(2, 3, *sizes), N(3, *sizes), random=ALWAYS)
         yield Form(kind(2, output_ratio=0.6, return_indices=True), N(2, 3, *sizes), random=ALWAYS)
-        yield Form(kind(2, output_size=2, _random_samples=torch.full((2, 3, dims), 0.4)), N(2, 3, *sizes))
+        samples = torch.rand(2, 3, dims, generator=torch.Generator().manual_seed(0))
+        for options in ({"output_size": 2}, {"output_ratio": 0.5, "return_indices": True}):
+            # In three dimensions, one image may come with the samples of a batch.
+            inputs = (N(2, 3, *sizes), *([N(3, *sizes)] if dims == 3 else []))
+            yield Form(kind(2, _random_samples=samples, **options), *inputs)
 
 
 def _normalisations():
@@ -420,7 +418,13 @@ def _losses():
             I(N(6, 2, 4), torch.tensor([[1, 2], [2, 0]]), torch.tensor([6, 5]), torch.tensor([2, 2])),
             skip=CTC,
         )
-    yield Form(nn.KLDivLoss(reduction="batchmean"), I(x, positive))
+    yield Form(
+        nn.CTCLoss(),
+        I(N(6, 2, 4), torch.tensor([1, 2, 3, 2, 2]), torch.tensor([6, 5]), torch.tensor([3, 2])),
+        I(N(6, 4), torch.tensor([1, 1]), torch.tensor(5), torch.tensor(2)),
+        skip=CTC,
+    )
+    yield Form(nn.KLDivLoss(reduction="batchmean"), I(x, positive), I(N(), U()))
     yield Form(nn.TripletMarginLoss(p=1.0, swap=True, margin=0.3), I(x, y, N(4, 3)))
     yield Form(nn.TripletMarginWithDistanceLoss(distance_function=F.pairwise_distance, swap=True), I(x, y, N(4, 3)))
     for bias in (True, False):

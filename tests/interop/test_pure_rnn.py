@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence, unpad_sequence
 
 import luxtorch as lt
 import luxtorch.random as lr
 from luxtorch.core import flatten_names, tree_leaves, tree_map
 from luxtorch.interop import Inputs, from_torch
+from luxtorch.testing import check_derivatives
 
 KINDS = {
     "LSTM": nn.LSTM,
@@ -225,3 +226,130 @@ def test_copies_read_the_weights_that_they_are_given(rng, make, copied):
     torch.testing.assert_close(tensors(other(x, ps, st)[0]), [leaf.detach() for leaf in tensors(module(x))])
     zeros = tree_map(torch.zeros_like, ps)
     assert not any(leaf.any() for leaf in tensors(other(x, zeros, st)[0]))
+
+
+class Padded(nn.Module):
+    """Pack its sequences and pad them again, as taggers and encoders do."""
+
+    def __init__(self, kind, options, enforce_sorted, total_length):
+        super().__init__()
+        self.embed = nn.Linear(3, 3, dtype=torch.float64)
+        self.rnn = KINDS[kind](3, 4, dtype=torch.float64, **options)
+        self.enforce_sorted, self.total_length = enforce_sorted, total_length
+
+    def forward(self, x, lengths):
+        first = self.rnn.batch_first
+        x = pack_padded_sequence(self.embed(x), lengths, first, self.enforce_sorted)
+        y, after = self.rnn(x)
+        y, lengths = pad_packed_sequence(y, first, -0.5, self.total_length)
+        return y, after, lengths
+
+
+def check_padded(draw, kind, options, lengths, as_given):
+    enforce_sorted = sorted(lengths, reverse=True) == list(lengths)
+    module = Padded(kind, options, enforce_sorted, 5 if options.get("bidirectional") else None)
+    x = draw(3, 4, 3) if options.get("batch_first") else draw(4, 3, 3)
+    given = as_given(lengths)
+    layer, ps, st = from_torch(module)
+    expected = module(x, given)
+    total(expected).backward()
+    wanted = {name: value.grad for name, value in module.named_parameters()}
+    y, _ = layer(Inputs(x, given), ps, st)
+    torch.testing.assert_close(y, expected)
+
+    def loss(ps, x=x):
+        return total(layer(Inputs(x, given), ps, st)[0])
+
+    torch.testing.assert_close(flatten_names(grad(loss)(ps)), wanted)
+    value, slope = jvp(lambda ps: tensors(layer(Inputs(x, given), ps, st)[0]), (ps,), (ps,))
+    torch.testing.assert_close(value, [leaf.detach() for leaf in tensors(expected)])
+    _, slope = jvp(loss, (ps,), (tree_map(torch.ones_like, ps),))
+    torch.testing.assert_close(slope, sum(leaf.sum() for leaf in wanted.values()))
+    models = tree_map(lambda leaf: torch.stack([leaf / 2, leaf]), ps)
+    slopes = vmap(grad(loss))(models)
+    torch.testing.assert_close({name: leaf[1] for name, leaf in flatten_names(slopes).items()}, wanted)
+    both = vmap(grad(loss), (None, 0))(ps, torch.stack([x / 2, x]))
+    torch.testing.assert_close({name: leaf[1] for name, leaf in flatten_names(both).items()}, wanted)
+    return loss, ps, x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("lengths", [(4, 2, 1), (1, 3, 2)], ids=["sorted", "unsorted"])
+def test_sequences_packed_inside_are_torchs(draw, kind, options, lengths):
+    as_given = torch.tensor if options == "plain" else list
+    check_padded(draw, kind, OPTIONS[options], lengths, as_given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_packed_inside_have_every_derivative(make_key, draw, kind):
+    loss, ps, x = check_padded(draw, kind, OPTIONS["all"], (2, 4, 1), list)
+    check_derivatives(loss, ps, x, rng=make_key(), words=("RF", "FR", "FF", "rf", "RFR"))
+
+
+class Joined(nn.Module):
+    """Pack a list of sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, dtype=torch.float64)
+
+    def forward(self, *xs):
+        packed = pack_sequence([x * 2 for x in xs], enforce_sorted=False)
+        return unpad_sequence(*pad_packed_sequence(self.rnn(packed)[0]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequences_are_joined_and_parted(draw, side):
+    module, xs = Joined(), [draw(2, 3), draw(4, 3), draw(1, 3)]
+    layer, ps, st = from_torch(module)
+    expected = [leaf.detach() for leaf in module(*xs)]
+    value, _ = jvp(lambda *xs: layer(Inputs(*xs), ps, st)[0], tuple(xs), tuple(xs))
+    torch.testing.assert_close(value, expected)
+    both = vmap(lambda *xs: layer(Inputs(*xs), ps, st)[0])(*(torch.stack([x, 2 * x]) for x in xs))
+    torch.testing.assert_close([leaf[0] for leaf in both], expected)
+    pad = from_torch(Padding(side))
+    many = [torch.stack([x, 2 * x]) for x in xs]
+    got = vmap(lambda *xs: pad.layer(Inputs(*xs), pad.ps, pad.st)[0])(*many)
+    torch.testing.assert_close(got[0], pad_sequence(xs, True, 3.0, side))
+
+
+class Padding(nn.Module):
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, *xs):
+        return pad_sequence(xs, True, 3.0, self.side)
+
+
+def test_lengths_that_have_no_numbers_are_refused(draw):
+    layer, ps, st = from_torch(Padded("LSTM", {}, False, None))
+    x, lengths = draw(4, 3, 3), torch.tensor([2, 4, 1])
+    text = "depends on the numbers of their lengths[\\s\\S]*lt.Recurrence"
+    with pytest.raises(lt.LuxtorchError, match=text):
+        vmap(lambda x, n: layer(Inputs(x, n), ps, st)[0][0])(x[None], lengths[None])
+    for given in (lengths, (2, 4, 1)):
+        with pytest.raises(lt.LuxtorchError, match=text):
+            lt.jit(lambda x, n: layer(Inputs(x, n), ps, st)[0][0], backend="replay")(x, given)
+
+
+@pytest.mark.slow
+def test_sequences_packed_inside_break_a_compiled_graph(draw):
+    layer, ps, st = from_torch(Padded("GRU", {}, False, None))
+    x = Inputs(draw(4, 3, 3), torch.tensor([2, 4, 1]))
+    compiled = torch.compile(lambda ps: layer(x, ps, st)[0], backend="aot_eager")
+    torch.testing.assert_close(compiled(ps), layer(x, ps, st)[0])
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 1], [4, 0, 1]], ids=str)
+def test_lengths_that_do_not_fit_are_refused(draw, lengths):
+    layer, ps, st = from_torch(Padded("LSTM", {}, False, None))
+    x = draw(4, 3, 3)
+
+    def run(ps):
+        return layer(Inputs(x, lengths), ps, st)[0][0]
+
+    for call in (run, lambda ps: jvp(run, (ps,), (ps,))):
+        with pytest.raises(lt.LuxtorchError, match="length"):
+            call(ps)

@@ -54,6 +54,18 @@ FORMS = {
         SEQUENCE,
     ),
     "Recurrence of no steps": (Recurrence(LSTMCell(2, 3), return_sequence=True, return_carry=True), [(2, 0, 2)]),
+    "Recurrence with lengths": (
+        Recurrence(LSTMCell(2, 3), return_sequence=True, return_carry=True),
+        [((2, 3, 2), ((2, 3), (2, 3)), torch.tensor([1, 3]))],
+    ),
+    "Recurrence of a stack with dropout, with lengths": (
+        Recurrence(StackedCell(GRUCell(2, 3), GRUCell(3, 2), dropout=0.5), return_sequence=True),
+        [((2, 3, 2), (((2, 3),), ((2, 2),)), torch.tensor([3, 1]))],
+    ),
+    "Recurrence of another cell with lengths": (
+        Recurrence(Leaky(2), return_carry=True),
+        [((2, 3, 2), (2, 2), torch.tensor([3, 2]))],
+    ),
     "StatefulRecurrentCell": (StatefulRecurrentCell(LSTMCell(2, 3), batch_size=4), [(4, 2)]),
     "StatefulRecurrentCell, learned": (StatefulRecurrentCell(LEARNED), [(2,)]),
     "StatefulRecurrentCell of a stack with dropout": (
@@ -65,6 +77,10 @@ FORMS = {
     "BidirectionalRNN, time first, with carries": (
         BidirectionalRNN(DRAWN, GRUCell(2, 2), None, batch_first=False, return_carry=True),
         SEQUENCE,
+    ),
+    "BidirectionalRNN with a mask": (
+        BidirectionalRNN(GRUCell(2, 3)),
+        [((2, 3, 2), (((2, 3),), ((2, 3),)), torch.tensor([[True, True, False], [False, True, True]]))],
     ),
 }
 
