@@ -60,7 +60,8 @@ def from_torch(module: nn.Module, rng: Rng = 0) -> Model:
         ['weight', 'bias']
 
     Several or keyword arguments are passed as `lt.Inputs`. What a forward keeps on the module besides its parameters
-    and buffers, such as a list that grows, is no part of the state and is forgotten.
+    and buffers, such as a list that grows, is no part of the state and is forgotten. Gradients are dense: `sparse=True`
+    of an embedding is without effect, and its gradient is as large as its table.
 
     Source: Lux's `FromFluxAdaptor`.
     """
