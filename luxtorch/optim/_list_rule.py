@@ -34,7 +34,8 @@ class ListRule(Rule):
 
     A subclass defines `updates`; and `step`, if it can do better than to add the updates to the parameters. That
     is how the last rule of a chain keeps its fused kernel: those before it change the list of gradients, and the
-    last one takes a step as if it were alone.
+    last one takes a step as if it were alone. All numbers in the list are real: a complex parameter is there as its
+    real and imaginary parts, in a last dimension of two.
 
     Example:
         >>> import torch

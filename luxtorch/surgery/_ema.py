@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, Value, named_leaves, tree_leaves, tree_map
-from luxtorch.device._cast import in_precision
 
 
 class EMA(Value):
@@ -23,8 +22,8 @@ class EMA(Value):
 
     Args:
         decay: The factor by which a weight shrinks in a step, at least 0 and below 1.
-        dtype: The dtype of the average, of complex numbers that of their parts; that of the parameters if None. In a
-            16-bit dtype an average stands still when steps get small: keep that of such parameters in torch.float32.
+        dtype: The dtype of the average; that of the parameters if None. In a 16-bit dtype an average stands still
+            when the steps get small: keep that of such parameters in torch.float32.
 
     Raises:
         InputError: If the decay is not in the range, or the dtype no floating point one.
@@ -126,7 +125,7 @@ class EMA(Value):
         return (1 - self.decay) / -torch.expm1(wide * math.log(self.decay)) if self.decay else torch.ones_like(wide)
 
     def _kept(self, leaf: Tensor) -> Tensor:
-        return leaf if self.dtype is None else leaf.to(in_precision(leaf, self.dtype))
+        return leaf if self.dtype is None or not leaf.is_floating_point() else leaf.to(self.dtype)
 
 
 def _names(tree: Any) -> str:

@@ -205,3 +205,13 @@ def test_so_they_are_of_a_layer_of_ones_own(way):
 
     ps, st = lt.setup(0, Table(True))
     same(*(tree(WAYS[way](Table(sparse), ps, st)) for sparse in (True, False)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["F.embedding {}", "torch.embedding", "torch.gather", "in a module"])
+def test_so_they_are_compiled(rng, name):
+    sparse, dense = pair(MAKERS[name], rng)
+    layer, ps, st = lt.from_torch(sparse)
+    torch._dynamo.reset()
+    slope = torch.compile(WAYS["func.grad"], backend="aot_eager", fullgraph=True)
+    same(tree(slope(layer, ps, st)), of_torch(dense))

@@ -104,6 +104,7 @@ def test_steps_are_those_of_torch(make_key, rng, kind):
         {"donate": True},
         {"skip_nonfinite": True},
         {"loss_scale": 8.0},
+        {"dtype": torch.float64},
         {"differentiable": True},
         {"jit": "replay"},
         {"jit": "replay", "donate": True},
