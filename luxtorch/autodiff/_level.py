@@ -123,7 +123,7 @@ def gradients(
     retain: bool,
     create: bool,
 ) -> list[Tensor]:
-    """Return what `torch.autograd.grad` does, with zeros for inputs that the outputs do not depend on.
+    """Return what `torch.autograd.grad` does, with zeros for inputs that the outputs do not depend on, and all dense.
 
     Args:
         outputs: What was computed.
@@ -145,7 +145,14 @@ def gradients(
         # The engine has threads for other devices, which torch prepares for in Python.
         run = _run_here if recorded[0].is_cpu and inputs[0].is_cpu else _engine_run_backward
         found = run(recorded, tuple(weights), retain, create, tuple(inputs), True, accumulate_grad=False)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+    return [_like(x, g) for g, x in zip(found, inputs, strict=True)]
+
+
+def _like(x: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(x)
+    # Lookups can have sparse ones on a tape, which hardly anything takes.
+    return gradient if gradient.layout is x.layout else gradient.to_dense()
 
 
 def _reverse(at: Callable[[int], T]) -> T:

@@ -163,11 +163,13 @@ def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
 
 
 def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -> Any:
-    """Compute the product of the Hessian of `f` at `x` with a vector.
+    """Compute the product of the Hessian of `f` at `x` with a vector: how the gradient changes along it.
+
+    A complex tensor counts as two real ones, its real and its imaginary part, as in torch's gradients.
 
     Args:
         f: A function of one tree that returns a scalar.
-        x: A tree of real floating point tensors.
+        x: A tree of floating point tensors.
         u: A tree like `x`.
         mode: How the gradient is differentiated. `"reverse"` (reverse over reverse) is faster and needs no forward
             rules; `"forward"` (forward over reverse) needs less memory, and does not heed `torch.no_grad()` in `f`.
@@ -176,7 +178,7 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
         A tree like `x`.
 
     Raises:
-        DTypeError: A leaf of `x` is no real floating point tensor.
+        DTypeError: A leaf of `x` is no floating point tensor.
         InputError: `u` does not look like `x`, or `f` does not return a scalar.
 
     Example:
@@ -186,7 +188,7 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
         tensor([ 6., 12.])
     """
     check_mode(mode)
-    check_inputs((x,), real=True)
+    check_inputs((x,))
 
     def slope(x: Tree) -> Tree:
         return gradient(f, x)

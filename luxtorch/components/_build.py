@@ -91,6 +91,14 @@ def _refuse_name(name: object, prefix: str) -> NoReturn:
 def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Tensor:
     """Copy leaves into one tensor of shape (*batch, size)."""
     if dtype is not None:
+        for path, leaf in leaves:
+            if leaf.is_complex() and not dtype.is_complex:
+                raise DTypeError(
+                    f"The leaf '{path}' is complex, and a real vector would lose its imaginary parts.",
+                    expected="a complex dtype, or real leaves",
+                    got=f"dtype={dtype}",
+                    fix=_TWO_PARTS,
+                )
         leaves = [(path, leaf.to(dtype)) for path, leaf in leaves]
     for path, leaf in leaves:
         # By its name: a program that does not shard need not load torch's module for that.
@@ -108,13 +116,21 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
                 got=str(leaf.dtype),
                 fix="Keep it in the states, or pass dtype= to cast every leaf.",
             )
-    _check_one(leaves, "dtype", lambda leaf: leaf.dtype, "Cast the tree first, or pass dtype= to cast every leaf.")
+    kinds = {leaf.is_complex() for _, leaf in leaves}
+    fix = "Cast the tree first, or pass dtype= to cast every leaf." if len(kinds) < 2 else _TWO_PARTS
+    _check_one(leaves, "dtype", lambda leaf: leaf.dtype, fix)
     _check_one(leaves, "device", lambda leaf: leaf.device, "Move the whole tree to one device first.")
     _check_one(leaves, "batch", lambda leaf: tuple(leaf.shape[:batch_dims]), "Expand the leaves first.", InputError)
     if not leaves:
         return torch.zeros(0, dtype=dtype)
     rows = [leaf.flatten(batch_dims) if leaf.dim() > batch_dims else leaf.unsqueeze(-1) for _, leaf in leaves]
     return torch.cat(rows, dim=-1)
+
+
+_TWO_PARTS = (
+    "Put torch.view_as_real(leaf) of the complex leaves into the tree, and take torch.view_as_complex of them in the "
+    "model: real leaves that were cast to a complex dtype would get imaginary parts in training."
+)
 
 
 def _check_one(

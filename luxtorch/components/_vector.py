@@ -46,14 +46,16 @@ class ComponentVector(Reading):
         tree: A dict of tensors, nested or not. A list or tuple is a group with the names "0", "1", and so on. The
             numbers are copied in the order of the tree, and row by row within each tensor.
         batch_dims: How many leading dimensions of every leaf are batch dimensions.
-        dtype: What to cast the leaves to; by default they need to have one dtype.
+        dtype: What to cast the leaves to; by default they need to have one dtype. Leaves may all be complex. Real and
+            complex ones have a place in one vector where the complex ones come as `torch.view_as_real`.
 
     Shape:
         `flat` is `(*batch, size)`, and a component is `(*batch, *shape)`.
 
     Raises:
         InputError: If a name is not a string, is empty or has a dot, or if leaves differ in their batch.
-        DTypeError: If a leaf is not a floating point or complex tensor, or if leaves differ in dtype or device.
+        DTypeError: If a leaf is not a floating point or complex tensor, if leaves differ in dtype or device, or if a
+            cast would drop imaginary parts.
 
     Example:
         >>> import torch, luxtorch as lt

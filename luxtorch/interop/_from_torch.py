@@ -68,7 +68,8 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
 
     Several or keyword arguments are passed as `lt.Inputs`, and so may one be, by the name that torch has for it. What a
     forward keeps on the module besides its parameters and buffers, such as a list that grows, is no part of the state
-    and is forgotten. A forward that changes its parameters is an error when it is called.
+    and is forgotten. A forward that changes its parameters is an error when it is called. Gradients are dense:
+    `sparse=True` of an embedding is without effect, and its gradient is as large as its table.
 
     Source: Lux's `FromFluxAdaptor`.
     """

@@ -35,7 +35,7 @@ def _identity(module: nn.Identity) -> Identity:
 
 
 def _embedding(module: nn.Embedding) -> Embedding | None:
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+    if module.max_norm is not None or module.scale_grad_by_freq:
         return None
     return Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
 

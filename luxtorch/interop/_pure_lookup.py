@@ -1,4 +1,4 @@
-"""Embeddings that change no weights and have forward-mode derivatives."""
+"""Lookups that change no weights, and have dense gradients and forward-mode derivatives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+    rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq)
     if padding_idx is not None and functional():
         # That the row for padding has no derivative torch knows in reverse mode only.
         padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
@@ -58,7 +58,7 @@ def _embedding_bag(
             norm_type,
             scale_grad_by_freq,
             mode,
-            sparse,
+            False,
             per_sample_weights,
             include_last_offset,
             padding_idx,
@@ -96,7 +96,41 @@ def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     return short + (rows - rows.detach())
 
 
+def _looked_up(
+    keys: Keys,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    padding = None if padding_idx < 0 else padding_idx
+    return _embedding(keys, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def _bagged(
+    keys: Keys,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    return torch.embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode, False, *args, **kwargs)
+
+
+def _gather(keys: Keys, input: Tensor, *args: Any, sparse_grad: bool = False, **kwargs: Any) -> Tensor:
+    return torch.gather(input, *args, **kwargs)
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
+    torch.embedding: _looked_up,
+    torch.embedding_bag: _bagged,
+    torch.gather: _gather,
+    Tensor.gather: _gather,
 }

@@ -114,7 +114,8 @@ class PureLookup(Pure):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""
-        if not (transformed() or watched()) and getattr(self, "max_norm", None) is None:
+        pure = getattr(self, "max_norm", None) is None and not getattr(self, "sparse", False)
+        if pure and not (transformed() or watched()):
             return super().forward(*args, **kwargs)
         with PureMode(Keys(torch.zeros(2, dtype=torch.uint64))):
             return super().forward(*args, **kwargs)

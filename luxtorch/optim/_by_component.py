@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -34,7 +34,7 @@ def by_component(opt_state: OptState) -> OptState:
 
     def split(node: Any) -> Any:
         if isinstance(node, RuleState):
-            return _split_rule_state(node, vectors)
+            return _split_rule_state(node, vectors, layout.in_parts)
         raise InputError(
             "The components of a ComponentVector cannot be told apart in the state of a torchopt optimizer.",
             fix="Optimize ps.to_dict(), or use a rule of luxtorch.optim.",
@@ -44,7 +44,7 @@ def by_component(opt_state: OptState) -> OptState:
     return OptState(layout._replace(by_component=True), state)
 
 
-def _split_rule_state(state: RuleState, vectors: Mapping[str, Axes]) -> RuleState:
+def _split_rule_state(state: RuleState, vectors: Mapping[str, Axes], in_parts: Collection[str]) -> RuleState:
     # Where a state is that of many models, from vmap, all of it has leading dimensions. A slot with no more than
     # these is a count, of which every component gets one; the others hold a number for each element of the vector.
     assert isinstance(state.hyper, Tensor)  # by parameter only once the vectors are apart
@@ -56,10 +56,14 @@ def _split_rule_state(state: RuleState, vectors: Mapping[str, Axes]) -> RuleStat
             continue
         parts = components(name, vectors[name])
         sizes = [prod(shape) for shape in parts.values()]
-        pieces = {slot: torch.split(value, sizes, -1) for slot, value in slots.items() if value.ndim > batch_ndim}
-        for i, (part, shape) in enumerate(parts.items()):
-            leaves[part] = {
-                slot: pieces[slot][i].reshape(value.shape[:-1] + shape) if slot in pieces else value.clone()
-                for slot, value in slots.items()
-            }
+        pieces: dict[str, list[Tensor]] = {}
+        for slot, value in slots.items():
+            if value.ndim > batch_ndim:
+                dim = value.ndim - 1 - (name in in_parts)
+                pieces[slot] = [
+                    piece.reshape(*value.shape[:dim], *shape, *value.shape[dim + 1 :])
+                    for piece, shape in zip(torch.split(value, sizes, dim), parts.values(), strict=True)
+                ]
+        for i, part in enumerate(parts):
+            leaves[part] = {slot: pieces[slot][i] if slot in pieces else value.clone() for slot, value in slots.items()}
     return state._replace(leaves=leaves)

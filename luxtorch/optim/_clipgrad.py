@@ -11,7 +11,7 @@ from ._rule_state import RuleState, by_leaf, check_names
 
 
 class ClipGrad(ListRule):
-    """Limit each element of the gradients to `[-delta, delta]`.
+    """Limit each element of the gradients to `[-delta, delta]`, of a complex one each of its two parts.
 
     Args:
         delta: The limit.

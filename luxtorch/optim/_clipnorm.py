@@ -20,7 +20,8 @@ from ._rule_state import RuleState, by_leaf, check_names
 class ClipNorm(ListRule):
     """Scale the gradients down where their norm is above a limit.
 
-    Gradients that are missing or frozen do not count towards the norm. One that is NaN makes all of them NaN.
+    Gradients that are missing or frozen do not count towards the norm. One that is NaN makes all of them NaN. Complex
+    elements count by their magnitudes.
 
     Args:
         max_norm: The limit.
@@ -55,6 +56,9 @@ class ClipNorm(ListRule):
     def splits_vectors(self) -> bool:
         return self.per_array
 
+    def takes_complex(self) -> bool:
+        return True
+
     def by_parameter(self) -> bool:
         return self.per_array
 
@@ -64,15 +68,24 @@ class ClipNorm(ListRule):
         if not given:
             return list(leaves.grads), state
         hyper = by_leaf(self.hyper_now(state), self.hyperparameters, given)
+        sizes = {name: _magnitudes(g) if name in leaves.in_parts and self.p != 2 else g for name, g in given.items()}
         if self.per_array:
             clipped = {
-                name: _scale([g], [_norm(g, self.p)], self.p, hyper[name]["max_norm"])[0] for name, g in given.items()
+                name: _scale([g], [_norm(sizes[name], self.p)], self.p, hyper[name]["max_norm"])[0]
+                for name, g in given.items()
             }
         else:
-            grads = list(given.values())
+            norms = _norms(list(sizes.values()), self.p)
             max_norm = next(iter(hyper.values()))["max_norm"]
-            clipped = dict(zip(given, _scale(grads, _norms(grads, self.p), self.p, max_norm), strict=True))
+            clipped = dict(zip(given, _scale(list(given.values()), norms, self.p, max_norm), strict=True))
         return [clipped.get(name) for name in leaves.names], state.after(state.leaves)
+
+
+def _magnitudes(parts: Tensor) -> Tensor:
+    """Return the magnitudes of complex numbers in parts. The norm of order 2 needs none: it is that of the parts."""
+    dtype = torch.promote_types(parts.dtype, torch.float32)
+    magnitudes: Tensor = torch.linalg.vector_norm(parts, dim=-1, dtype=dtype)
+    return magnitudes
 
 
 def _norms(grads: Sequence[Tensor], p: float) -> Sequence[Tensor]:

@@ -43,6 +43,8 @@ class WeightDecay(LeafwiseRule):
 class SignDecay(LeafwiseRule):
     """Add the signs of the parameters, times a number, to the gradients: the gradient of `lambda_ * abs(p)`.
 
+    Real and imaginary part of a complex parameter have a sign each.
+
     Args:
         lambda_: The number.
 

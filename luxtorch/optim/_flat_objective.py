@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError
 
-from ._lbfgs import flatten, mark
+from ._lbfgs import flatten, mark, unflatten
 from ._leaves import pair, rebuild, to_components
 
 Objective: TypeAlias = "Callable[[Any], Tensor]"
@@ -32,12 +32,13 @@ class FlatObjective:
 
     def __init__(self, f: Objective, ps: Any, frozen: tuple[str, ...]) -> None:
         self.f, self.ps = f, ps
-        names, self.leaves, _ = pair(ps, None)
+        names, self.leaves, _, in_parts = pair(ps, None)
+        self._apart = bool(in_parts)
         for name, p in zip(names, self.leaves, strict=True):
             if not p.is_floating_point():
                 raise DTypeError("A parameter is not differentiable.", got=str(p.dtype), where=name or "the parameter")
         self.start = flatten(self.leaves)
-        names, tensors, _ = pair(to_components(ps), None)
+        names, tensors, *_ = pair(to_components(ps), None)
         self.frozen = mark(tensors, [name in frozen for name in names]) if frozen else None
 
     def __call__(self, x: Tensor) -> tuple[float, Tensor]:
@@ -51,9 +52,8 @@ class FlatObjective:
         return loss.item(), self.without_frozen(flatten(grads))
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """Return the leaves of the parameters that a vector holds."""
-        parts = torch.split(x, [p.numel() for p in self.leaves])
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.leaves, strict=True)]
+        """Return the leaves of the parameters that a vector holds, the parts of complex ones."""
+        return unflatten(x, self.leaves, self._apart)
 
     def without_frozen(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Return a vector with another value for what is frozen."""

@@ -89,6 +89,10 @@ class Groups(ListRule):
     def splits_vectors(self) -> bool:
         return True
 
+    def check(self, leaves: Leaves) -> None:
+        for rule, names in zip(self.rules, self._members(leaves.names), strict=True):
+            rule.check(leaves.only(names))
+
     def keeps_copies(self) -> bool:
         return any(rule.keeps_copies() for rule in self.rules)
 
@@ -112,11 +116,12 @@ class Groups(ListRule):
         return f"Groups({', '.join(texts)})"
 
     def init(self, params: Any) -> GroupsState:
-        names, tensors, _ = pair(to_components(params), None)
-        members = self._members(names)
-        leaves = dict(zip(names, tensors, strict=True))
+        leaves = pair(to_components(params), None)
+        self.check(leaves)
+        members = self._members(leaves.names)
+        tensors = dict(zip(leaves.names, leaves.params, strict=True))
         states = (
-            rule.init({name: leaves[name] for name in group}) for rule, group in zip(self.rules, members, strict=True)
+            rule.init({name: tensors[name] for name in group}) for rule, group in zip(self.rules, members, strict=True)
         )
         return GroupsState(Static(members), tuple(states))
 
@@ -142,10 +147,7 @@ class Groups(ListRule):
         """Return the rules with their leaves and states."""
         members = state.members.value
         check_names(leaves.names, [name for group in members for name in group])
-        params = dict(zip(leaves.names, leaves.params, strict=True))
-        grads = dict(zip(leaves.names, leaves.grads, strict=True))
-        groups = (Leaves(list(group), [params[n] for n in group], [grads[n] for n in group]) for group in members)
-        return list(zip(self.rules, groups, state.states, strict=True))
+        return list(zip(self.rules, map(leaves.only, members), state.states, strict=True))
 
     def _members(self, names: list[str]) -> tuple[tuple[str, ...], ...]:
         owner: dict[str, Any] = {}

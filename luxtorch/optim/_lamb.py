@@ -44,6 +44,9 @@ class LAMB(LeafwiseRule):
     def splits_vectors(self) -> bool:
         return True
 
+    def takes_complex(self) -> bool:
+        return True  # the norm of the parts is that of the whole
+
     def slots(self, p: Tensor) -> Slots:
         return adam_slots(p)
 

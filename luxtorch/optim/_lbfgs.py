@@ -110,11 +110,8 @@ class LBFGS(ListRule):
         memory = remember(memory, known, as_numbers)
         step = direction(memory, g, as_numbers) * self.length(g, state, as_numbers)
         step = step if missing is None else step.masked_fill(missing, 0.0)
-        parts = torch.split(step, [p.numel() for p in leaves.params])
-        updates = [
-            None if given is None else part.view(p.shape).to(p.dtype)
-            for part, p, given in zip(parts, leaves.params, leaves.grads, strict=True)
-        ]
+        parts = unflatten(step, leaves.params, apart=bool(leaves.in_parts))
+        updates = [None if given is None else part for part, given in zip(parts, leaves.grads, strict=True)]
         return updates, state.after({**state.leaves, ALL: {**memory, "grad": known, "step": step}})
 
     def length(self, g: Tensor, state: RuleState, as_numbers: bool) -> Tensor:
@@ -201,6 +198,17 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
             got=", ".join(dict.fromkeys(str(tensor.device) for tensor in tensors)),
         )
     return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor], apart: bool) -> list[Tensor]:
+    """Return the parts of a vector that belong to some tensors, with their shapes and dtypes.
+
+    They share memory with the vector, unless they are to be apart: complex numbers may not begin at any place.
+    """
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    if apart:  # by a product, as its derivatives are in memory of their own, too
+        parts = tuple(part * 1.0 for part in parts)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
 
 
 def mark(tensors: Sequence[Tensor], marks: Sequence[bool]) -> Tensor:

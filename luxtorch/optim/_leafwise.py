@@ -79,7 +79,7 @@ class LeafwiseRule(ListRule):
         new_slots = dict(state.leaves)
         params = dict(zip(leaves.names, leaves.params, strict=True))
         hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
-        for name, p, g in zip(*leaves, strict=True):
+        for name, p, g in zip(leaves.names, leaves.params, leaves.grads, strict=True):
             if g is None:
                 updates.append(None)
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,28 @@ from luxtorch.core import DTypeError, InputError, KeyNameError, suggest
 class Leaves(NamedTuple):
     """Hold the leaves of a tree of parameters: their dotted names, the parameters, and their gradients.
 
-    A ComponentVector is one leaf, its flat tensor. A missing gradient is None.
+    A ComponentVector is one leaf, its flat tensor. A missing gradient is None. All numbers are real: a complex leaf,
+    and its gradient, is listed as the real and imaginary parts of its elements, as torch.optim has it.
+
+    Attributes:
+        names: The dotted names.
+        params: The parameters.
+        grads: Their gradients.
+        in_parts: The names of the complex leaves. The two parts are a last dimension.
     """
 
     names: list[str]
     params: list[Tensor]
     grads: list[Tensor | None]
+    in_parts: list[str]
+
+    def only(self, names: Iterable[str]) -> Leaves:
+        """Return some of the leaves."""
+        chosen = list(names)
+        params = dict(zip(self.names, self.params, strict=True))
+        grads = dict(zip(self.names, self.grads, strict=True))
+        in_parts = [name for name in chosen if name in self.in_parts]
+        return Leaves(chosen, [params[n] for n in chosen], [grads[n] for n in chosen], in_parts)
 
 
 def pair(ps: Any, grads: Any) -> Leaves:
@@ -32,7 +48,7 @@ def pair(ps: Any, grads: Any) -> Leaves:
         InputError: Where their structure or a shape differs.
         DTypeError: Where a dtype differs, or a leaf is not a tensor.
     """
-    leaves = Leaves([], [], [])
+    leaves = Leaves([], [], [], [])
     _walk(ps, grads, "", leaves)
     return leaves
 
@@ -41,6 +57,11 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
     if isinstance(ps, Tensor):
         if grads is not None and (not isinstance(grads, Tensor) or grads.shape != ps.shape or grads.dtype != ps.dtype):
             _check_gradient(ps, grads, name)
+        if grads is not None and grads.layout is not torch.strided:
+            grads = grads.to_dense()
+        if ps.is_complex():
+            leaves.in_parts.append(name)
+            ps, grads = parts(ps), None if grads is None else parts(grads)
         leaves.names.append(name)
         leaves.params.append(ps)
         leaves.grads.append(grads)
@@ -71,14 +92,38 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
 def rebuild(ps: Any, leaves: Iterator[Any]) -> Any:
     """Return a tree like `ps` whose leaves come from an iterator, in the order in which `pair` lists them."""
     if isinstance(ps, Tensor):
-        return next(leaves)
+        return _whole(next(leaves), ps)
     if type(ps) is dict:
         return {key: rebuild(child, leaves) for key, child in ps.items()}
     if isinstance(ps, ComponentVector):
-        flat = next(leaves)
+        flat = _whole(next(leaves), ps.flat)
         return None if flat is None else ComponentVector.from_flat(flat, ps.axes)
     children, spec = one_level(ps)
     return pytree.tree_unflatten([rebuild(child, leaves) for child in children], spec)
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """Return real and imaginary parts of complex numbers in a last dimension of two.
+
+    It is a view of the same memory, unless that holds the conjugates or the negatives of the numbers.
+    """
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg())
+
+
+def _whole(leaf: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a leaf as `pair` lists it in the dtype of the tree."""
+    return leaf if leaf is None or not like.is_complex() else torch.view_as_complex(leaf)
+
+
+def to_parts(tree: Any) -> Any:
+    """Return the tree with each complex leaf, and each complex ComponentVector, replaced by a tensor of its parts."""
+
+    def replaced(node: Any) -> Any:
+        if _is_vector(node):
+            return parts(node.flat) if node.flat.is_complex() else node
+        return parts(node) if isinstance(node, Tensor) and node.is_complex() else node
+
+    return pytree.tree_map(replaced, tree, is_leaf=_is_vector)
 
 
 def join(name: str, key: object) -> str:
@@ -127,7 +172,7 @@ def _is_vector(node: Any) -> bool:
 
 def _pack(vector: ComponentVector, components: Any) -> ComponentVector:
     batch = vector.flat.shape[:-1]
-    flat = torch.cat([leaf.reshape(*batch, -1) for leaf in pair(components, None).params], -1)
+    flat = torch.cat([leaf.reshape(*batch, -1) for leaf in pytree.tree_leaves(components)], -1)
     return ComponentVector.from_flat(flat, vector.axes)
 
 

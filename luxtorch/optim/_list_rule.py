@@ -34,7 +34,8 @@ class ListRule(Rule):
 
     A subclass defines `updates`; and `step`, if it can do better than to add the updates to the parameters. That
     is how the last rule of a chain keeps its fused kernel: those before it change the list of gradients, and the
-    last one takes a step as if it were alone.
+    last one takes a step as if it were alone. All numbers in the list are real: a complex parameter is there as its
+    real and imaginary parts, in a last dimension of two.
 
     Example:
         >>> import torch
@@ -75,6 +76,26 @@ class ListRule(Rule):
         They have to be where the updates depend on the shapes of parameters, or on their names.
         """
         return False
+
+    def takes_complex(self) -> bool:
+        """Say whether complex parameters may come as their real and imaginary parts, in a last dimension of two.
+
+        They may where the updates do not depend on the shapes of parameters.
+        """
+        return not self.splits_vectors()
+
+    def check(self, leaves: Leaves) -> None:
+        """Raise unless the rule can step on parameters of these names and kinds."""
+        check_names_differ(leaves.names)
+        if leaves.in_parts and not self.takes_complex():
+            raise DTypeError(
+                f"{type(self).__name__} does not take complex parameters.",
+                expected="real parameters",
+                got="a complex one",
+                fix="Give it another rule, such as optim.Groups({path: optim.Adam()}, rest=...); or keep "
+                "torch.view_as_real(p) as the parameter, and view it as complex in the model.",
+                where=next(name for name in leaves.names if name in leaves.in_parts),
+            )
 
     def keeps_copies(self) -> bool:
         """Say whether the state holds copies of the parameters, which nothing else may change."""
@@ -120,8 +141,9 @@ class ListRule(Rule):
 
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
-        names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
-        check_parameters(names, tensors)
+        leaves = pair(to_components(params) if self.splits_vectors() else params, None)
+        self.check(leaves)
+        names, tensors = leaves.names, leaves.params
         device = tensors[0].device if tensors else torch.device("cpu")
         hyper = pack({name: scale_of(getattr(self, name)) for name in self.hyperparameters}, beside=device)
         steps = torch.zeros((), dtype=torch.int64, device=hyper.device) if self.counts() else ()
@@ -208,20 +230,11 @@ def _common(values: list[Any]) -> Any:
     return first if len(values) == 1 or all(type(v) is type(first) and v == first for v in values) else None
 
 
-def check_parameters(names: list[str], tensors: list[Tensor]) -> None:
-    """Raise unless parameters have names of their own and are real."""
+def check_names_differ(names: list[str]) -> None:
+    """Raise unless parameters have names of their own."""
     if len(set(names)) < len(names):
         raise KeyNameError(
             "Two parameters have the same dotted name.",
             got=next(name for name in names if names.count(name) > 1),
             fix="Name them by strings without dots.",
         )
-    for name, p in zip(names, tensors, strict=True):
-        if p.is_complex():
-            raise DTypeError(
-                "A complex parameter cannot be optimized as it is.",
-                expected="real parameters",
-                got=str(p.dtype),
-                fix="Keep torch.view_as_real(p) as the parameter, and view it as complex in the model.",
-                where=name,
-            )

@@ -13,7 +13,7 @@ from luxtorch.core import InputError
 
 from ._hyperparameters import pack
 from ._leaves import Leaves, pair, to_components
-from ._list_rule import ChangeState, ListRule, Updates, check_parameters
+from ._list_rule import ChangeState, ListRule, Updates
 from ._optimiserchain import list_rule
 from ._rule_state import RuleState, check_names
 
@@ -58,6 +58,9 @@ class MixedPrecision(ListRule):
     def splits_vectors(self) -> bool:
         return self.rule.splits_vectors()
 
+    def check(self, leaves: Leaves) -> None:
+        self.rule.check(leaves)
+
     def keeps_copies(self) -> bool:
         return True
 
@@ -75,8 +78,9 @@ class MixedPrecision(ListRule):
         return f"MixedPrecision({self.rule.describe(state[1])}, {self.dtype})"
 
     def init(self, params: Any) -> Any:
-        names, tensors, _ = pair(to_components(params) if self.splits_vectors() else params, None)
-        check_parameters(names, tensors)
+        leaves = pair(to_components(params) if self.splits_vectors() else params, None)
+        self.check(leaves)
+        names, tensors = leaves.names, leaves.params
         masters = [p.to(self.dtype) for p in tensors]
         inner = self.rule.init(dict(zip(names, masters, strict=True)))
         slots = {
@@ -97,7 +101,7 @@ class MixedPrecision(ListRule):
             for name, p in zip(leaves.names, leaves.params, strict=True)
         ]
         grads = [None if g is None else g.to(self.dtype) for g in leaves.grads]
-        new, inner = self.rule.step(Leaves(leaves.names, masters, grads), inner)
+        new, inner = self.rule.step(leaves._replace(params=masters, grads=grads), inner)
         slots = {
             name: {} if p.dtype == self.dtype else {"master": master}
             for name, p, master in zip(leaves.names, leaves.params, new, strict=True)

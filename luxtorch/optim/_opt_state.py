@@ -25,6 +25,7 @@ class Layout(NamedTuple):
         vectors: The names of the leaves that are flat vectors, with their axes.
         by_component: Whether the components of ComponentVectors are leaves of their own: they are from the
             moment when some of them are treated differently from others.
+        in_parts: The names of the flat vectors that are complex.
     """
 
     rule: GradientTransformation
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
     frozen: tuple[str, ...] = ()
     vectors: tuple[tuple[str, Axes], ...] = ()
     by_component: bool = False
+    in_parts: tuple[str, ...] = ()
 
 
 class OptState:

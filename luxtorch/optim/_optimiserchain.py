@@ -69,6 +69,10 @@ class OptimiserChain(ListRule):
     def splits_vectors(self) -> bool:
         return any(rule.splits_vectors() for rule in self.rules)
 
+    def check(self, leaves: Leaves) -> None:
+        for rule in self.rules:
+            rule.check(leaves)
+
     def keeps_copies(self) -> bool:
         return any(rule.keeps_copies() for rule in self.rules)
 

@@ -12,7 +12,7 @@ from torchopt.base import GradientTransformation
 from luxtorch.core import InputError
 
 from ._leaves import Leaves, pair, to_components
-from ._list_rule import ChangeState, ListRule, Updates, check_parameters
+from ._list_rule import ChangeState, ListRule, Updates
 from ._optimiserchain import list_rule
 
 
@@ -37,6 +37,9 @@ class PerMember(ListRule):
     def splits_vectors(self) -> bool:
         return True
 
+    def check(self, leaves: Leaves) -> None:
+        self.rule.check(leaves)
+
     def keeps_copies(self) -> bool:
         return self.rule.keeps_copies()
 
@@ -56,8 +59,9 @@ class PerMember(ListRule):
         return f"per_member({self.rule.describe(state)}, {self.n})"
 
     def init(self, params: Any) -> Any:
-        names, tensors, _ = pair(to_components(params), None)
-        check_parameters(names, tensors)
+        leaves = pair(to_components(params), None)
+        self.check(leaves)
+        names, tensors = leaves.names, leaves.params
         for name, p in zip(names, tensors, strict=True):
             if p.shape[:1] != (self.n,):
                 raise InputError(
@@ -86,7 +90,7 @@ class PerMember(ListRule):
 
         def member(params: list[Tensor], grads: list[Tensor], state: Any) -> Any:
             found = iter(grads)
-            mine = Leaves(leaves.names, params, [next(found) if here else None for here in given])
+            mine = leaves._replace(params=params, grads=[next(found) if here else None for here in given])
             values, state = take(mine, state)
             return [value for value in values if value is not None], state
 

@@ -36,7 +36,8 @@ def scipy_minimize(
     "trust-constr", and the whole Hessian for "dogleg" and "trust-exact".
 
     SciPy computes in float64 on the CPU. The function sees parameters of the dtypes and on the device that they have,
-    and so do the results; with float32 parameters the last digits of the minimum are noise to a line search.
+    and so do the results; with float32 parameters the last digits of the minimum are noise to a line search. Of complex
+    ones, SciPy sees the real and imaginary parts; so do bounds that are trees.
 
     Args:
         f: A pure function of the parameters that returns a scalar.
@@ -55,7 +56,7 @@ def scipy_minimize(
         LuxtorchError: If SciPy is not installed.
         InputError: If the function does not return a scalar, if it is not finite from the start, if the bounds do not
             fit the parameters, or inside of a transform, a compiler or inference mode.
-        DTypeError: If a parameter or the value is not a real floating point number.
+        DTypeError: If a parameter is an integer, or the value not a real number.
         KeyNameError: If an option is one that is computed here, or bounds have other names than the parameters.
 
     Example:
@@ -127,7 +128,7 @@ def scipy_least_squares(
         LuxtorchError: If SciPy is not installed.
         InputError: If the residuals are not finite from the start, if the bounds do not fit the parameters, or inside
             of a transform, a compiler or inference mode.
-        DTypeError: If a parameter or a residual is not a real floating point number.
+        DTypeError: If a parameter is an integer, or a residual not a real number.
         KeyNameError: If an option is one that is computed here, or bounds have other names than the parameters.
 
     Example:

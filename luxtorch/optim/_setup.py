@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchopt.base import GradientTransformation
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.core import DTypeError
 
-from ._leaves import components, pair, to_components, vectors
+from ._leaves import Leaves, components, pair, to_components, to_parts, vectors
+from ._list_rule import ListRule
 from ._opt_state import Layout, OptState, splits_vectors
 from ._optimiserchain import as_one
 from ._rule import structure_of
@@ -23,12 +24,16 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
         ps: The parameters: nested dicts of tensors, a ComponentVector, a tensor, or any pytree of these; on the
             device where they will be trained. The hyperparameters stay on the CPU: there the kernels read them.
 
+    A complex parameter steps as torch.optim has it: a rule, and its state, has real and imaginary parts as numbers of
+    their own, in a last dimension of two.
+
     Returns:
         The state: a pytree of tensors, for `update`.
 
     Raises:
         InputError: If a torchopt chain has a rule that works in an `OptimiserChain` only.
-        DTypeError: If the rule is not a gradient transformation, or a parameter is not a real tensor.
+        DTypeError: If the rule is not a gradient transformation, if a parameter is not a tensor, or if it is complex
+            and the rule is one for matrices, `Muon` or `Adafactor`.
 
     Example:
         >>> import torch
@@ -46,10 +51,27 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
             fix="torch.optim optimizers change parameters in place; use the rule of the same name here.",
         )
     rule = as_one(rule)
-    axes = vectors(ps)
-    names = [
-        part for name in pair(ps, None).names for part in (components(name, axes[name]) if name in axes else [name])
-    ]
+    axes, leaves = vectors(ps), pair(ps, None)
+    names = [part for name in leaves.names for part in (components(name, axes[name]) if name in axes else [name])]
     apart = bool(axes) and splits_vectors(rule)
-    layout = Layout(structure_of(rule), tuple(names), vectors=tuple(axes.items()), by_component=apart)
-    return OptState(layout, rule.init(to_components(ps) if apart else ps))
+    layout = Layout(
+        structure_of(rule),
+        tuple(names),
+        vectors=tuple(axes.items()),
+        by_component=apart,
+        in_parts=tuple(name for name in axes if name in leaves.in_parts),
+    )
+    tree = to_components(ps) if apart else ps
+    if leaves.in_parts and not isinstance(rule, ListRule):
+        _check_each(rule, pair(tree, None))
+        tree = to_parts(tree)
+    return OptState(layout, rule.init(tree))
+
+
+def _check_each(rule: GradientTransformation, leaves: Leaves) -> None:
+    """Raise unless the rules of this package in a torchopt chain can step on these parameters."""
+    if isinstance(rule, ListRule):
+        rule.check(leaves)
+    elif isinstance(rule, ChainedGradientTransformation):
+        for part in rule.transformations:
+            _check_each(part, leaves)

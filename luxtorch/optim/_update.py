@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torchopt
+from torch import Tensor
 from torchopt.base import ChainedGradientTransformation
 
-from ._leaves import Leaves, from_components, pair, rebuild, to_components
+from ._leaves import Leaves, from_components, pair, rebuild, to_components, to_parts
 from ._list_rule import ListRule
 from ._opt_state import OptState
 
@@ -55,13 +56,13 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
         return opt_state, ps
     if isinstance(layout.rule, ListRule):
         params, state = layout.rule.step(leaves, opt_state.state)
-        new = rebuild(tree, iter(params))
     else:
-        new, state = _step_of_torchopt(opt_state, tree, leaves)
+        params, state = _step_of_torchopt(opt_state, to_parts(tree) if leaves.in_parts else tree, leaves)
+    new = rebuild(tree, iter(params))
     return OptState(layout, state), from_components(ps, new) if layout.by_component else new
 
 
-def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[Any, Any]:
+def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[list[Tensor], Any]:
     rule, state = opt_state.layout.rule, opt_state.state
     grads = rebuild(ps, iter(leaves.grads))
     if isinstance(rule, ChainedGradientTransformation):
@@ -72,6 +73,6 @@ def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[Any
             for i, first in enumerate(firsts):
                 grads, states[i] = first.update(grads, states[i], params=ps, inplace=False)
             params, last_state = last.step(pair(ps, grads), last_state)
-            return rebuild(ps, iter(params)), (*states, last_state)
+            return params, (*states, last_state)
     updates, state = rule.update(grads, state, params=ps, inplace=False)
-    return torchopt.apply_updates(ps, updates, inplace=False), state
+    return pair(torchopt.apply_updates(ps, updates, inplace=False), None).params, state

@@ -23,7 +23,7 @@ from luxtorch.random import split
 
 from ._compare import LawError, close, same_structure, same_values
 from ._orders import QUICK, check_words
-from ._subject import Subject
+from ._subject import Subject, in_parts, is_real
 
 _LOOSE, _TIGHT = 1e-5, 1e-9
 
@@ -50,7 +50,7 @@ def purity_law(s: Subject) -> None:
 
 def state_law(s: Subject) -> None:
     """The returned state has the structure of the one passed in, and is detached."""
-    ps = tree_map(lambda leaf: leaf.detach().requires_grad_(leaf.is_floating_point()), s.ps)
+    ps = tree_map(lambda leaf: leaf.detach().requires_grad_(is_real(in_parts(leaf))), s.ps)
     _, st = s.call(s.x, ps, s.st)
     same_structure("state", st, s.st)
     for name, leaf in named_leaves(st):
@@ -140,8 +140,11 @@ def compile_law(s: Subject) -> None:
 
 
 def component_vector_law(s: Subject) -> None:
-    """A ComponentVector of the parameters gives what the dict of them gives, gradients included."""
-    if tree_leaves(s.ps):
+    """A ComponentVector of the parameters gives what the dict of them gives, gradients included.
+
+    Parameters of several dtypes, such as real and complex ones, have no place in one vector.
+    """
+    if len({leaf.dtype for leaf in tree_leaves(s.ps)}) == 1:
         vector = ComponentVector(s.ps)
         same_values("component_vector", s.call(s.x, vector, s.st), s.call(s.x, s.ps, s.st), tolerance=_LOOSE)
         got, expected = s.gradient(s.x, vector, s.st)[0], s.gradient(s.x, s.ps, s.st)[0]

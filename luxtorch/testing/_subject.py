@@ -35,7 +35,7 @@ class Subject:
         return self.layer(x, ps, st)
 
     def objective(self, x: Any, ps: Any, st: Any) -> tuple[Tensor, Any]:
-        """Return a scalar that depends on every real output, each with a weight of its own, and the new states."""
+        """Return a scalar that depends on every output, each with a weight of its own, and the new states."""
         y, st = self.layer(x, ps, st)
         return weighted(y), st
 
@@ -64,28 +64,37 @@ class Subject:
 
     def in_double(self) -> Subject:
         """Return the same in double precision."""
-        x, ps, st = tree_map(lambda leaf: leaf.double() if is_real(leaf) else leaf, (self.x, self.ps, self.st))
+        x, ps, st = tree_map(_doubled, (self.x, self.ps, self.st))
         return replace(self, x=x, ps=ps, st=st)
 
     def variables(self) -> dict[str, Any]:
-        """Return what the layer can be differentiated by: its parameters, and the input where all of that is real."""
+        """Return what the layer can be differentiated by: its parameters, and the input where all of that is numbers.
+
+        Of complex numbers, these are the real and imaginary parts.
+        """
         variables = {"ps": self.ps} if tree_leaves(self.ps) else {}
         leaves = tree_leaves(self.x)
-        return {**variables, "x": self.x} if leaves and all(map(is_real, leaves)) else variables
+        if leaves and all(is_real(in_parts(leaf)) for leaf in leaves):
+            variables["x"] = self.x
+        return tree_map(in_parts, variables)  # type: ignore[no-any-return]
 
     def of_variables(self, variables: dict[str, Any]) -> tuple[Tensor, Any]:
         """Return the objective as a function of the variables."""
-        return self.objective(variables.get("x", self.x), variables.get("ps", self.ps), self.st)
+        x, ps = (
+            tree_map(_whole, variables[name], tree) if name in variables else tree
+            for name, tree in (("x", self.x), ("ps", self.ps))
+        )
+        return self.objective(x, ps, self.st)
 
     def bent(self) -> Subject:
         """Return the same with outputs bent, so that no layer is linear."""
         return replace(self, layer=Bent(self.layer))
 
     def inputs(self, number: int) -> list[Any]:
-        """Return several inputs; what is not real in them is the same in all."""
+        """Return several inputs; integers in them are the same in all."""
 
         def scaled(factor: float) -> Any:
-            return tree_map(lambda leaf: leaf * factor if is_real(leaf) else leaf, self.x)
+            return tree_map(lambda leaf: leaf * factor if is_real(in_parts(leaf)) else leaf, self.x)
 
         return [scaled(1 + 0.1 * i) for i in range(number)]
 
@@ -111,14 +120,22 @@ class Bent(WrapperLayer):
 
 
 def bent(tree: Any) -> Any:
-    """Return each real tensor bent: a function that is linear has other derivatives than the first only then."""
-    return pytree.tree_map(lambda leaf: leaf + leaf.sin() / 2 if is_real(leaf) else leaf, tree)
+    """Return each tensor bent: a function that is linear has other derivatives than the first only then."""
+
+    def bend(leaf: Any) -> Any:
+        real = in_parts(leaf)
+        return _whole(real + real.sin() / 2, leaf) if is_real(real) else leaf
+
+    return pytree.tree_map(bend, tree)
 
 
 def weighted(tree: Any) -> Tensor:
-    """Return one number that depends on every real tensor of a tree, each element with a weight of its own."""
+    """Return one number that depends on every tensor of a tree, each element with a weight of its own.
+
+    Each of the two parts of complex elements has one, too.
+    """
     total = torch.zeros((), dtype=torch.float64)
-    for leaf in pytree.tree_leaves(tree):
+    for leaf in map(in_parts, pytree.tree_leaves(tree)):
         if is_real(leaf):
             weights = torch.cos(torch.arange(leaf.numel(), device=leaf.device)).reshape(leaf.shape)
             total = total + (leaf * weights.to(leaf.dtype)).sum()
@@ -135,6 +152,21 @@ def drawn(key: Tensor, tree: Any) -> Any:
 def moved(tree: Any, direction: Any, step: float) -> Any:
     """Return a tree a step further in a direction."""
     return tree_map(lambda leaf, along: leaf + step * along if is_real(leaf) else leaf, tree, direction)
+
+
+def in_parts(leaf: Any) -> Any:
+    """Return the real and imaginary parts of a complex tensor in a last dimension of two, and all else as it is."""
+    return torch.view_as_real(leaf.resolve_conj()) if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
+
+
+def _whole(leaf: Any, like: Any) -> Any:
+    return torch.view_as_complex(leaf) if isinstance(like, Tensor) and like.is_complex() else leaf
+
+
+def _doubled(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_complex():
+        return leaf.to(torch.complex128)
+    return leaf.double() if is_real(leaf) else leaf
 
 
 def is_real(leaf: Any) -> bool:

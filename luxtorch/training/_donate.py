@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch import optim
-from luxtorch.autodiff._trees import map_tensors
+from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.optim._fused import numbers, unobserved
 from luxtorch.optim._leaves import pair
 
@@ -38,21 +38,21 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     values = numbers(hyper) if isinstance(hyper, Tensor) else None
     if values is None:
         return None
-    names, params, gs = pair(trees.parameters, grads)
+    shared = own is None or sum(map(_users, own)) > len(own) * _alone()  # before views of them are made here
+    names, params, gs, _ = pair(trees.parameters, grads)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
         return None
     ps, slots = trees.parameters, state.leaves
-    if own is None or sum(map(_users, own)) > len(own) * _alone():
+    if shared:
         if slots.keys() != set(names) or not all(
             _writable(p, slots[name]) for name, p in zip(names, params, strict=True)
         ):
             return None
-        params = [_copy(p) for p in params]
-        remaining = iter(params)
-        ps = map_tensors(lambda _: next(remaining), ps)
+        ps = map_tensors(_copy, ps)
         slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
-        own = tuple(p.untyped_storage()._cdata for p in params)
+        own = tuple(p.untyped_storage()._cdata for p in tensors(ps))
+        params = pair(ps, None).params
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
         rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)

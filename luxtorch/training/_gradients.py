@@ -50,8 +50,8 @@ def compute_gradients(
             averaged as a plain mean over the samples; if it is another mean, or a sum, have it return
             `(sum, weight)` in the place of the loss, for instance `loss.sum_and_weight(y_hat, y)`.
         dtype: What the model computes in, such as `torch.bfloat16`. Its parameters and inputs are cast to it and its
-            outputs back; gradients and parameters keep their dtype. It is the model passed to the objective that
-            casts: what the objective computes without it stays as it is.
+            outputs back; gradients and parameters keep their dtype, and so do complex tensors. It is the model passed
+            to the objective that casts: what the objective computes without it stays as it is.
         loss_scale: A factor on the loss while it is differentiated, taken off the gradients afterwards, so that
             those of float16 do not become zero; 1024 for instance.
         skip_nonfinite: Whether to return the states as they were where the loss or a gradient is not finite.

@@ -47,7 +47,8 @@ def in_precision(model: Any, dtype: torch.dtype, ps: Any) -> InPrecision:
             expected="for instance torch.bfloat16",
             got=repr(dtype),
         )
-    masters = (leaf.dtype for leaf in tree_leaves(ps) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    numbers = (leaf.dtype.to_real() for leaf in tree_leaves(ps) if isinstance(leaf, Tensor))
+    masters = (dtype for dtype in numbers if dtype.is_floating_point)
     return InPrecision(model, dtype, next(masters, torch.float32))
 
 

@@ -146,7 +146,7 @@ def test_arguments_and_values_must_be_differentiable() -> None:
             product(lambda ps: ps["labels"] * 1.0, {"labels": torch.arange(2)})
     with pytest.raises(DTypeError, match="'f\\(x\\).mask' cannot be differentiated(.|\n)*bool(.|\n)*has_aux"):
         pullback(lambda x: {"mask": x > 0}, torch.ones(2))
-    with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*complex64"):
-        hvp(lambda z: z.abs(), torch.tensor(1j), torch.tensor(1j))
+    with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*int64"):
+        hvp(lambda z: z.abs(), torch.tensor(1), torch.tensor(1))
     with pytest.raises(InputError, match="must return a scalar"):
         hvp(lambda x: x, torch.ones(2), torch.ones(2))

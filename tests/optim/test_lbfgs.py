@@ -269,10 +269,6 @@ class TestUpdateErrors:
         with pytest.raises(InputError, match="remembered steps is not a positive integer"):
             LBFGS(history_size=size)
 
-    def test_complex(self):
-        with pytest.raises(DTypeError, match="w: A complex parameter(.|\n)*view_as_real"):
-            optim.setup(LBFGS(), {"w": torch.ones(2, dtype=torch.complex64)})
-
     def test_many_models_in_one_vector(self):
         with pytest.raises(InputError, match=r"many models as one(.|\n)*torch\.vmap"):
             optim.setup(LBFGS(), ComponentVector({"w": torch.ones(3, 2)}, batch_dims=1))

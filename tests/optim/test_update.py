@@ -433,10 +433,6 @@ class TestErrors:
         with pytest.raises(KeyNameError, match="Two parameters have the same dotted name(.|\n)*a.b"):
             optim.setup(optim.Adam(), ps)
 
-    def test_complex(self):
-        with pytest.raises(DTypeError, match="w: A complex parameter(.|\n)*view_as_real"):
-            optim.setup(optim.Adam(), {"w": torch.ones(2, dtype=torch.complex64)})
-
     def test_adamw_without_params(self):
         rule, ps = optim.AdamW(), self.ps()
         with pytest.raises(InputError, match="AdamW needs the parameters"):
