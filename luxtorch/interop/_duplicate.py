@@ -117,6 +117,9 @@ class Duplicate:
     def _look(self, besides: Collection[int]) -> None:
         containers = [each for each in self._containers if id(each) not in besides]
         self._empty: list[Any] = [each for each in containers if isinstance(each, dict | set) and not each]
+        modules = {id(vars(module)) for module in self.modules}
+        self._attributes = [(each, each.copy()) for each in containers if id(each) in modules]
+        containers = [each for each in containers if id(each) not in modules]
         self._dicts = [(each, [*each], [*each.values()]) for each in containers if isinstance(each, dict) and each]
         others = [each for each in containers if not isinstance(each, dict | set) or isinstance(each, set) and each]
         self._others = [(each, before) for each in others if (before := _content(each)) is not None]
@@ -126,6 +129,10 @@ class Duplicate:
         if any(self._empty):
             for each in filter(None, self._empty):
                 each.clear()
+        for each, before in self._attributes:
+            if _differ(each, before):
+                each.clear()
+                each.update(before)
         for each, names, values in self._dicts:
             if len(each) != len(names) or not (_same(each.values(), values) and _same(each, names)):
                 each.clear()
@@ -501,6 +508,14 @@ _COPIED: dict[Any, Callable[[Duplicate, Any], Any]] = {
     LRU: Duplicate._cache,
 }
 _PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+def _differ(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Say whether attributes have changed; most are the same objects, which is fast to see."""
+    try:
+        return attributes != before
+    except Exception:  # tensors and arrays do not say whether they are equal
+        return True
 
 
 def _same(values: Iterable[Any], others: Iterable[Any]) -> bool:
