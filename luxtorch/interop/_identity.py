@@ -11,6 +11,10 @@ import uuid
 import weakref
 from typing import Any, TypeAlias
 
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ._pure_modules import Pure
 from ._reach import LRU, importable
 
 Identity: TypeAlias = tuple[str, tuple[Any, ...]]
@@ -24,6 +28,8 @@ class _Recorder(pickle.Pickler):
         super().__init__(file)
         self.fast = True  # equal names need not be one object
         self.code: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._hooks: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> str | None:
         if isinstance(obj, types.FunctionType) and not importable(obj):  # a copy of it has the same code
@@ -35,6 +41,16 @@ class _Recorder(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Show what pickle refuses: functions by their code and what they close over, references by their target."""
+        if isinstance(obj, types.FunctionType | types.CellType | nn.Module):  # which may lead back to themselves
+            if id(obj) in self._seen:
+                return tuple, (("seen", self._seen[id(obj)]),)
+            self._seen[id(obj)] = len(self._seen)
+        if isinstance(obj, nn.Module):
+            own = {name: self._numbered(value) if "_hooks" in name else value for name, value in vars(obj).items()}
+            kind = type(obj).__bases__[1] if isinstance(obj, Pure) else type(obj)
+            return kind.__new__, (kind,), own
+        if isinstance(obj, RemovableHandle):
+            return tuple, (("handle", self._hooks.setdefault(obj.id, len(self._hooks))),)
         if isinstance(obj, types.FunctionType):
             state = obj.__defaults__, obj.__kwdefaults__, obj.__closure__, vars(obj)
             return types.FunctionType, (obj.__code__, obj.__module__), state
@@ -45,6 +61,12 @@ class _Recorder(pickle.Pickler):
         if type(obj) is LRU:
             return functools.lru_cache, (), obj.__wrapped__
         return NotImplemented
+
+    def _numbered(self, hooks: Any) -> Any:
+        """Return hooks by the order in which they come, where torch has numbers that are used once in a program."""
+        if not isinstance(hooks, dict):
+            return hooks
+        return {self._hooks.setdefault(number, len(self._hooks)): hook for number, hook in hooks.items()}
 
 
 def identity_of(*parts: Any) -> Identity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -43,16 +44,34 @@ class Tied(nn.Module):
         return self.second(self.first(x))
 
 
+class Closing(nn.Module):
+    """Have functions that lead back to the module, as a default, a closure, a hook and a reference do."""
+
+    def __init__(self, factor=2, last=torch.tanh):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.step = lambda x: last(self.linear(x)) * factor
+        self.linear.register_forward_hook(lambda part, inputs, y, self=self: y * self.linear.bias)
+        self.parent = weakref.ref(self)
+
+    def forward(self, x):
+        return self.step(x)
+
+
 def layer(module):
     return lt.from_torch(module).layer
 
 
-@pytest.mark.parametrize("make", [Net, lambda: nn.LSTM(2, 3), lambda: nn.MultiheadAttention(4, 2), lambda: Tied(True)])
+@pytest.mark.parametrize(
+    "make", [Net, lambda: nn.LSTM(2, 3), lambda: nn.MultiheadAttention(4, 2), lambda: Tied(True), Closing]
+)
 def test_equal(make):
     one, other = layer(make()), layer(make())
     assert one == other
     assert hash(one) == hash(other)
-    assert copy.deepcopy(one) == one == pickle.loads(pickle.dumps(one))
+    assert copy.deepcopy(one) == one
+    if make is not Closing:  # functions without a name cannot be pickled
+        assert pickle.loads(pickle.dumps(one)) == one
 
 
 @pytest.mark.parametrize(
@@ -65,6 +84,8 @@ def test_equal(make):
         (lambda: Net(), lambda: stack_of(1, torch.tanh)()),
         (lambda: Tied(True), lambda: Tied(False)),
         (lambda: nn.LSTM(2, 3), lambda: nn.GRU(2, 3)),
+        (lambda: Closing(2), lambda: Closing(3)),
+        (lambda: Closing(last=torch.tanh), lambda: Closing(last=torch.sigmoid)),
     ],
 )
 def test_different(one, other):
@@ -89,6 +110,46 @@ def test_what_cannot_be_copied_is_an_error():
     module.numbers = (i for i in range(3))
     with pytest.raises(lt.core.InputError, match="cannot be copied(.|\n)*generators"):
         lt.from_torch(module)
+
+
+class Drawing(nn.Module):
+    """Have a parameter that is drawn, and that nothing makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.position = nn.Linear(2, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return self.linear(x) + self.position
+
+
+def test_parameters_that_nothing_makes_anew_do_not_part_equal_modules():
+    models = [lt.from_torch(Drawing()) for _ in range(2)]
+    assert models[0].layer == models[1].layer
+    both = lt.stack(models)
+    assert torch.equal(both.ps["position"][1], models[1].ps["position"])
+    traced = []
+
+    def call(layer, x, ps, st):
+        traced.append(1)
+        return layer(x, ps, st)[0]
+
+    jitted = lt.jit(call, backend="replay")
+    for model in models:
+        y = jitted(model.layer, torch.ones(4, 2), model.ps, model.st)
+        torch.testing.assert_close(y, model.layer(torch.ones(4, 2), model.ps, model.st)[0])
+    assert len(traced) <= 3  # two calls, and one trace for both
+
+
+def test_a_tensor_that_no_call_has_lent_is_an_error():
+    module = layer(Drawing()).skeleton.root.module
+    for use in (
+        lambda: module.linear.weight @ torch.ones(2),
+        lambda: torch.ones(3) * module.position,
+        lambda: module(torch.ones(2)),
+    ):
+        with pytest.raises((lt.core.InputError, TypeError), match="no call had lent|Placeholder"):
+            use()
 
 
 def test_models_stack_whole():
