@@ -174,7 +174,7 @@ class Duplicate:
             return self._constant(x)
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             return self._tuple(x)
-        if isinstance(x, nn.Module) and not hasattr(type(x), "__deepcopy__"):
+        if isinstance(x, nn.Module):
             return self._module(x)
         try:
             return self._object(x)
@@ -226,7 +226,7 @@ class Duplicate:
         return self._made(x, y, tracked=False)  # type: ignore[no-any-return]
 
     def _module(self, x: nn.Module) -> nn.Module:
-        y: nn.Module = self._made(x, type(x).__new__(type(x)))
+        y: nn.Module = self._made(x, object.__new__(type(x)))  # torch.fx makes another class
         self.modules.append(y)
         left_out = self._left_out(x) | {"_compiled_call_impl"}
         own: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
@@ -623,3 +624,33 @@ def test_numbers_that_no_key_decides_are_refused(name):
     for _ in range(2):
         with pytest.raises(InputError, match="draws from"):
             layer(torch.ones(4, 3), ps, st)
+
+
+class Copying(Base):
+    """Have a copy of its own making, as modules of torch.fx do."""
+
+    def __deepcopy__(self, memo):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("make", [Copying, lambda: torch.fx.symbolic_trace(Traced())], ids=["own copy", "torch.fx"])
+def test_modules_that_copy_themselves(rng, make):
+    x = torch.randn(4, 3, generator=rng, dtype=torch.float64)
+    module = make()
+    layer, ps, st = from_torch(module)
+    other = tree_map(lambda leaf: 0.5 * leaf + 0.1, ps)
+    for each in (ps, other, ps):
+        torch.testing.assert_close(layer(x, each, st)[0], filled(module, each)(x).detach())
+    module.zero_grad()
+    check(layer, ps, st, x, slopes_of(module, x))
+
+
+class Traced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.weight = nn.Parameter(torch.ones(3))
+        self.double()
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) * self.weight
