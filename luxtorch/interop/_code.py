@@ -30,7 +30,7 @@ def check_code(module: nn.Module) -> None:
         InputError: If a global, a closure or a default of a method leads to a part or a tensor of the module.
     """
     wanted = {id(value) for part in module.modules() for value in (part, *(each for _, _, each in tensors_of(part)))}
-    functions = _functions(module)
+    functions = functions_of(module)
     way = reaches(list(functions.values()), wanted, {package(function) for function in functions.values()})
     if way is not None:
         raise InputError(
@@ -41,7 +41,7 @@ def check_code(module: nn.Module) -> None:
         )
 
 
-def _functions(module: nn.Module) -> dict[int, types.FunctionType]:
+def functions_of(module: nn.Module) -> dict[int, types.FunctionType]:
     """Return the functions of the classes of a module that a call may run: those whose names lead on from a forward."""
     known: dict[str, list[types.FunctionType]] = {}
     for part in module.modules():
@@ -58,7 +58,7 @@ def _functions(module: nn.Module) -> dict[int, types.FunctionType]:
 
 def sources_of(module: nn.Module) -> frozenset[str]:
     """Return the global sources of random numbers, by name, that the code of a module may draw from."""
-    functions = _functions(module)
+    functions = functions_of(module)
     packages = {package(function) for function in functions.values()}
     found: set[str] = set()
     for _, each in everything([module, *functions.values()], packages):

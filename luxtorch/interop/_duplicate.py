@@ -100,6 +100,7 @@ class Duplicate:
         self._alive: list[Any] = []  # so that no id is used twice
         self._containers: list[Any] = []
         self._objects: list[Any] = []
+        self._hooks: list[dict[Any, Any]] = []
         self._path: list[str] = []
         self.module: nn.Module = self._copy(module)
 
@@ -112,6 +113,7 @@ class Duplicate:
             besides: The ids of dicts that need not be looked after.
         """
         self._look(besides)
+        self._hooks_before = [each.copy() for each in self._hooks]
         self._counts = [*map(sys.getrefcount, self._objects)]
 
     def _look(self, besides: Collection[int]) -> None:
@@ -122,7 +124,7 @@ class Duplicate:
         containers = [each for each in containers if id(each) not in modules]
         self._dicts = [(each, [*each], [*each.values()]) for each in containers if isinstance(each, dict) and each]
         others = [each for each in containers if not isinstance(each, dict | set) or isinstance(each, set) and each]
-        self._others = [(each, before) for each in others if (before := _content(each)) is not None]
+        self._others = [(each, before) for each in others if (before := content_of(each)) is not None]
 
     def restore(self) -> None:
         """Put back what a call has changed."""
@@ -138,14 +140,23 @@ class Duplicate:
                 each.clear()
                 each.update(zip(names, values, strict=True))
         for each, before in self._others:
-            _put_back(each, before)
+            put_back(each, before)
         for cache in self.caches:
             cache.cache_clear()
 
     @property
     def free(self) -> bool:
         """Whether nobody holds parts of the copy: no checkpoint, no function that a call has returned."""
-        return all(map(operator.eq, map(sys.getrefcount, self._objects), self._counts))
+        if self._uncounted() and any(map(len, self._hooks)):
+            for each, before in zip(self._hooks, self._hooks_before, strict=True):  # a late hook may be what holds it
+                if each.keys() != before.keys():
+                    each.clear()
+                    each.update(before)
+        return not self._uncounted()
+
+    def _uncounted(self) -> bool:
+        """Say whether parts of the copy are held from elsewhere."""
+        return not all(map(operator.eq, map(sys.getrefcount, self._objects), self._counts))
 
     def filled(self, content: Any, value_of: Callable[[Tensor], Any]) -> Any:
         """Return what is to stand in the place of the content of an alias."""
@@ -233,6 +244,8 @@ class Duplicate:
         for name, value in vars(x).items():
             if name in _OF_A_MODULE and isinstance(value, dict):  # what nobody outside of the module holds
                 own[name] = self._made(value, type(value)(), tracked=False)
+                if "_hooks" in name:
+                    self._hooks.append(own[name])
         vars(y).update({name: own.get(name) for name in vars(x) if name not in left_out})
         for name in own:
             with self._at("" if name in ("_modules", "_parameters", "_buffers") else f".{name}"):
@@ -451,8 +464,10 @@ def kind_of(x: Any) -> str:
     return str(getattr(type(x), "__module__", ""))
 
 
-def _content(container: Any) -> Any:
+def content_of(container: Any) -> Any:
     """Return what is in a container, or None of a kind that is not looked after."""
+    if isinstance(container, dict):
+        return (*container, *container.values())
     if isinstance(container, types.CellType):
         try:
             return (container.cell_contents,)
@@ -465,13 +480,13 @@ def _content(container: Any) -> Any:
     return container.copy() if kind_of(container) == "numpy" else None
 
 
-def _put_back(container: Any, before: Any) -> None:
+def put_back(container: Any, before: Any) -> None:
     """Put back what was in a container, if something else is now."""
     if kind_of(container) == "numpy":
         if container.tobytes() != before.tobytes():
             container[...] = before
         return
-    now = _content(container)
+    now = content_of(container)
     if len(now) == len(before) and _same(now, before):
         return
     if isinstance(container, types.CellType):
@@ -479,6 +494,10 @@ def _put_back(container: Any, before: Any) -> None:
             container.cell_contents = before[0]
         else:
             del container.cell_contents
+    elif isinstance(container, dict):
+        container.clear()
+        half = len(before) // 2
+        container.update(zip(before[:half], before[half:], strict=True))
     elif isinstance(container, _Slots):
         for name, value in zip(container.names, before, strict=True):
             setattr(container.owner, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +127,15 @@ def _is_chain(module: nn.Module) -> bool:
         return False
     if module._parameters or module._buffers:
         return False
-    seen: set[int] = set()
-    for child in module._modules.values():
-        reached = {id(each) for _, each in everything(child) if isinstance(each, Tensor | nn.Module)}
-        if not seen.isdisjoint(reached):
-            return False
-        seen |= reached
+    parts: list[Any] = [*module._modules.values()]
+    leads: list[dict[int, Any]] = [
+        {id(each): each for _, each in everything(part) if isinstance(each, Tensor | nn.Module)} for part in parts
+    ]
+    for one, other in permutations(range(len(parts)), 2):
+        inside = {id(each) for each in parts[one].modules()}  # a module without tensors may stand in both
+        for each in leads[one].keys() & leads[other].keys():
+            if isinstance(leads[one][each], Tensor) or each not in inside:
+                return False
     return True
 
 

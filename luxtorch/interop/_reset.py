@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -91,8 +90,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def untouched(module: Part, trial: Body) -> dict[Place, Tensor]:
-    """Return copies of a module's tensors that its `reset_parameters` leave alone.
+def untouched(module: Part, trial: Body) -> tuple[dict[Place, Tensor], bool]:
+    """Return copies of a module's tensors that its `reset_parameters` leave alone, and whether all of these do.
 
     Args:
         module: The module.
@@ -109,8 +108,11 @@ def untouched(module: Part, trial: Body) -> dict[Place, Tensor]:
     for part in trial.root:  # states are lent as copies
         for name in part.states:
             lent[part.path, name] = (value := part.value(name)), value._version
-    with suppress(Exception):  # code that looks at values cannot do so here: what it makes is kept, then made anew
+    certain = True
+    try:
         _run(trial.root, key(0, device="meta"))
+    except Exception:  # code that looks at values cannot do so here: what it makes is kept, then made anew
+        certain = False
     kept = {
         (source.path, name): source.like(name).detach().clone()
         for source, part in zip(module, trial.root, strict=True)
@@ -118,7 +120,7 @@ def untouched(module: Part, trial: Body) -> dict[Place, Tensor]:
         if part.value(name) is lent[part.path, name][0] and part.value(name)._version == lent[part.path, name][1]
     }
     trial.clear()
-    return kept
+    return kept, certain
 
 
 def _run(root: Part, key: Tensor) -> None:

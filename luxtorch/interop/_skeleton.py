@@ -25,6 +25,7 @@ from ._pure_mode import PureMode
 from ._pure_modules import make_pure, make_traceable
 from ._reach import asks_for_parameters, left_by_calls
 from ._reset import Place, untouched
+from ._shared import NOTHING, Shared
 
 RNG = "rng"
 """The name under which the state of a module with random or unknown code keeps its key."""
@@ -56,6 +57,7 @@ class Body:
     Args:
         duplicate: The copy, with placeholders.
         draws: The global sources of random numbers that its code may draw from.
+        shared: What its code may change besides the module.
         traced: Whether it is for a compiler.
 
     Attributes:
@@ -63,12 +65,19 @@ class Body:
         root: Its parts.
     """
 
-    def __init__(self, duplicate: Duplicate, draws: frozenset[str] = frozenset(), *, traced: bool = False) -> None:
+    def __init__(
+        self,
+        duplicate: Duplicate,
+        draws: frozenset[str] = frozenset(),
+        shared: Shared = NOTHING,
+        *,
+        traced: bool = False,
+    ) -> None:
         self.module = duplicate.module
         self.root = Part(duplicate.module, (), {})
         self._parts = [*self.root]
         self._duplicate = duplicate
-        self._draws = draws
+        self._draws, self._shared = draws, shared
         self._sources: dict[int, tuple[Part, str]] = {}
         first = set()
         for part in self.root:
@@ -126,7 +135,7 @@ class Body:
             )
         own = self._duplicate.generators
         watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
-        with watched, called(self, keys), PureMode(keys, self):
+        with self._shared.put_back(), watched, called(self, keys), PureMode(keys, self):
             yield
 
     def take(self, st: States) -> dict[str, Any]:
@@ -185,12 +194,14 @@ class Skeleton:
         module: The module, which stays as it is.
         kept: What to take for `kept`; by default, what the module holds.
         identity: What to take for `identity`; by default, made from the module.
+        drawn: What to take for `drawn`; likewise.
 
     Attributes:
         root: The parts of a copy that nobody calls, for a look.
         random: Whether the module may ask for random numbers.
         writes: Whether it may write into its input: in torch's own modules an option says so, of others nobody knows.
         draws: The sources of random numbers, besides torch's functions, that its code may draw from.
+        shared: What its code may change besides the module: caches and counters of classes and globals.
         kept: The tensors that no `reset_parameters` makes anew, by place.
         drawn: Those of these that seem to be drawn at random: parameters whose elements differ.
         names: How its `state_dict` differs from the trees.
@@ -198,10 +209,14 @@ class Skeleton:
     """
 
     def __init__(
-        self, module: nn.Module, kept: dict[Place, Tensor] | None = None, identity: Identity | None = None
+        self,
+        module: nn.Module,
+        kept: dict[Place, Tensor] | None = None,
+        identity: Identity | None = None,
+        drawn: frozenset[Place] | None = None,
     ) -> None:
         check_code(module)
-        self.draws = sources_of(module)
+        self.draws, self.shared = sources_of(module), Shared(module)
         placeholders = {
             id(value): value if isinstance(value, Placeholder) else Placeholder(value)
             for each in module.modules()
@@ -214,10 +229,11 @@ class Skeleton:
         self.root = Body(first).root
         self.random = any(part.modal for part in self.root)
         self.writes = any(part.written for part in self.root)
-        self.kept = untouched(Part(module, (), {}), self._copy()) if kept is None else kept
+        self.kept, certain = untouched(Part(module, (), {}), self._copy()) if kept is None else (kept, True)
         self.names = names_of(self.root.module)
         parameters = {(part.path, name) for part in self.root for name in part.parameters}
-        self.drawn = frozenset(place for place, value in self.kept.items() if place in parameters and _varies(value))
+        varying = frozenset(place for place, value in self.kept.items() if place in parameters and _varies(value))
+        self.drawn = (varying if certain else frozenset()) if drawn is None else drawn
         self.identity = (
             identity_of(self.root.module, [(part.path, part.names) for part in self.root])
             if identity is None
@@ -279,7 +295,7 @@ class Skeleton:
         # Its copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
         stood = [value for part in self.root for value in part.stood.values()]
         shared = {id(value): value.tensor if traced else value for value in stood}
-        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws, traced=traced)
+        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws, self.shared, traced=traced)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Skeleton) or self.identity != other.identity:
@@ -296,7 +312,7 @@ class Skeleton:
         return self  # it does not change
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Skeleton, (self.root.module, self.kept, self.identity)
+        return Skeleton, (self.root.module, self.kept, self.identity, self.drawn)
 
     def __repr__(self) -> str:
         return type(self.root.module).__name__

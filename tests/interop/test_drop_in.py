@@ -349,7 +349,60 @@ class Memo(Cell):
         return x * self.twice() + self.thrice
 
 
+GLOBAL_CACHE = {}
+COUNT = 0
+
+
+def global_cache(self, x):
+    if "w" not in GLOBAL_CACHE:
+        GLOBAL_CACHE["w"] = self.weight * 2
+    return x * GLOBAL_CACHE["w"]
+
+
+def global_count(self, x):
+    global COUNT
+    COUNT += 1
+    return x * self.weight * COUNT
+
+
+class ClassCache(Cell):
+    cache_of_all = {}
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        if "w" not in self.cache_of_all:
+            ClassCache.cache_of_all["w"] = self.weight * 2
+        return x * self.cache_of_all["w"] * self.calls
+
+
+@functools.lru_cache(None)
+def table(size):
+    return torch.arange(size) * 2.0
+
+
+def global_memo(self, x):
+    return (x + table(x.shape[-1])) * self.weight
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Let no test see what a module, called as it is, has left in the caches of this file."""
+    clear_caches()
+
+
+def clear_caches():
+    global COUNT
+    COUNT, ClassCache.calls = 0, 0
+    for cache in (GLOBAL_CACHE, ClassCache.cache_of_all):
+        cache.clear()
+
+
 KEEPING = {
+    "global": kept_in(nothing, global_cache),
+    "global count": kept_in(nothing, global_count),
+    "class": ClassCache,
+    "global memo": kept_in(nothing, global_memo),
     "dict": kept_in(attribute("kept", dict), dict_cache),
     "ordered dict": kept_in(attribute("kept", collections.OrderedDict), dict_cache),
     "list": kept_in(attribute("kept", list), list_cache),
@@ -379,11 +432,15 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(rng, name):
     torch.testing.assert_close(again[0], one[0])
     torch.testing.assert_close(two[0], first[0])
     torch.testing.assert_close(one[0], KEEPING[name]()(x))
+    clear_caches()
     assert one[1].keys() == two[1].keys()
     layer, ps, st = from_torch(KEEPING[name]())
+    jitted = lt.jit(lambda ps: layer(x, ps, st)[0], backend="replay")(tree_map(lambda leaf: 3 * leaf, ps))
+    torch.testing.assert_close(jitted, first[0])
     assert lt.check_purity(layer, x, ps, st)
     for _ in range(2):
         slope = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), ps)
+    clear_caches()
     module = KEEPING[name]()
     module(x).sum().backward()
     torch.testing.assert_close(slope["weight"], module.weight.grad)

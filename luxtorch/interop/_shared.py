@@ -1,0 +1,88 @@
+"""What the code of a module may change besides the module: caches and counters of its classes, and globals."""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from luxtorch._transforms import functional, watched
+
+from ._code import functions_of
+from ._duplicate import content_of, put_back
+from ._reach import LRU, everything, of_torch, package
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_ABSENT: Any = object()
+
+
+class Shared:
+    """Find what calls of a module share with all others, and put back what one has changed.
+
+    Args:
+        module: The module; None for nothing.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._containers: list[Any] = []
+        self._variables: list[tuple[Any, str]] = []
+        self._caches: list[Any] = []
+        functions = [] if module is None else [*functions_of(module).values()]
+        classes = {kind for part in module.modules() for kind in type(part).__mro__} if module is not None else set()
+        classes = {kind for kind in classes if not of_torch(kind) and kind is not object}
+        used = set().union(*(function.__code__.co_names for function in functions))
+        attributes = [value for kind in classes for name, value in vars(kind).items() if name in used]
+        for _, each in everything([attributes, functions], {package(function) for function in functions}):
+            if isinstance(each, types.FunctionType):
+                self._variables += ((each.__globals__, name) for name in _written(each.__code__, "STORE_GLOBAL"))
+            elif type(each) in _CONTAINERS and each is not attributes and each is not functions:
+                self._containers.append(each)
+            elif type(each) is LRU:
+                self._caches.append(each)
+        names = set().union(*(_written(function.__code__, "STORE_ATTR") for function in functions))
+        self._attributes = [(kind, name) for kind in classes for name in names]
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Put back what is changed inside; a cache keeps what plain code has computed."""
+        if not (self._containers or self._variables or self._caches or self._attributes):
+            yield
+            return
+        contents = [(each, content_of(each)) for each in self._containers]
+        variables = [(scope, name, scope.get(name, _ABSENT)) for scope, name in self._variables]
+        attributes = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in self._attributes]
+        computed = [cache.cache_info().misses for cache in self._caches]
+        try:
+            yield
+        finally:
+            for each, before in contents:
+                put_back(each, before)
+            for scope, name, value in variables:
+                if value is _ABSENT:
+                    scope.pop(name, None)
+                else:
+                    scope[name] = value
+            for kind, name, value in attributes:
+                if vars(kind).get(name, _ABSENT) is value:
+                    continue
+                if value is _ABSENT:
+                    delattr(kind, name)
+                else:
+                    setattr(kind, name, value)
+            for cache, misses in zip(self._caches, computed, strict=True):
+                if cache.cache_info().misses != misses and (functional() or watched()):
+                    cache.cache_clear()
+
+
+NOTHING = Shared(None)
+
+
+def _written(code: types.CodeType, operation: str) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    own = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
+    return own.union(*(_written(each, operation) for each in inner))
