@@ -187,8 +187,10 @@ class Part:
                 value = ps[name]
                 if value.shape != shape:
                     raise self._wrong_shape("parameter", name, value)
-                own[name] = value = as_parameter(value) if self.as_parameters else value
+                own[name] = value
                 self._lent.append(value)
+                if self.as_parameters:
+                    value._is_param = True  # for the time of the call, it is an nn.Parameter to whoever asks
         for name, like in self.states.items():
             value = st[name]
             if value.shape != like.shape:
@@ -228,6 +230,9 @@ class Part:
         """Take the tensors away again, and set the mode back."""
         if self.modal:
             self._set_mode(self.training)
+        if self.as_parameters:
+            for value in self._lent:
+                vars(value).pop("_is_param", None)
         self._lent = []
         apart = self._of_parameters and not self.traced
         if apart:
@@ -285,13 +290,6 @@ def writes_parameter(name: str) -> InputError:
         fix="Where a first call sets it from data, call the module once before from_torch. Put a constraint on the "
         "parameters after each step of the optimizer, or parametrize the weight.",
     )
-
-
-def as_parameter(value: Tensor) -> Tensor:
-    """Return a tensor that is an `nn.Parameter` to whoever asks, and leaves the one that it is made of as it is."""
-    alias: Any = value.view_as(value)
-    alias._is_param = True
-    return alias  # type: ignore[no-any-return]
 
 
 def hooked(module: nn.Module) -> bool:
