@@ -64,7 +64,7 @@ class ModuleLayer(Layer):
             body.lend(ps, own)
             if not skeleton.random:
                 return body.function(self.method)(*args, **kwargs), {**body.root.take(own), **ours}
-            keys = Keys(st[RNG])
+            keys = Keys(st[RNG], (args, kwargs, ps))
             if torch.compiler.is_compiling():
                 with PureMode(keys):
                     y = body.function(self.method)(*args, **kwargs)

@@ -72,14 +72,19 @@ def _all_of(dtype: torch.dtype) -> int:
 
 
 def _fillable(function: Any) -> Callable[..., Tensor]:
-    """Return a function that makes a tensor such that draws can be written into it."""
+    """Return a function that makes a tensor such that draws can be written into it, and results if it has no values.
+
+    Others, such as a mask of ones, may be asked for their values, which a batch has not.
+    """
+    empty = "ones" not in function.__name__
 
     def made(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
         tensor: Tensor = function(*args, **kwargs)
         if not functional() or tensor.dtype == torch.uint64:  # keys, which torch cannot add
             return tensor
-        # Under vmap over keys, what is drawn is a batch: it has no room in a tensor that is none.
-        return torch.where(keys.rng.new_ones((), dtype=torch.bool, device=tensor.device), tensor, tensor)
+        # Under vmap, what is drawn or computed is a batch: it has no room in a tensor that is none.
+        true = keys.batch if empty and tensor.is_floating_point() else keys.rng.new_ones((), dtype=torch.bool)
+        return torch.where(true.to(tensor.device), tensor, tensor)
 
     return made
 
