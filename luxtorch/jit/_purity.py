@@ -35,8 +35,8 @@ _aten = torch.ops.aten
 # Operators that return a value of a tensor to Python.
 _READS = frozenset((_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default))
 
-# Operators that make positions, of which code asks whether they are those of one sequence.
-_COUNTS = frozenset((_aten.arange.default, _aten.arange.start, _aten.arange.start_step))
+# Operators that make positions and masks, of which code asks whether they are those of one sequence, and whole.
+_MADE = frozenset((_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.ones.default))
 
 # Derivatives of means whose forms for tensors without numbers divide by the number of elements, even by zero.
 _DIVIDES = frozenset(
@@ -389,10 +389,10 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether an operator works on what is closed over alone, or counts: its result is a constant then."""
+    """Tell whether an operator works on what is closed over alone, or on nothing: its result is a constant then."""
     values = [*args, *kwargs.values()]
     tensors = tensors_in(values)
-    return (bool(tensors) or func in _COUNTS) and not any(map(_is_traced, tensors)) and not any_symbol(values)
+    return (bool(tensors) or func in _MADE) and not any(map(_is_traced, tensors)) and not any_symbol(values)
 
 
 def _is_traced(tensor: Tensor) -> bool:
