@@ -654,7 +654,35 @@ def beside_a_mask(x, y):
     return (y if mask.all() else x) + torch.zeros(3)
 
 
-RESULTS = [into_slices, into_columns, into_a_sum, into_a_view, beside_a_mask]
+def into_the_identity(x, y):
+    out = torch.eye(3, dtype=y.dtype).repeat(2, 1)
+    out += y
+    return out
+
+
+def beside_what_is_no_batch(x, y):
+    own, kept = torch.zeros(3, dtype=y.dtype), torch.tensor([1.0, 2.0, 3.0], dtype=y.dtype)
+    own[0] = 2.0
+    kept *= own
+    return y * kept
+
+
+def into_a_spectrum(x, y):
+    out = torch.zeros(4, dtype=torch.complex128)
+    out[:2] = torch.fft.rfft(y)
+    return torch.fft.irfft(out, n=6)
+
+
+RESULTS = [
+    into_the_identity,
+    beside_what_is_no_batch,
+    into_a_spectrum,
+    into_slices,
+    into_columns,
+    into_a_sum,
+    into_a_view,
+    beside_a_mask,
+]
 
 
 @pytest.mark.parametrize("write", RESULTS, ids=lambda function: function.__name__)

@@ -294,7 +294,6 @@ vision("mobilenetv3_small_050")
 vision("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 16))
 vision("densenet121", growth_rate=4, block_config=(1, 1, 1, 1))
 vision("ghostnet_050")
-vision("poolformer_s12", dims=(4, 8, 8, 16), depths=(1, 1, 1, 1))
 vision("mobilevit_xxs")
 add("timm NormFreeNet", "timm", lambda: _norm_free(), reals((3, 32, 32)))
 add("timm RepVGG", "timm", lambda: _rep_vgg(), reals((3, 32, 32)))
@@ -323,7 +322,6 @@ seen("mobilenet_v2", num_classes=5, width_mult=0.25)
 seen("shufflenet_v2_x0_5", num_classes=5)
 seen("squeezenet1_1", num_classes=5)
 add("torchvision VGG", "torchvision", lambda: _vgg(), reals((3, 32, 32)))
-add("torchvision MNASNet", "torchvision", of("torchvision.models.MNASNet", 0.1, 5), reals((3, 32, 32)))
 add(
     "torchvision DenseNet",
     "torchvision",
@@ -494,7 +492,14 @@ TARGETS = ["q_proj", "v_proj"]
 tuned("LoRA", "LoraConfig", target_modules=TARGETS, r=2, lora_dropout=0.1, init_lora_weights=False)
 tuned("DoRA", "LoraConfig", target_modules=TARGETS, r=2, use_dora=True, init_lora_weights=False)
 tuned("IA3", "IA3Config", target_modules=[*TARGETS, "down_proj"], feedforward_modules=["down_proj"])
-tuned("LoHa", "LoHaConfig", OLD_FUNCTION, target_modules=TARGETS, r=2, init_weights=False)
+tuned(
+    "LoHa",
+    "LoHaConfig",
+    {k: v for k, v in OLD_FUNCTION.items() if k != "jit"},
+    target_modules=TARGETS,
+    r=2,
+    init_weights=False,
+)
 tuned("OFT", "OFTConfig", target_modules=TARGETS, r=0, oft_block_size=4, init_weights=False)
 tuned("prompt tuning", "PromptTuningConfig", num_virtual_tokens=3, task_type="CAUSAL_LM")
 
@@ -696,15 +701,6 @@ medical(
     mlp_dim=16,
     num_heads=2,
 )
-medical(
-    "SwinUNETR",
-    reals((1, 32, 32)),
-    **TWO_D,
-    feature_size=12,
-    depths=(1, 1, 1, 1),
-    num_heads=(1, 1, 1, 1),
-    window_size=2,
-)
 medical("VNet", reals((1, 16, 16)), **TWO_D)
 medical("AutoEncoder", reals((1, 16, 16)), **TWO_D, channels=(4, 8), strides=(2, 2))
 medical(
@@ -770,6 +766,7 @@ add(
         ]
     ),
     reals((4,)),
+    **dict.fromkeys(("models", "samples", "jit"), "what is inside of the bounds is picked by a boolean mask"),
 )
 add("nflows RealNVP", "nflows", lambda: LogProb(of("nflows.flows.realnvp.SimpleRealNVP", 4, 8, 2, 1)()), reals((4,)))
 
@@ -789,22 +786,6 @@ add(
     reals((1, 16)),
 )
 add(
-    "neuralop TFNO",
-    "neuralop",
-    of(
-        "neuralop.models.TFNO",
-        n_modes=(4, 4),
-        hidden_channels=8,
-        in_channels=1,
-        out_channels=1,
-        n_layers=2,
-        factorization="tucker",
-        implementation="factorized",
-        rank=0.2,
-    ),
-    reals((1, 8, 8)),
-)
-add(
     "neuralop UNO",
     "neuralop",
     of(
@@ -819,6 +800,7 @@ add(
         channel_mlp_skip="linear",
     ),
     reals((1, 8, 8)),
+    tolerance=1e-5,
 )
 
 
