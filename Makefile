@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest fuzz doctest docs visit pictures lint types format wheel bench ci clean
+.PHONY: help venv demo test test-slow test-oldest test-interop fuzz doctest docs visit pictures lint types format wheel bench ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -27,6 +27,9 @@ test-slow: .venv/.stamp ## run the slow tests; with SHARE=1/4 the first quarter 
 
 test-oldest: .venv-oldest/.stamp ## run the fast tests on the oldest torch
 	.venv-oldest/bin/pytest tests $(WITHOUT_SLOW)
+
+test-interop: .venv-interop/.stamp ## check architectures of other libraries, such as transformers and timm, as layers
+	.venv-interop/bin/pytest tests/interop/test_zoo.py tests/interop/test_libraries.py -n $(WORKERS)
 
 fuzz: .venv/.stamp ## check the laws on FUZZ_MODELS random models, 10000 if not set
 	FUZZ_MODELS=$${FUZZ_MODELS:-10000} .venv/bin/pytest tests/fuzz -n $(WORKERS)
@@ -80,7 +83,7 @@ ci: ## run all that CI runs
 	.ci/run
 
 clean: ## remove the environments and all that the tools left
-	rm -rf .venv .venv-oldest .venv-wheel .venv-jax build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-oldest .venv-wheel .venv-jax build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -rf docs/tutorials
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -96,6 +99,12 @@ clean: ## remove the environments and all that the tools left
 .venv-oldest/.stamp: pyproject.toml .venv-oldest/constraints.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-interop/.stamp: pyproject.toml constraints.txt constraints-interop.txt
+	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python $(PIP_INSTALL) -c constraints.txt --editable '.[test]'
+	.venv-interop/bin/python $(PIP_INSTALL) --no-deps -r constraints-interop.txt
 	touch $@
 
 .venv-jax/.stamp: benchmarks/constraints-jax.txt

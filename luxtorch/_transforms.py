@@ -54,6 +54,16 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def vmap_levels(tensor: Tensor) -> tuple[int, ...]:
+    """Return the levels of the vmaps to which a tensor is a batch."""
+    levels = []
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            levels.append(torch._C._functorch.maybe_get_level(tensor))
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tuple(levels)
+
+
 def reverse_alone() -> bool:
     """Tell whether nothing is at work but an autograd tape and at most one reverse-mode transform of torch.func."""
     kinds = [kind for kind in _kinds() if kind != _Kind.Functionalize]

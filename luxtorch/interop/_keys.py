@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from luxtorch._transforms import vmap_levels
+from luxtorch.core import tree_leaves
 from luxtorch.random import fold_in, split
 
 
@@ -12,13 +18,15 @@ class Keys:
 
     Args:
         rng: What all of them are made from.
+        given: All that the call is given.
 
     Attributes:
         rng: From what to make those of the next call.
     """
 
-    def __init__(self, rng: Tensor) -> None:
+    def __init__(self, rng: Tensor, given: Any = ()) -> None:
         self.rng = rng
+        self._given = given
         self._key: Tensor | None = None
         self._made = 0
 
@@ -28,6 +36,17 @@ class Keys:
             self._key, self.rng = split(self.rng)
         self._made += 1
         return fold_in(self._key, self._made)
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """A true value that is a batch to every vmap to which something that the call is given is one."""
+        true = self.rng.new_ones((), dtype=torch.bool)
+        if not torch.compiler.is_compiling():
+            one_each = {vmap_levels(leaf): leaf for leaf in tree_leaves(self._given) if isinstance(leaf, Tensor)}
+            for levels, leaf in one_each.items():
+                if levels:
+                    true = true & leaf.new_ones((), dtype=torch.bool, device=true.device)
+        return true
 
     def copy(self) -> Keys:
         """Return what makes the same keys from here on."""

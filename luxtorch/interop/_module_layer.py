@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._transforms import functional
 from luxtorch.core import Layer, Parameters, States, tree_map
 
 from ._inputs import Inputs, arguments
@@ -20,6 +21,9 @@ from ._part import Part
 from ._pure_mode import PureMode
 from ._reset import reset
 from ._skeleton import RNG, Skeleton
+
+_NO_ROOM = ("(self, *extra_args) is not possible because", "doesn't match the broadcast shape")
+"""What torch says where vmap computes a batch that is to be written into one new tensor."""
 
 
 class ModuleLayer(Layer):
@@ -55,6 +59,18 @@ class ModuleLayer(Layer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return what the module returns, and the states as it leaves them."""
+        try:
+            return self._called(x, ps, st)
+        except RuntimeError as error:
+            if torch.compiler.is_compiling() or not functional() or not any(text in str(error) for text in _NO_ROOM):
+                raise
+            try:
+                return self._called(x, ps, st, room=True)
+            except Exception:
+                raise error from None
+
+    def _called(self, x: Any, ps: Parameters, st: States, *, room: bool = False) -> tuple[Any, States]:
+        """Call the module; with `room`, new tensors are batches of all that is one."""
         skeleton = self.skeleton
         args, kwargs = arguments(_copied(x) if skeleton.writes else x)
         body, keys = skeleton.borrow(), None
@@ -64,7 +80,7 @@ class ModuleLayer(Layer):
             body.lend(ps, own)
             if not skeleton.random:
                 return body.function(self.method)(*args, **kwargs), {**body.take(own), **ours}
-            keys = Keys(st[RNG])
+            keys = Keys(st[RNG], (args, kwargs, ps) if room else ())
             if torch.compiler.is_compiling():
                 with PureMode(keys):
                     y = body.function(self.method)(*args, **kwargs)

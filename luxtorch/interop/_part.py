@@ -69,6 +69,8 @@ class Placeholder:
 class Part:
     """Hand tensors to one of the modules that a module is made of, and to those below it.
 
+    A tensor stands at the first of its names in the `state_dict`; as an attribute, only if it has none there.
+
     Attributes:
         module: The module.
         path: The names that lead to it.
@@ -87,7 +89,11 @@ class Part:
         as_parameters: Whether code asks of what is lent whether it is an `nn.Parameter`.
     """
 
-    def __init__(self, module: nn.Module, path: tuple[str, ...], seen: dict[int, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, path: tuple[str, ...], seen: dict[int, Any], registered: frozenset[int] | None = None
+    ) -> None:
+        if registered is None:
+            registered = frozenset(id(value) for part in module.modules() for value in _registered(part))
         self.module = module
         self.path = path
         self.parameters: dict[str, Tensor] = {}
@@ -104,6 +110,8 @@ class Part:
         self.stores: dict[str, dict[str, Any]] = {}
         self.stood: dict[str, Any] = {}
         for name, store, value in tensors_of(module):
+            if store is module.__dict__ and id(value) in registered:
+                continue  # a second name of what has a name in the state_dict
             if id(value) in seen:
                 self.tied[name] = seen[id(value)]
                 continue
@@ -122,7 +130,7 @@ class Part:
         for name, child in module._modules.items():
             if child is not None and id(child) not in seen:
                 seen[id(child)] = None
-                self.children[name] = Part(child, (*path, name), seen)
+                self.children[name] = Part(child, (*path, name), seen, registered)
         self.stateful: bool = bool(self.states) or any(child.stateful for child in self.children.values())
         self._shapes = {name: like.shape for name, like in self.parameters.items()}
         self._lent: list[Any] = []
@@ -307,6 +315,10 @@ def _has_code(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks) or any(
         package(hook) != "luxtorch" for hook in hooks
     )
+
+
+def _registered(module: nn.Module) -> Iterator[Any]:
+    return (value for store in (module._parameters, module._buffers) for value in store.values() if value is not None)
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], Any]]:

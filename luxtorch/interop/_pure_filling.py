@@ -72,14 +72,20 @@ def _all_of(dtype: torch.dtype) -> int:
 
 
 def _fillable(function: Any) -> Callable[..., Tensor]:
-    """Return a function that makes a tensor such that draws can be written into it."""
+    """Return a function that makes a tensor such that draws can be written into it, and results where need be.
+
+    Not into ones, which may be a mask: it may be asked for its values, which a batch has not.
+    """
+    ones = "ones" in function.__name__
 
     def made(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
         tensor: Tensor = function(*args, **kwargs)
         if not functional() or tensor.dtype == torch.uint64:  # keys, which torch cannot add
             return tensor
-        # Under vmap over keys, what is drawn is a batch: it has no room in a tensor that is none.
-        return torch.where(keys.rng.new_ones((), dtype=torch.bool, device=tensor.device), tensor, tensor)
+        # Under vmap, what is drawn or computed is a batch: it has no room in a tensor that is none.
+        real = tensor.is_floating_point() or tensor.is_complex()
+        true = keys.batch if real and not ones else keys.rng.new_ones((), dtype=torch.bool)
+        return torch.where(true.to(tensor.device), tensor, tensor)
 
     return made
 
@@ -129,6 +135,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
         for function in (getattr(torch, kind), getattr(torch, f"{kind}_like"), getattr(Tensor, f"new_{kind}"))
     },
     Tensor.new: _fillable(Tensor.new),
+    torch.eye: _fillable(torch.eye),
     Tensor.scatter_: _scatter_,
     Tensor.scatter: _scatter,
     torch.scatter: _scatter,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone
 from luxtorch.layers._batchnorm import batch_normalised, moments
+from luxtorch.layers._instancenorm import instance_statistics
 from luxtorch.layers._normalise import euclidean_norm, group_normalised, layer_normalised, normalised
 
 from ._keys import Keys
@@ -39,7 +40,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not (training and functional()) or input.numel() <= input.shape[1]:
+    if not training and running_mean is not None and running_var is not None:
+        return normalised(input, running_mean, running_var, weight, bias, eps)
+    # For one sample the kernel's derivative is wrong where the gradient comes transposed.
+    if not (functional() or input.shape[0] == 1) or input.numel() <= input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None or running_var is None:
         return normalised(input, *moments(input), weight, bias, eps)
@@ -60,16 +64,18 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if running_mean is not None or not use_input_stats:
-        return F.instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum=momentum, eps=eps
-        )
+    if running_mean is not None and running_var is not None:
+        if not use_input_stats:
+            return normalised(input, running_mean, running_var, weight, bias, eps)
+        mean, var = instance_statistics(input, running_mean, running_var, momentum)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
     return instance_normalised(input, weight, bias, eps)
 
 
 def instance_normalised(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise each channel of each sample, which torch does by the kernel of a batch normalisation."""
-    if not functional() or input.shape[2:].numel() < 2 or input.numel() == 0:
+    """Normalise each channel of each sample, which torch does as one sample by the kernel of a batch normalisation."""
+    if input.shape[2:].numel() < 2 or input.numel() == 0:
         return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
     return group_normalised(input, input.shape[1], weight, bias, eps)
 
@@ -115,6 +121,12 @@ def _pairwise_distance(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
     return pairwise_distance(*args, **kwargs)
 
 
+def _cdist(keys: Keys, x1: Tensor, x2: Tensor, p: float = 2.0, *mode: str, **named: str) -> Tensor:
+    if p != 2 or reverse_alone():
+        return torch.cdist(x1, x2, p, *mode, **named)
+    return euclidean_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), [-1])  # the kernel has no derivative in forward mode
+
+
 def _weight_norm(keys: Keys, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # The kernel is wrong at second order: its backward takes the norms for constants.
     if not functional() and not (torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)):
@@ -130,6 +142,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.normalize: _normalize,
     F.pairwise_distance: _pairwise_distance,
+    torch.cdist: _cdist,
     torch.layer_norm: _layer_norm,
     torch.linalg.vector_norm: _vector_norm,
     torch._weight_norm: _weight_norm,

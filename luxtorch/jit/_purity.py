@@ -35,6 +35,9 @@ _aten = torch.ops.aten
 # Operators that return a value of a tensor to Python.
 _READS = frozenset((_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default))
 
+# Operators that make positions and masks, of which code asks whether they are those of one sequence, and whole.
+_MADE = frozenset((_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.ones.default))
+
 # Derivatives of means whose forms for tensors without numbers divide by the number of elements, even by zero.
 _DIVIDES = frozenset(
     (_aten.mse_loss_backward.default, _aten.smooth_l1_loss_backward.default, _aten.huber_loss_backward.default)
@@ -72,7 +75,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self._current(args, kwargs or {})
-        known = _is_known(args, kwargs)
+        known = _is_known(func, args, kwargs)
         self.check(func, args, kwargs)
         for tensor in written(func, args, kwargs):
             if not (known and self.owns(tensor)):
@@ -385,11 +388,11 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     return bool(given.get("dropout_p", given.get("dropout", given.get("p", 1.0))))
 
 
-def _is_known(args: Any, kwargs: Any) -> bool:
-    """Tell whether an operator works on what is closed over alone: its result is a constant then."""
+def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
+    """Tell whether an operator works on what is closed over alone, or on nothing: its result is a constant then."""
     values = [*args, *kwargs.values()]
     tensors = tensors_in(values)
-    return bool(tensors) and not any(map(_is_traced, tensors)) and not any_symbol(values)
+    return (bool(tensors) or func in _MADE) and not any(map(_is_traced, tensors)) and not any_symbol(values)
 
 
 def _is_traced(tensor: Tensor) -> bool:

@@ -115,7 +115,8 @@ def batch_normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise by the batch's own moments; return also the running ones, in which those have the weight `momentum`."""
     mean, var = mean.detach(), var.detach()
-    if isinstance(momentum, float) and not transformed() and not saved_aside():
+    # For one sample the kernel's derivative is wrong where the gradient comes transposed.
+    if isinstance(momentum, float) and x.shape[0] != 1 and not transformed() and not saved_aside():
         # torch's kernel writes the statistics that it is given: it gets copies.
         mean, var = mean.clone(), var.clone()
         # It also wants all four in one dtype, where the input may be of a lower precision.

@@ -530,6 +530,7 @@ SYSTEMS = {
     "det": lambda a, b: torch.det(a),
     "slogdet": lambda a, b: a.slogdet()[1],
     "logdet": lambda a, b: (a @ a.mT).logdet(),
+    "cdist": lambda a, b: torch.cdist(a, b.mT),
 }
 
 

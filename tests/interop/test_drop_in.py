@@ -18,6 +18,8 @@ import luxtorch as lt
 from luxtorch.core import InputError, flatten_names, tree_map
 from luxtorch.interop import from_torch
 
+from .test_left_behind import kept_in, nothing
+
 
 class Base(nn.Module):
     """Multiply by a weight that `self.step` finds in a way of its own, then by a matrix and a buffer."""
@@ -381,3 +383,86 @@ class Traced(nn.Module):
 
     def forward(self, x):
         return self.norm(self.linear(x)) * self.weight
+
+
+def into_slices(x, y):
+    out = torch.empty(2, 3, dtype=y.dtype)
+    out[0], out[1] = y, 2 * y
+    return out
+
+
+def into_columns(x, y):
+    out = torch.empty_like(x)
+    out[..., torch.tensor([2, 0, 1])] = y
+    return out
+
+
+def into_a_sum(x, y):
+    total = x.new_zeros(3)
+    total += y
+    return total.mul_(y)
+
+
+def into_a_view(x, y):
+    out = torch.zeros(2, 3, dtype=y.dtype)
+    out[1].copy_(y)
+    return out
+
+
+def beside_a_mask(x, y):
+    mask = torch.ones(3)
+    return (y if mask.all() else x) + torch.zeros(3)
+
+
+def into_the_identity(x, y):
+    out = torch.eye(3, dtype=y.dtype).repeat(2, 1)
+    out += y
+    return out
+
+
+def beside_what_is_no_batch(x, y):
+    own, kept = torch.zeros(3, dtype=y.dtype), torch.tensor([1.0, 2.0, 3.0], dtype=y.dtype)
+    own[0] = 2.0
+    kept *= own
+    return y * kept
+
+
+def into_a_spectrum(x, y):
+    out = torch.zeros(4, dtype=torch.complex128)
+    out[:2] = torch.fft.rfft(y)
+    return torch.fft.irfft(out, n=6)
+
+
+RESULTS = [
+    into_the_identity,
+    beside_what_is_no_batch,
+    into_a_spectrum,
+    into_slices,
+    into_columns,
+    into_a_sum,
+    into_a_view,
+    beside_a_mask,
+]
+
+
+@pytest.mark.parametrize("write", RESULTS, ids=lambda function: function.__name__)
+def test_results_may_be_written_into_new_tensors_under_every_vmap(rng, write):
+    def call(self, x):
+        return write(x, x * self.weight)
+
+    layer, ps, st = from_torch(kept_in(nothing, call)().double())
+    x = torch.randn(4, 3, generator=rng, dtype=torch.float64)
+    weights = torch.randn(2, 3, generator=rng, dtype=torch.float64)
+
+    def loss(weight, x):
+        return layer(x, {**ps, "weight": weight}, st)[0].sin().sum()
+
+    for function in (loss, grad(loss), lambda w, x: jvp(loss, (w, x), (w, x))[1], grad(loss, 1)):
+        by_weight, by_x = vmap(function, (0, None)), vmap(function, (None, 0))
+        torch.testing.assert_close(by_weight(weights, x[0]), torch.stack([function(w, x[0]) for w in weights]))
+        torch.testing.assert_close(by_x(weights[0], x), torch.stack([function(weights[0], row) for row in x]))
+        both = torch.stack([by_x(w, x) for w in weights])
+        torch.testing.assert_close(vmap(by_x, (0, None))(weights, x), both)
+        torch.testing.assert_close(vmap(by_weight, (None, 0))(weights, x), both.transpose(0, 1))
+    total = grad(lambda weights: vmap(loss, (0, None))(weights, x[0]).sum())(weights)
+    torch.testing.assert_close(total, torch.stack([grad(loss)(w, x[0]) for w in weights]))

@@ -1,4 +1,4 @@
-"""What a call leaves behind, changes or draws: on the module, its classes and globals, in its parameters, of numbers."""
+"""What a call leaves behind, changes or draws: on the module, its classes and globals, its parameters; of numbers."""
 
 from __future__ import annotations
 

@@ -54,6 +54,38 @@ def test_names_go_out_and_come_back(rng, wrap):
     torch.testing.assert_close(flatten_names(again.ps), flatten_names(ps), rtol=0, atol=0)
 
 
+def test_a_buffer_that_is_an_attribute_further_up_keeps_its_own_name(rng):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("degrees", torch.ones(3))
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            self.degrees.add_(1)
+            return x * self.weight * self.degrees
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+            self.degrees = self.inner.degrees
+
+        def forward(self, x):
+            return self.inner(x) + self.degrees
+
+    module, x = Outer(), torch.randn(3, generator=rng)
+    layer, ps, st = from_torch(module)
+    back = lt.to_torch(layer, ps, st)
+    assert list(back.state_dict()) == list(module.state_dict())
+    loaded = lt.load_weights(module.state_dict(), ps, st)
+    assert torch.equal(loaded.st["inner"]["degrees"], torch.ones(3))
+    for _ in range(2):
+        y, st = layer(x, ps, st)
+        torch.testing.assert_close(y, module(x).detach())
+        assert torch.equal(st["inner"]["degrees"], module.inner.degrees)
+
+
 def test_frozen_parameters_stay_where_they_are(rng):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     net[0].requires_grad_(False)

@@ -91,6 +91,20 @@ def test_values_of_constants_are_known(same):
     assert torch.equal(got, torch.ones(3))
 
 
+@pytest.mark.parametrize("transform", [lambda function: function, torch.func.grad], ids=["plain", "grad"])
+def test_positions_and_masks_are_known(transform):
+    def function(x):
+        steps, made = torch.arange(8).diff(), torch.arange(3.0)  # transformers asks so whether a row is one sequence
+        made += x
+        mask = torch.ones(2, 3)  # and so whether there is padding
+        mask[0] *= x
+        return (x * made * mask).sum() if (steps == 1).all() and torch.ones(3).all() else x.sum()
+
+    jitted = jit(transform(function), backend="replay")
+    for x in (torch.ones(3), torch.arange(3.0)):
+        assert torch.equal(jitted(x), transform(function)(x))
+
+
 def _views(x):
     made = torch.zeros_like(BUFFER)
     view, other = made[1:], made.view(3, 1).t()
