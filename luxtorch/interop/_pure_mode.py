@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from luxtorch._linalg import RULES, by_rule
-from luxtorch._transforms import first_order
+from luxtorch._transforms import first_order, functional
 
 from . import (
     _pure_attention,
@@ -42,6 +42,11 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
     return chosen
 
 
+def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    """Ask for a gradient, which transforms need not be asked for, and where torch forbids to ask."""
+    return tensor if requires_grad and functional() else tensor.requires_grad_(requires_grad)
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_attention.REPLACEMENTS,
     **_pure_dropout.REPLACEMENTS,
@@ -55,6 +60,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
     **{function: _in_any_nesting(function) for function in RULES},
+    Tensor.requires_grad_: _requires_grad_,
 }
 """What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
 
