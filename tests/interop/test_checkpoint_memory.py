@@ -50,19 +50,19 @@ class First(nn.LSTM):
 
 
 KEEPING = {
-    "attention": lambda: nn.Sequential(nn.Unflatten(1, (4, 16)), Kernel(), nn.Flatten(1, 2)),
-    "layer norm": lambda: nn.LayerNorm(32),
-    "batch norm": lambda: nn.BatchNorm1d(64),
-    "lstm": lambda: First(32, 32),
-    "rms norm": lambda: nn.RMSNorm(32),
-    "softmax": lambda: nn.Softmax(-1),
+    "attention": lambda time, width: nn.Sequential(nn.Unflatten(1, (4, time // 4)), Kernel(), nn.Flatten(1, 2)),
+    "layer norm": lambda time, width: nn.LayerNorm(width),
+    "batch norm": lambda time, width: nn.BatchNorm1d(time),
+    "lstm": lambda time, width: First(width, width),
+    "rms norm": lambda time, width: nn.RMSNorm(width),
+    "softmax": lambda time, width: nn.Softmax(-1),
 }
 
 
 @pytest.mark.parametrize("kind", KEEPING)
 def test_a_checkpoint_holds_no_more_than_in_torch(kind, rng):
     x = torch.randn(8, 64, 32, generator=rng).requires_grad_()
-    module = Blocks(*(KEEPING[kind]() for _ in range(4)))
+    module = Blocks(*(KEEPING[kind](64, 32) for _ in range(4)))
     layer, ps, st = from_torch(module)
     leaves = tree_map(lambda leaf: leaf.requires_grad_(), ps)
     kept = [module(x), layer(x, leaves, st)]
@@ -70,6 +70,18 @@ def test_a_checkpoint_holds_no_more_than_in_torch(kind, rng):
     ours, _ = benchmark.held(lambda: kept.append(layer(x, leaves, st)))
     copied = x.nbytes + sum(leaf.nbytes for leaf in flatten_names(st).values() if isinstance(leaf, torch.Tensor))
     assert ours < theirs + copied + 4096
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_second_derivatives_inside_of_a_checkpoint(kind, rng):
+    layer, ps, st = from_torch(Blocks(KEEPING[kind](2, 4) if kind != "attention" else Kernel()).double())
+    x = torch.randn(3, 2, 4, generator=rng, dtype=torch.float64).requires_grad_()
+    names, leaves = zip(*flatten_names(ps).items(), strict=True) if flatten_names(ps) else ((), ())
+
+    def of(x, *leaves):
+        return layer(x, lt.unflatten_names(dict(zip(names, leaves, strict=True))) if names else ps, st)[0]
+
+    assert torch.autograd.gradgradcheck(of, (x, *(leaf.requires_grad_() for leaf in leaves)))
 
 
 # The gradients of checkpointed modules.
