@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +45,21 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
 
 
 def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    """Ask for a gradient, which transforms need not be asked for, and where torch forbids to ask."""
-    return tensor if requires_grad and functional() else tensor.requires_grad_(requires_grad)
+    """Leave a tensor as it is: a transform need not be asked for gradients, and torch forbids to ask inside of one.
+
+    Where code of torch itself asks, such as a gradient inside of the module's forward, it relies on the answer.
+    """
+    if not (requires_grad and functional()) or not torch.compiler.is_compiling() and _called_by_torch():
+        return tensor.requires_grad_(requires_grad)
+    return tensor
+
+
+def _called_by_torch() -> bool:
+    """Say whether it is code of torch that calls what the mode has replaced."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith("luxtorch."):
+        frame = frame.f_back
+    return frame is not None and name.startswith("torch.")
 
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
@@ -94,7 +109,7 @@ class PureMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             _show_to_compiler()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.body is not None:
             if func in _WRITES or kwargs and ("out" in kwargs or kwargs.get("inplace")):

@@ -154,6 +154,34 @@ def test_a_frozen_input_may_be_asked_for_a_gradient(how, rng):
     torch.testing.assert_close({name: leaf.sum(0) for name, leaf in flatten_names(each).items()}, wanted)
 
 
+def test_derivatives_inside_of_a_forward_are_right_or_refused(rng):
+    class Inner(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.how, self.weight = how, nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            f = lambda x: x.sin().sum()  # noqa: E731
+            if self.how == "func":
+                return grad(f)(x) * self.weight
+            if self.how == "functional":
+                return torch.autograd.functional.jacobian(f, x) * self.weight
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(f(x), x)[0] * self.weight
+
+    x = torch.randn(3, generator=rng)
+    for how in ("func", "functional", "autograd"):
+        layer, ps, st = from_torch(Inner(how))
+        loss = lambda ps: layer(x, ps, st)[0].sum()  # noqa: B023, E731
+        leaf = ps["weight"].clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(loss({"weight": leaf}), leaf)[0], x.cos())
+        if how == "func":
+            torch.testing.assert_close(grad(loss)(ps)["weight"], x.cos())
+        else:  # zeros would be an answer too
+            with pytest.raises(lt.LuxtorchError):
+                grad(loss)(ps)
+
+
 # Adjoints of differential equations, whose backward pass solves another one.
 
 
