@@ -1,5 +1,5 @@
-"""LoRA on a transformer of transformers
-====================================
+"""LoRA on a transformer
+=====================
 
 A BERT of `transformers`, with `peft`'s LoRA on it, is fine-tuned as a function: `lt.from_torch` makes a layer of any
 `nn.Module`, and what `peft` has frozen comes in frozen. So the parameters `ps` are those of LoRA alone, for the
@@ -208,7 +208,7 @@ else:
     other.plot(epochs, shares, color="tab:orange", label="accuracy, held out")
     other.axhline(chance, color="tab:orange", lw=0.8, ls="--", label="the larger class always")
     other.set(ylabel="accuracy", ylim=(0.4, 1.0))
-    left.legend(handles=[*left.get_lines(), *other.get_lines()], loc="lower right")
+    left.legend(handles=[*left.get_lines(), *other.get_lines()], loc="upper right")
     scores = logits.softmax(1)[:, 1]
     for label, package in enumerate(packages):
         right.hist(scores[y_test == label], 25, range=(0, 1), alpha=0.6, label=f"pieces of {package.__name__}")
