@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib.metadata import version as version_of
+from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -50,11 +51,13 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
-# Tutorials: the examples, run. The one for several processes needs torchrun, so it is shown only.
+# Tutorials: the examples, run. The one for several processes needs torchrun, so it is shown only; and so is that which
+# needs transformers and peft, where these are not installed.
+shown_only = ["ddp_", *([] if find_spec("peft") and find_spec("transformers") else ["finetune_"])]
 sphinx_gallery_conf = {
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["tutorials"],
-    "filename_pattern": r"/(?!ddp_)\w+\.py$",
+    "filename_pattern": rf"/(?!{'|'.join(shown_only)})\w+\.py$",
     "within_subsection_order": "luxtorch_reference.TutorialOrder",
     "reset_modules": ("matplotlib", "luxtorch_reference.name_file"),
     "abort_on_example_error": True,

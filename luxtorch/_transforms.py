@@ -160,6 +160,51 @@ def _hooks(formula: Callable[[Any], Callable[..., Tensor] | None]) -> Callable[.
 _CURRENT_NODE = getattr(torch._C, "_current_autograd_node", None)
 
 
+def kernel_with_formula(
+    kernel: Callable[..., Tensor], formula: Callable[..., Tensor], *inputs: Tensor | None
+) -> Tensor:
+    """Return what a kernel computes, with the derivatives of a formula where those are recorded to be differentiated.
+
+    It is `differentiate_again` for every kernel, and where hooks take away what the tape saves. It costs more, but the
+    tape holds what the kernel itself keeps, and nothing besides: inside of a checkpoint, nothing.
+
+    Args:
+        kernel: What to compute.
+        formula: What has the same values, and right derivatives of any order.
+        inputs: What both take.
+    """
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return kernel(*inputs)
+    cotangents: list[Tensor] = []
+    y: Any = kernel(*_BeforeKernel.apply(formula, cotangents, *inputs))
+    y.register_hook(lambda cotangent: cotangents.append(cotangent) if torch.is_grad_enabled() else None)
+    return y  # type: ignore[no-any-return]
+
+
+class _BeforeKernel(torch.autograd.Function):
+    """Pass the inputs on; backward, pass on what the kernel's derivative gave, or recorded, take the formula's."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Any, cotangents: list[Tensor], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.formula, ctx.cotangents = formula, cotangents
+        ctx.save_for_backward(*inputs)
+        outputs = tuple(None if x is None else x.view_as(x) for x in inputs)
+        constant = (y for y, need in zip(outputs, ctx.needs_input_grad[2:], strict=True) if not need)
+        ctx.mark_non_differentiable(*(y for y in constant if y is not None))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return None, None, *gradients
+        # Of tensors that are the same each needs a gradient of its own.
+        inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        needed = ctx.needs_input_grad[2:]
+        wanted: Any = [x for x, need in zip(inputs, needed, strict=True) if need]
+        slopes = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, ctx.cotangents.pop(), create_graph=True))
+        return None, None, *(next(slopes) if need else None for need in needed)
+
+
 def transform_level() -> int:
     """Return how many transforms of torch.func surround the caller."""
     top = torch._C._functorch.peek_interpreter_stack()

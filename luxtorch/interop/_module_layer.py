@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch._transforms import functional
-from luxtorch.core import Layer, Parameters, States, tree_map
+from luxtorch.core import InputError, Layer, Parameters, States, tree_map
 
 from ._inputs import Inputs, arguments
 from ._keys import Keys
@@ -89,9 +89,14 @@ class ModuleLayer(Layer):
                     y = body.function(self.method)(*args, **kwargs)
             return y, {**body.take(own), **ours, RNG: keys.rng}
         except Exception as error:
-            if not torch.compiler.is_compiling() and not getattr(error, "inside", ()):
-                error.inside = _place(error.__traceback__, body.root)  # type: ignore[attr-defined]
-            raise
+            if torch.compiler.is_compiling():
+                raise
+            explained: Any = _explained(error)
+            if not getattr(error, "inside", ()):
+                explained.inside = _place(error.__traceback__, body.root)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             skeleton.give_back(body, keys)
 
@@ -208,6 +213,18 @@ def _copied(x: Any) -> Any:
         return copies[id(leaf)]
 
     return tree_map(copied, x)
+
+
+def _explained(error: Exception) -> Exception:
+    """Return an error that says what to do, where torch's own does not; else the error itself."""
+    if not isinstance(error, RuntimeError) or "must override the setup_context" not in str(error):
+        return error
+    return InputError(
+        "The module calls an autograd.Function whose forward takes a ctx, as no transform of torch.func can.",
+        expected="a forward(*args) without ctx, and a setup_context(ctx, inputs, output)",
+        fix="Write its forward in these two parts, or differentiate on a tape, as training steps (in lt.jit too) and "
+        "loss.backward() do.",
+    )
 
 
 def _place(traceback: TracebackType | None, root: Part) -> tuple[str, ...]:

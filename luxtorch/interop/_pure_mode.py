@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from luxtorch._linalg import RULES, by_rule
-from luxtorch._transforms import first_order
+from luxtorch._transforms import first_order, functional
 
 from . import (
     _pure_attention,
@@ -44,6 +46,24 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
     return chosen
 
 
+def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    """Leave a tensor as it is: a transform need not be asked for gradients, and torch forbids to ask inside of one.
+
+    Where code of torch itself asks, such as a gradient inside of the module's forward, it relies on the answer.
+    """
+    if not (requires_grad and functional()) or not torch.compiler.is_compiling() and _called_by_torch():
+        return tensor.requires_grad_(requires_grad)
+    return tensor
+
+
+def _called_by_torch() -> bool:
+    """Say whether it is code of torch that calls what the mode has replaced."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith("luxtorch."):
+        frame = frame.f_back
+    return frame is not None and name.startswith("torch.")
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_attention.REPLACEMENTS,
     **_pure_ctc.REPLACEMENTS,
@@ -59,6 +79,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_pure_random.REPLACEMENTS,
     **_pure_rnn.REPLACEMENTS,
     **{function: _in_any_nesting(function) for function in RULES},
+    Tensor.requires_grad_: _requires_grad_,
 }
 """What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
 
@@ -97,7 +118,7 @@ class PureMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             _show_to_compiler()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _KINDS.get(func)
         if kind is None and not kwargs:
             return func(*args)

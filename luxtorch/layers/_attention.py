@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import functional
+from luxtorch._transforms import functional, kernel_with_formula
 from luxtorch.core import DTypeError, InputError
 
 from ._dropout import dropped
@@ -129,11 +130,11 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
     if mask is not None:
         mask, attends = _opened(mask, is_causal, q, k)
         is_causal = False
-    tape = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if tape and not torch.compiler.is_compiling():
-        y: Tensor = _Kernel.apply(q, k, v, mask, is_causal, scale)
+    kernel = partial(_kernel, mask=mask, is_causal=is_causal, scale=scale)
+    if torch.compiler.is_compiling():
+        y = kernel(q, k, v)
     else:
-        y = _kernel(q, k, v, mask, is_causal, scale)
+        y = kernel_with_formula(kernel, partial(_formula, mask=mask, is_causal=is_causal, scale=scale), q, k, v)
     return y if attends is None else y.masked_fill(~attends, 0.0)
 
 
@@ -144,30 +145,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
 
-class _Kernel(torch.autograd.Function):
-    """torch's kernel on a tape; its derivative has none of its own, so where one is recorded it is the formula's."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-        with torch.enable_grad():
-            q_, k_, v_ = inputs = [x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)]
-            y = _kernel(q_, k_, v_, *options)
-        ctx.options = options
-        ctx.save_for_backward(q, k, v, *inputs, y)
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *inputs, y = ctx.saved_tensors
-        recorded = torch.is_grad_enabled()
-        if recorded:
-            mask, is_causal, scale = ctx.options
-            # Of equal tensors each needs a gradient of its own.
-            inputs = [x.view_as(x) for x in (q, k, v)]
-            y = attended(attention_weights(*inputs[:2], mask=mask, is_causal=is_causal, scale=scale), inputs[2])
-        wanted = [x for x in inputs if x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, gradient, retain_graph=True, create_graph=recorded))
-        return *(next(found) if x.requires_grad else None for x in inputs), None, None, None
+def _formula(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return attended(attention_weights(q, k, **options), v)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import differentiate_again, saved_aside, transformed
+from luxtorch._transforms import differentiate_again, kernel_with_formula, saved_aside, transformed
 from luxtorch.core import TRAINING, InputError, Parameters, States
 from luxtorch.core._former import renamed_option
 
@@ -116,13 +116,15 @@ def batch_normalised(
     """Normalise by the batch's own moments; return also the running ones, in which those have the weight `momentum`."""
     mean, var = mean.detach(), var.detach()
     # For one sample the kernel's derivative is wrong where the gradient comes transposed.
-    if isinstance(momentum, float) and x.shape[0] != 1 and not transformed() and not saved_aside():
+    if isinstance(momentum, float) and x.shape[0] != 1 and not transformed():
         # torch's kernel writes the statistics that it is given: it gets copies.
         mean, var = mean.clone(), var.clone()
         # It also wants all four in one dtype, where the input may be of a lower precision.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
-        return differentiate_again(y, _batch_norm_formula(eps)), mean, var
+        kernel = partial(_kernel, mean=mean, var=var, momentum=momentum, eps=eps)
+        if saved_aside():
+            return kernel_with_formula(kernel, partial(_formula, eps=eps), x, weight, bias), mean, var
+        return differentiate_again(kernel(x, weight, bias), _formula_of_node(eps)), mean, var
     batch_mean, batch_var = moments(x)
     y = normalised(x, batch_mean, batch_var, weight, bias, eps)
     count = x.numel() // x.shape[1]
@@ -131,14 +133,19 @@ def batch_normalised(
     return y, mean, var
 
 
-@lru_cache
-def _batch_norm_formula(eps: float) -> Callable[[Any], Callable[..., Tensor] | None]:
-    def formula(node: Any) -> Callable[..., Tensor] | None:
-        if not hasattr(node, "_saved_weight"):
-            return None
-        return lambda x, weight, bias: normalised(x, *moments(x), weight, bias, eps)
+def _kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> Tensor:
+    return F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
 
-    return formula
+
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+    return normalised(x, *moments(x), weight, bias, eps)
+
+
+@lru_cache
+def _formula_of_node(eps: float) -> Callable[[Any], Callable[..., Tensor] | None]:
+    return lambda node: partial(_formula, eps=eps) if hasattr(node, "_saved_weight") else None
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

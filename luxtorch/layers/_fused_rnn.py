@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch._transforms import functional, reverse_alone, traced, transformed
+from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
 
 from ._rnn_steps import Carry as Carry
 
@@ -136,24 +136,27 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, cell: Steps, kernel: Kernel, carried: int, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.carried, ctx.cell = carried, cell
-        needed = ctx.needs_input_grad[3:]
+        ctx.carried, ctx.cell, ctx.kernel = carried, cell, kernel
         with torch.enable_grad():
-            own = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
-            ys, last = _fused(kernel, own[0], tuple(own[1 : 1 + carried]), own[1 + carried :])
-        ctx.graph = own, (ys, *last)
-        return tuple(output.detach() for output in (ys, *last))
+            aside = saved_aside()
+        if aside:  # a graph kept here would hold what the hooks are to take away
+            ctx.graph = None
+            ys, last = _fused(kernel, tensors[0], tensors[1 : 1 + carried], tensors[1 + carried :])
+            return ys, *last
+        ctx.graph = _graph(ctx, tensors)
+        return tuple(output.detach() for output in ctx.graph[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        again, graph, ctx.graph = torch.is_grad_enabled() or transformed(), ctx.graph, None
-        if again or graph is None:
-            # The kernel's own graph serves once, as torch frees what a backward pass has used.
+        graph, ctx.graph = ctx.graph, None  # it serves once, as torch frees what a backward pass has used
+        if torch.is_grad_enabled() or transformed():
             with torch.enable_grad():
                 # Inputs may depend on the weights, and tensors be the same: each needs a gradient of its own.
                 xs, *rest = tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
                 ys, last = stepwise(ctx.cell, xs, tuple(rest[: ctx.carried]), rest[ctx.carried :])
             graph = tensors, (ys, *last)
+        elif graph is None:
+            graph = _graph(ctx, ctx.saved_tensors)
         inputs, outputs = graph
         pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
         needed = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad[3:], strict=True) if need]
@@ -167,3 +170,11 @@ class _Fused(torch.autograd.Function):
             )
         )
         return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
+
+
+def _graph(ctx: Any, tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Return inputs and outputs of the kernel on a tape of their own."""
+    with torch.enable_grad():
+        own = [x.detach().requires_grad_(need) for x, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)]
+        ys, last = _fused(ctx.kernel, own[0], tuple(own[1 : 1 + ctx.carried]), own[1 + ctx.carried :])
+    return own, (ys, *last)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import differentiate_again, first_order, functional, reverse_alone, saved_aside, transformed
+from luxtorch._transforms import (
+    differentiate_again,
+    first_order,
+    functional,
+    kernel_with_formula,
+    reverse_alone,
+    saved_aside,
+    transformed,
+)
 from luxtorch.core import TRAINING, InputError, Layer, Parameters, Static, show_value
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
@@ -99,17 +107,24 @@ def layer_normalised(
     torch's kernel has right first and second derivatives, in reverse mode; by forward mode the second is wrong, and
     by any the third.
     """
-    if not functional() and not saved_aside():
+    if not functional():
+        if saved_aside():
+            kernel, formula = (partial(each, shape=shape, eps=eps) for each in (_layer_norm, _layer_normalised))
+            return kernel_with_formula(kernel, formula, x, weight, bias)
         return differentiate_again(F.layer_norm(x, shape, weight, bias, eps), _layer_norm_formula(shape, eps))
     same = all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias))
     # In two dtypes, as under autocast, the kernel's derivative has no batching rule. It says best what does not fit.
     if (same and first_order(x, weight, bias)) or x.shape[-len(shape) :] != shape:
         return F.layer_norm(x, shape, weight, bias, eps)
-    return _layer_normalised(x, shape, weight, bias, eps)
+    return _layer_normalised(x, weight, bias, shape=shape, eps=eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def _layer_normalised(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float
 ) -> Tensor:
     dims = tuple(range(-len(shape), 0))
     wide = x.float() if x.dtype in HALVES else x
@@ -121,7 +136,7 @@ def _layer_normalised(
 
 @lru_cache
 def _layer_norm_formula(shape: tuple[int, ...], eps: float) -> Callable[[Any], Callable[..., Tensor]]:
-    return lambda node: lambda x, weight, bias: _layer_normalised(x, shape, weight, bias, eps)
+    return lambda node: partial(_layer_normalised, shape=shape, eps=eps)
 
 
 def euclidean_norm(v: Tensor, dims: list[int] | None, *, keepdim: bool = False) -> Tensor:

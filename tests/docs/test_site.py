@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -138,18 +139,30 @@ def test_every_public_name_has_an_entry(site):
     ],
 )
 def test_a_broken_example_stops_the_build(tmp_path, code, says):
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "GALLERY_HEADER.rst").write_text("Tutorials\n=========\n")
-    (tmp_path / "examples" / "one.py").write_text(f'"""One\n===\n\nAn example.\n"""\n\n{code}\n')
-    (tmp_path / "docs").mkdir()
-    for name in ("conf.py", "_ext", "_static"):
-        copy = shutil.copytree if (ROOT / "docs" / name).is_dir() else shutil.copy
-        copy(ROOT / "docs" / name, tmp_path / "docs" / name)
-    (tmp_path / "docs" / "index.md").write_text("# Site\n\n```{toctree}\ntutorials/index\n```\n")
-    run = build(tmp_path)
+    run = build_one(tmp_path, "one", code)
     if says is None:
         assert run.returncode == 0, run.stderr
         assert "a good one" in (tmp_path / "site" / "tutorials" / "one.html").read_text()
     else:
         assert run.returncode != 0
         assert says in run.stderr
+
+
+@pytest.mark.skipif(find_spec("peft") is not None, reason="nothing is missing")
+def test_an_example_whose_packages_are_missing_is_shown_only(tmp_path):
+    run = build_one(tmp_path, "finetune_transformer", "import peft")
+    assert run.returncode == 0, run.stderr
+    assert "peft" in (tmp_path / "site" / "tutorials" / "finetune_transformer.html").read_text()
+
+
+def build_one(tmp_path, name, code):
+    """Build a site of one example."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "GALLERY_HEADER.rst").write_text("Tutorials\n=========\n")
+    (tmp_path / "examples" / f"{name}.py").write_text(f'"""One\n===\n\nAn example.\n"""\n\n{code}\n')
+    (tmp_path / "docs").mkdir()
+    for name in ("conf.py", "_ext", "_static"):
+        copy = shutil.copytree if (ROOT / "docs" / name).is_dir() else shutil.copy
+        copy(ROOT / "docs" / name, tmp_path / "docs" / name)
+    (tmp_path / "docs" / "index.md").write_text("# Site\n\n```{toctree}\ntutorials/index\n```\n")
+    return build(tmp_path)
