@@ -372,6 +372,8 @@ def names_of_replaced(function):
     """Name the replaced torch functions that a function calls."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     called = {name: getattr(F, name, getattr(torch, name, None)) for name in (code.co_names if code else ())}
+    if code and "sparse_grad" not in repr(code.co_consts):  # else it is torch's own
+        called.pop("gather", None)
     return [name for name, function in called.items() if callable(function) and function in KNOWN]
 
 

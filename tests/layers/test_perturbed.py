@@ -204,6 +204,7 @@ NOT_INSIDE = (
     ("test_compact", "states", "pair"),
     ("test_recurrent", "Recurrence of a stack", ""),
     ("test_recurrent", "Recurrence of a stack with dropout", "layer"),
+    ("test_recurrent", "Recurrence of a stack with dropout, with lengths", "layer"),
     ("test_recurrent", "StatefulRecurrentCell of a stack with dropout", "layer"),
 )
 
