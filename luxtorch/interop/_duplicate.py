@@ -9,7 +9,7 @@ import random
 import sys
 import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from luxtorch.core import InputError
 
-from ._reach import LRU, globals_used, importable, reaches
+from ._reach import LRU, globals_used, importable, inside, reaches
 
 _ATOMS: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type, type(...), type(NotImplemented), property),
@@ -100,7 +100,6 @@ class Duplicate:
         self._alive: list[Any] = []  # so that no id is used twice
         self._containers: list[Any] = []
         self._objects: list[Any] = []
-        self._hooks: list[dict[Any, Any]] = []
         self._path: list[str] = []
         self.module: nn.Module = self._copy(module)
 
@@ -113,7 +112,6 @@ class Duplicate:
             besides: The ids of dicts that need not be looked after.
         """
         self._look(besides)
-        self._hooks_before = [each.copy() for each in self._hooks]
         self._counts = [*map(sys.getrefcount, self._objects)]
 
     def _look(self, besides: Collection[int]) -> None:
@@ -146,17 +144,34 @@ class Duplicate:
 
     @property
     def free(self) -> bool:
-        """Whether nobody holds parts of the copy: no checkpoint, no function that a call has returned."""
-        if self._uncounted() and any(map(len, self._hooks)):
-            for each, before in zip(self._hooks, self._hooks_before, strict=True):  # a late hook may be what holds it
-                if each.keys() != before.keys():
-                    each.clear()
-                    each.update(before)
-        return not self._uncounted()
+        """Whether nobody but the copy itself holds parts of it: no checkpoint, no function that a call has returned."""
+        counts = [*map(sys.getrefcount, self._objects)]
+        if counts == self._counts:
+            return True
+        more = [now - before for now, before in zip(counts, self._counts, strict=True)]
+        held = self._held_inside()
+        return all(held.get(id(each), 0) == n for each, n in zip(self._objects, more, strict=True))
 
-    def _uncounted(self) -> bool:
-        """Say whether parts of the copy are held from elsewhere."""
-        return not all(map(operator.eq, map(sys.getrefcount, self._objects), self._counts))
+    def _held_inside(self) -> dict[int, int]:
+        """Count how often what a call has put into containers of the copy holds parts of it."""
+        tracked, held, seen = {id(each) for each in self._objects}, Counter[int](), dict[int, Any]()
+        changed: list[tuple[Any, Any]] = [(each.values(), ()) for each in self._empty if isinstance(each, dict)]
+        changed += ((each.values(), before.values()) for each, before in self._attributes)
+        changed += ((each.values(), values) for each, _, values in self._dicts)
+        changed += ((now, before) for each, before in self._others if isinstance(now := content_of(each), tuple))
+        for now, before in changed:
+            old = Counter(map(id, before))
+            held.update({key: n for key, n in Counter(map(id, now)).items() if key in tracked})
+            held.subtract({key: n for key, n in old.items() if key in tracked})
+            waiting = [value for value in now if id(value) not in tracked and id(value) not in old]
+            while waiting:
+                value = waiting.pop()
+                if id(value) in tracked:
+                    held[id(value)] += 1
+                elif id(value) not in seen and not isinstance(value, _ATOMS):
+                    seen[id(value)] = value
+                    waiting += (inner for _, inner in inside(value))
+        return held
 
     def filled(self, content: Any, value_of: Callable[[Tensor], Any]) -> Any:
         """Return what is to stand in the place of the content of an alias."""
@@ -244,8 +259,6 @@ class Duplicate:
         for name, value in vars(x).items():
             if name in _OF_A_MODULE and isinstance(value, dict):  # what nobody outside of the module holds
                 own[name] = self._made(value, type(value)(), tracked=False)
-                if "_hooks" in name:
-                    self._hooks.append(own[name])
         vars(y).update({name: own.get(name) for name in vars(x) if name not in left_out})
         for name in own:
             with self._at("" if name in ("_modules", "_parameters", "_buffers") else f".{name}"):

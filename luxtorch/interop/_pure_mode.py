@@ -98,6 +98,8 @@ _KINDS: dict[Any, str] = {
     **dict.fromkeys(OPENED, "opened"),
     **dict.fromkeys(REPLACEMENTS, "replaced"),
     Tensor.requires_grad.__get__: "asks",  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: "flags",  # type: ignore[attr-defined]
+    Tensor.requires_grad_: "flags",
 }
 
 
@@ -126,6 +128,10 @@ class PureMode(TorchFunctionMode):
         if self.body is not None:
             if kind == "asks":
                 return func(*args) or self.body.requires_gradient(args[0])
+            if kind == "flags" and (error := self.body.protected(args[0])) is not None:
+                if bool([*args, *kwargs.values(), True][1]) != self.body.requires_gradient(args[0]):
+                    raise error
+                return args[0]
             if func in _WRITES or "out" in kwargs or kwargs.get("inplace"):
                 self._check_write(self.body, args, kwargs)
         replacement = REPLACEMENTS.get(func)

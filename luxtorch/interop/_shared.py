@@ -24,6 +24,8 @@ _ABSENT: Any = object()
 class Shared:
     """Find what calls of a module share with all others, and put back what one has changed.
 
+    What a method remembers is of one module, and is forgotten.
+
     Args:
         module: The module; None for nothing.
     """
@@ -35,6 +37,7 @@ class Shared:
         functions = [] if module is None else [*functions_of(module).values()]
         classes = {kind for part in module.modules() for kind in type(part).__mro__} if module is not None else set()
         classes = {kind for kind in classes if not of_torch(kind) and kind is not object}
+        self._methods = [value for kind in classes for value in vars(kind).values() if type(value) is LRU]
         used = set().union(*(function.__code__.co_names for function in functions))
         attributes = [value for kind in classes for name, value in vars(kind).items() if name in used]
         for _, each in everything([attributes, functions], {package(function) for function in functions}):
@@ -42,7 +45,7 @@ class Shared:
                 self._variables += ((each.__globals__, name) for name in _written(each.__code__, "STORE_GLOBAL"))
             elif type(each) in _CONTAINERS and each is not attributes and each is not functions:
                 self._containers.append(each)
-            elif type(each) is LRU:
+            elif type(each) is LRU and each not in self._methods:
                 self._caches.append(each)
         names = set().union(*(_written(function.__code__, "STORE_ATTR") for function in functions))
         self._attributes = [(kind, name) for kind in classes for name in names]
@@ -50,7 +53,7 @@ class Shared:
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Put back what is changed inside; a cache keeps what plain code has computed."""
-        if not (self._containers or self._variables or self._caches or self._attributes):
+        if not (self._containers or self._variables or self._caches or self._methods or self._attributes):
             yield
             return
         contents = [(each, content_of(each)) for each in self._containers]
@@ -74,6 +77,8 @@ class Shared:
                     delattr(kind, name)
                 else:
                     setattr(kind, name, value)
+            for method in self._methods:
+                method.cache_clear()
             for cache, misses in zip(self._caches, computed, strict=True):
                 if cache.cache_info().misses != misses and (functional() or watched()):
                     cache.cache_clear()

@@ -102,6 +102,14 @@ def hidden_module(self, x):
     return x * self.kept[0].running_mean * self.weight
 
 
+def pointer(self, x):
+    self.current = self.inner
+    self.others = [self.inner, {"it": self.inner}]
+    self.step = lambda x: self.inner(x)
+    self.kept, self.swapped = self.inner, self.kept
+    return self.step(self.current(x)) * self.weight
+
+
 def cell_cache(self):
     count = 0
 
@@ -196,6 +204,7 @@ KEEPING = {
     "late hook": kept_in(attribute("kept", list), late_hook),
     "hidden module": kept_in(attribute("kept", lambda: [nn.BatchNorm1d(3)]), hidden_module),
     "cell": kept_in(cell_cache, call_kept),
+    "pointers": kept_in(attribute("kept", list), pointer),
     "cached methods": Memo,
 }
 
@@ -219,6 +228,7 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(rng, name):
     jitted = lt.jit(lambda ps: layer(x, ps, st)[0], backend="replay")(tree_map(lambda leaf: 3 * leaf, ps))
     torch.testing.assert_close(jitted, first[0])
     assert lt.check_purity(layer, x, ps, st)
+    assert (len(layer.skeleton._idle), layer.skeleton._out) == (1, [])  # nothing seems to be held
     for _ in range(2):
         slope = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), ps)
     clear_caches()
@@ -271,7 +281,18 @@ def augmented(self, x):
     return x * self.weight
 
 
-WRITING = [clamp, data, view, out, replaced, initialized, inplace, augmented]
+def frozen(self, x):
+    self.weight.requires_grad_(True).requires_grad_(False)
+    return x * self.weight
+
+
+def unset(self, x):
+    self.weight.requires_grad = True
+    self.weight.requires_grad = False
+    return x * self.weight
+
+
+WRITING = [frozen, unset, clamp, data, view, out, replaced, initialized, inplace, augmented]
 
 
 @pytest.mark.parametrize("transform", ["plain", "grad", "vmap", "jit"])
