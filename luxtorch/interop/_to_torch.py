@@ -74,7 +74,9 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
     The parameters are parameters and the states are buffers, under the names that they have in the trees:
     `module.layer_1.weight`. The mode is that of the states; from then on `train()` and `eval()` set it, of the whole
     model or of a part, such as `module.layer_2.eval()`. A call keeps the new states in the buffers, random keys among
-    them, which stand as int64. `lt.from_torch` gives the layer back, with the values that the module then has.
+    them, which stand as int64 and are not in the `state_dict`. Frozen parameters do not require a gradient. The
+    `state_dict` of what `lt.from_torch` converted has the names of the module's own. `lt.from_torch` gives the layer
+    back, with the values that the module then has.
 
     Args:
         layer: The layer.
