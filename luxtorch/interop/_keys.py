@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ class Keys:
         self.rng = rng
         self._given = given
         self._key: Tensor | None = None
+        self._batch: Tensor | None = None
         self._made = 0
 
     def next(self) -> Tensor:
@@ -37,9 +37,14 @@ class Keys:
         self._made += 1
         return fold_in(self._key, self._made)
 
-    @cached_property
+    @property
     def batch(self) -> Tensor:
         """A true value that is a batch to every vmap to which something that the call is given is one."""
+        if self._batch is None:  # a compiler does not trace functools.cached_property
+            self._batch = self._made_batch()
+        return self._batch
+
+    def _made_batch(self) -> Tensor:
         true = self.rng.new_ones((), dtype=torch.bool)
         if not torch.compiler.is_compiling():
             one_each = {vmap_levels(leaf): leaf for leaf in tree_leaves(self._given) if isinstance(leaf, Tensor)}
