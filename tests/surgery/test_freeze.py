@@ -336,6 +336,11 @@ def test_a_frozen_model_is_looked_into_and_becomes_a_module(model, x):
     torch.testing.assert_close(y, layer(x, ps, st)[0])
     assert inside["layer_3"].shape == (5, 4)
     module = lt.to_torch(layer, ps, st)
-    assert [name for name, _ in module.named_parameters()] == list(lt.flatten_names(ps))
-    assert "frozen_params.layer_1.weight" in dict(module.named_buffers())
+    trainable = [name for name, value in module.named_parameters() if value.requires_grad]
+    assert sorted(trainable) == sorted(lt.flatten_names(ps))
+    assert {name for name, _ in module.named_parameters()} == set(lt.flatten_names(model[1]))
+    assert not module.get_parameter("layer_1.weight").requires_grad
     torch.testing.assert_close(module(x), y)
+    again = lt.from_torch(module)
+    assert again.layer == layer
+    assert set(lt.flatten_names(again.ps)) == set(lt.flatten_names(ps))
