@@ -152,7 +152,8 @@ def _homes(error: Exception) -> list[str]:
 def _is_foreign(home: str) -> bool:
     """Tell whether a module belongs neither to luxtorch, nor to torch, nor to Python."""
     root = home.partition(".")[0]
-    return root not in ("luxtorch", "torch") and root not in sys.stdlib_module_names
+    # tensordict puts functions of its own in the place of those of torch's vmap.
+    return root not in ("luxtorch", "torch", "tensordict") and root not in sys.stdlib_module_names
 
 
 def _is_raised(error: Exception) -> bool:
