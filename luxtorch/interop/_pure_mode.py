@@ -125,7 +125,7 @@ class PureMode(TorchFunctionMode):
         if kind is None and not kwargs:
             return func(*args)
         kwargs = kwargs or {}
-        if self.body is not None:
+        if self.body is not None and not torch.compiler.is_compiling():  # a part of it may be, after a graph break
             if kind == "asks":
                 return func(*args) or self.body.requires_gradient(args[0])
             if kind == "flags" and (error := self.body.protected(args[0])) is not None:
