@@ -133,7 +133,7 @@ class PureMode(TorchFunctionMode):
                     raise error
                 return args[0]
             if func in _WRITES or "out" in kwargs or kwargs.get("inplace"):
-                self._check_write(self.body, args, kwargs)
+                _unseen(self._check_write)(self.body, args, kwargs)
         replacement = REPLACEMENTS.get(func)
         if replacement is not None:
             return replacement(self.keys, *args, **kwargs)
@@ -150,6 +150,12 @@ class PureMode(TorchFunctionMode):
                 error = body.protected(each) if isinstance(each, Tensor) else None
                 if error is not None:
                     raise error
+
+
+def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile, if it is about, leaves alone: after a graph break it may look at it."""
+    compiler = sys.modules.get("torch._dynamo")
+    return function if compiler is None else compiler.disable(function)
 
 
 def _show_to_compiler() -> bool:

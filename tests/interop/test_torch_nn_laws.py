@@ -25,9 +25,9 @@ from luxtorch.testing._subject import Subject, is_real
 from .forms import FORMS, LOOPED
 from .test_torch_nn import of_module
 
-# What torch says about some of these modules.
+# What torch says about some of these modules; and that parametrized ones make no new originals.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(empty|zero-element|Initializing|support size|nested_tensor|oneDNN):UserWarning"
+    "ignore:.*(empty|zero-element|Initializing|support size|nested_tensor|oneDNN|No `reset_parameters`):UserWarning"
 )
 PAGE = Path(__file__).parents[2] / "docs" / "torch_nn.md"
 
