@@ -216,4 +216,4 @@ def test_inductor_falls_back(make_key, rng, kind):
     ts, batches = state(make_key, "adamw", kind), doubled(data(rng))
     jitted = lt.jit(lambda batch, ts: training.single_train_step(lt.MSELoss(), batch, ts))
     new = trained(ts, batches, lambda objective, batch, ts: jitted(batch, ts))
-    close(new.parameters, trained(ts, batches).parameters)
+    close(new.parameters, trained(ts, batches).parameters, 1e-6)  # bias corrections are computed in float32
