@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class PureMode(TorchFunctionMode):
         if self.body is not None and not torch.compiler.is_compiling():  # a part of it may be, after a graph break
             if kind == "asks":
                 return func(*args) or self.body.requires_gradient(args[0])
-            if kind == "flags" and (error := self.body.protected(args[0])) is not None:
+            if kind == "flags" and (error := self.body.protected(args[0], operator.is_)) is not None:
                 if bool([*args, *kwargs.values(), True][1]) != self.body.requires_gradient(args[0]):
                     raise error
                 return args[0]

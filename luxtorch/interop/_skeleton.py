@@ -154,14 +154,19 @@ class Body:
         if not torch.compiler.is_compiling():
             self._duplicate.restore()
 
-    def protected(self, tensor: Tensor) -> LuxtorchError | None:
-        """Return the error of a forward that writes into a tensor, if it must not."""
+    def protected(self, tensor: Tensor, touches: Callable[[Any, Any], bool] = shares) -> LuxtorchError | None:
+        """Return the error of a forward that changes a tensor, if it must not.
+
+        Args:
+            tensor: The tensor.
+            touches: Whether to change a tensor is to change another one.
+        """
         for part in self.root:
             for name in part.parameters:
-                if shares(tensor, part.value(name)):
+                if touches(tensor, part.value(name)):
                     return part.located(writes_parameter(name))
         for value in self._duplicate.constants.values():
-            if shares(tensor, value):
+            if touches(tensor, value):
                 return InputError(
                     "The module's forward changes a tensor that is neither its parameter nor its buffer.",
                     expected="states in buffers, which a call returns",
