@@ -23,15 +23,18 @@ _SEEDS = frozenset(
 )
 
 
-def check_code(module: nn.Module) -> None:
+def check_code(module: nn.Module, functions: list[types.FunctionType]) -> None:
     """Refuse a module whose classes lead to the module itself, which no copy of it can change.
+
+    Args:
+        module: The module.
+        functions: What a call of it may run.
 
     Raises:
         InputError: If a global, a closure or a default of a method leads to a part or a tensor of the module.
     """
     wanted = {id(value) for part in module.modules() for value in (part, *(each for _, _, each in tensors_of(part)))}
-    functions = functions_of(module)
-    way = reaches(list(functions.values()), wanted, {package(function) for function in functions.values()})
+    way = reaches(functions, wanted, set(map(package, functions)))
     if way is not None:
         raise InputError(
             "The code of the module leads to the module itself by something that belongs to no module.",
@@ -41,7 +44,7 @@ def check_code(module: nn.Module) -> None:
         )
 
 
-def functions_of(module: nn.Module) -> dict[int, types.FunctionType]:
+def functions_of(module: nn.Module) -> list[types.FunctionType]:
     """Return the functions of the classes of a module that a call may run: those whose names lead on from a forward."""
     known: dict[str, list[types.FunctionType]] = {}
     for part in module.modules():
@@ -53,15 +56,13 @@ def functions_of(module: nn.Module) -> dict[int, types.FunctionType]:
         for function in known.pop(waiting.pop(), ()):
             found[id(function)] = function
             waiting += known.keys() & {*names_used(function.__code__)}
-    return found
+    return [*found.values()]
 
 
-def sources_of(module: nn.Module) -> frozenset[str]:
-    """Return the global sources of random numbers, by name, that the code of a module may draw from."""
-    functions = functions_of(module)
-    packages = {package(function) for function in functions.values()}
+def sources_of(module: nn.Module, functions: list[types.FunctionType]) -> frozenset[str]:
+    """Return the global sources of random numbers, by name, that a module and its functions may draw from."""
     found: set[str] = set()
-    for _, each in everything([module, *functions.values()], packages):
+    for _, each in everything([module, *functions], set(map(package, functions))):
         found.update(_sources(each))
     return frozenset(found)
 

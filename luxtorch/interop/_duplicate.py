@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from luxtorch.core import InputError
 
-from ._reach import LRU, globals_used, importable, inside, reaches
+from ._reach import LRU, OF_A_MODULE, globals_used, importable, inside, reaches
 
 _ATOMS: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type, type(...), type(NotImplemented), property),
     *(types.CodeType, types.ModuleType, types.GenericAlias, Enum, Logger),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
-_OF_A_MODULE = frozenset(vars(nn.Module()))
 _BUILTIN = (types.BuiltinMethodType, type([].__len__))
 
 
@@ -119,9 +118,7 @@ class Duplicate:
         self._empty: list[Any] = [each for each in containers if isinstance(each, dict | set) and not each]
         modules = {id(vars(module)) for module in self.modules}
         self._attributes = [(each, each.copy()) for each in containers if id(each) in modules]
-        containers = [each for each in containers if id(each) not in modules]
-        self._dicts = [(each, [*each], [*each.values()]) for each in containers if isinstance(each, dict) and each]
-        others = [each for each in containers if not isinstance(each, dict | set) or isinstance(each, set) and each]
+        others = [each for each in containers if id(each) not in modules and (not isinstance(each, dict | set) or each)]
         self._others = [(each, before) for each in others if (before := content_of(each)) is not None]
 
     def restore(self) -> None:
@@ -133,10 +130,6 @@ class Duplicate:
             if _differ(each, before):
                 each.clear()
                 each.update(before)
-        for each, names, values in self._dicts:
-            if len(each) != len(names) or not (_same(each.values(), values) and _same(each, names)):
-                each.clear()
-                each.update(zip(names, values, strict=True))
         for each, before in self._others:
             put_back(each, before)
         for cache in self.caches:
@@ -157,7 +150,6 @@ class Duplicate:
         tracked, held, seen = {id(each) for each in self._objects}, Counter[int](), dict[int, Any]()
         changed: list[tuple[Any, Any]] = [(each.values(), ()) for each in self._empty if isinstance(each, dict)]
         changed += ((each.values(), before.values()) for each, before in self._attributes)
-        changed += ((each.values(), values) for each, _, values in self._dicts)
         changed += ((now, before) for each, before in self._others if isinstance(now := content_of(each), tuple))
         for now, before in changed:
             old = Counter(map(id, before))
@@ -257,7 +249,7 @@ class Duplicate:
         left_out = self._left_out(x) | {"_compiled_call_impl"}
         own: dict[str, Any] = {}
         for name, value in vars(x).items():
-            if name in _OF_A_MODULE and isinstance(value, dict):  # what nobody outside of the module holds
+            if name in OF_A_MODULE and isinstance(value, dict):  # what nobody outside of the module holds
                 own[name] = self._made(value, type(value)(), tracked=False)
         vars(y).update({name: own.get(name) for name in vars(x) if name not in left_out})
         for name in own:

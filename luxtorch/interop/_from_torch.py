@@ -16,7 +16,7 @@ from luxtorch.surgery import freeze
 from ._module_layer import ModuleLayer
 from ._native import native
 from ._part import Part, hooked
-from ._reach import everything
+from ._reach import OF_A_MODULE, everything
 from ._skeleton import Skeleton
 from ._to_torch import LayerModule, held
 from ._uncompiled import uncompiled
@@ -103,7 +103,7 @@ def _adapted(module: nn.Module, key: Any, method: str) -> Model:
         ps = {name: child.ps for name, child in children.items()}
         st = {name: child.st for name, child in children.items()}
         return Model(Chain(**{name: child.layer for name, child in children.items()}), ps, st)
-    values = Part(module, (), {})
+    values = Part(module, (), set())
     ps, st = (tree_map(lambda value: value.detach().clone(), values.tree(kind)) for kind in ("parameters", "states"))
     layer = native(module) if method == "forward" else None
     if layer is None:
@@ -122,8 +122,7 @@ def _adapted(module: nn.Module, key: Any, method: str) -> Model:
 
 def _is_chain(module: nn.Module) -> bool:
     """Say whether a module is the chain of its children and nothing more: none of them leads to another."""
-    own = _PLAIN.keys() | {"_modules"}
-    if type(module) is not nn.Sequential or not module._modules or hooked(module) or vars(module).keys() - own:
+    if type(module) is not nn.Sequential or not module._modules or hooked(module) or vars(module).keys() - OF_A_MODULE:
         return False
     if module._parameters or module._buffers:
         return False
@@ -137,9 +136,6 @@ def _is_chain(module: nn.Module) -> bool:
             if isinstance(leads[one][each], Tensor) or each not in inside:
                 return False
     return True
-
-
-_PLAIN = vars(nn.Module())
 
 
 def _check(module: Any) -> None:

@@ -13,7 +13,7 @@ from luxtorch.core import TRAINING, InputError, LuxtorchError, Parameters, State
 from luxtorch.core._locate import wrong_names
 
 from ._branch import Branch
-from ._reach import left_by_calls, package
+from ._reach import OF_A_MODULE, left_by_calls, package
 
 # The modules of torch.nn that ask for their mode, or for random numbers, or for functions that the pure mode replaces.
 _MODAL = (
@@ -30,9 +30,6 @@ _MODAL = (
     nn.FractionalMaxPool2d,
     nn.FractionalMaxPool3d,
 )
-
-_OF_TORCH = frozenset(vars(nn.Module()))
-"""The attributes that every module has."""
 
 
 class Placeholder:
@@ -77,7 +74,6 @@ class Part:
         children: The parts below, by name. A module that stands in two places is a part in the first alone.
         parameters: By name, tensors that show shapes and dtypes.
         states: The same for buffers, for parameters of integers, and for tensors that are attributes of the module.
-        tied: The names of tensors that have stood elsewhere before, with the path and the name there.
         modal: Whether what it computes may depend on the mode, or on random numbers.
         training: The mode that the module was in.
         written: Whether it may write into its input.
@@ -90,7 +86,7 @@ class Part:
     """
 
     def __init__(
-        self, module: nn.Module, path: tuple[str, ...], seen: dict[int, Any], registered: frozenset[int] | None = None
+        self, module: nn.Module, path: tuple[str, ...], seen: set[int], registered: frozenset[int] | None = None
     ) -> None:
         if registered is None:
             registered = frozenset(id(value) for part in module.modules() for value in _registered(part))
@@ -98,7 +94,6 @@ class Part:
         self.path = path
         self.parameters: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
-        self.tied: dict[str, tuple[tuple[str, ...], str]] = {}
         self.children: dict[str, Part] = {}
         self.training = module.training
         own = _has_code(module)
@@ -113,9 +108,8 @@ class Part:
             if store is module.__dict__ and id(value) in registered:
                 continue  # a second name of what has a name in the state_dict
             if id(value) in seen:
-                self.tied[name] = seen[id(value)]
                 continue
-            seen[id(value)] = path, name
+            seen.add(id(value))
             self.stores[name], self.stood[name] = store, value
             like = value.like if isinstance(value, Placeholder) else value
             smooth = like.is_floating_point() or like.is_complex()
@@ -125,11 +119,11 @@ class Part:
         self._store: dict[str, Any] = module._parameters
         # What a compiler is to put back; it does not see what else a forward leaves behind.
         self._nones = (
-            [name for name, value in vars(module).items() if value is None and name not in _OF_TORCH] if own else []
+            [name for name, value in vars(module).items() if value is None and name not in OF_A_MODULE] if own else []
         )
         for name, child in module._modules.items():
             if child is not None and id(child) not in seen:
-                seen[id(child)] = None
+                seen.add(id(child))
                 self.children[name] = Part(child, (*path, name), seen, registered)
         self.stateful: bool = bool(self.states) or any(child.stateful for child in self.children.values())
         self._shapes = {name: like.shape for name, like in self.parameters.items()}

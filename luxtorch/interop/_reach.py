@@ -16,6 +16,9 @@ from torch import Tensor, nn
 LRU: Any = type(functools.lru_cache(len))
 """The type of a function with a cache."""
 
+OF_A_MODULE = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
+
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _CLOSED = (type, types.ModuleType, types.CodeType, str, bytes, int, float, complex, type(None))
 
@@ -34,11 +37,16 @@ def names_used(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*map(names_used, _codes_inside(code)))
 
 
-@functools.cache
 def globals_used(code: types.CodeType) -> frozenset[str]:
     """Return the names of the globals that a function uses, or a function inside it."""
-    own = (one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return frozenset(own).union(*map(globals_used, _codes_inside(code)))
+    return names_in_operations(code, "LOAD_GLOBAL", "LOAD_NAME")
+
+
+@functools.cache
+def names_in_operations(code: types.CodeType, *operations: str) -> frozenset[str]:
+    """Return the names that some operations of a function are about, or those of a function inside it."""
+    own = (one.argval for one in dis.get_instructions(code) if one.opname in operations)
+    return frozenset(own).union(*(names_in_operations(each, *operations) for each in _codes_inside(code)))
 
 
 def _codes_inside(code: types.CodeType) -> Iterator[types.CodeType]:

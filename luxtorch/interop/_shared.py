@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
@@ -13,9 +12,8 @@ from torch import nn
 
 from luxtorch._transforms import functional, watched
 
-from ._code import functions_of
 from ._duplicate import content_of, put_back
-from ._reach import LRU, everything, of_torch, package
+from ._reach import LRU, everything, names_in_operations, of_torch, package
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _ABSENT: Any = object()
@@ -28,26 +26,28 @@ class Shared:
 
     Args:
         module: The module; None for nothing.
+        functions: What a call of it may run.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, functions: list[types.FunctionType]) -> None:
         self._containers: list[Any] = []
         self._variables: list[tuple[Any, str]] = []
         self._caches: list[Any] = []
-        functions = [] if module is None else [*functions_of(module).values()]
         classes = {kind for part in module.modules() for kind in type(part).__mro__} if module is not None else set()
         classes = {kind for kind in classes if not of_torch(kind) and kind is not object}
         self._methods = [value for kind in classes for value in vars(kind).values() if type(value) is LRU]
         used = set().union(*(function.__code__.co_names for function in functions))
         attributes = [value for kind in classes for name, value in vars(kind).items() if name in used]
-        for _, each in everything([attributes, functions], {package(function) for function in functions}):
+        for _, each in everything([attributes, functions], set(map(package, functions))):
             if isinstance(each, types.FunctionType):
-                self._variables += ((each.__globals__, name) for name in _written(each.__code__, "STORE_GLOBAL"))
+                self._variables += (
+                    (each.__globals__, name) for name in names_in_operations(each.__code__, "STORE_GLOBAL")
+                )
             elif type(each) in _CONTAINERS and each is not attributes and each is not functions:
                 self._containers.append(each)
             elif type(each) is LRU and each not in self._methods:
                 self._caches.append(each)
-        names = set().union(*(_written(function.__code__, "STORE_ATTR") for function in functions))
+        names = set().union(*(names_in_operations(function.__code__, "STORE_ATTR") for function in functions))
         self._attributes = [(kind, name) for kind in classes for name in names]
 
     @contextmanager
@@ -84,10 +84,4 @@ class Shared:
                     cache.cache_clear()
 
 
-NOTHING = Shared(None)
-
-
-def _written(code: types.CodeType, operation: str) -> set[str]:
-    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    own = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
-    return own.union(*(_written(each, operation) for each in inner))
+NOTHING = Shared(None, [])

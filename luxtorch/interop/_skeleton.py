@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from luxtorch._transforms import in_reverse, unwrapped
 from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
-from ._code import check_code, draws_checked, sources_of
+from ._code import check_code, draws_checked, functions_of, sources_of
 from ._duplicate import Alias, Duplicate
 from ._identity import Identity, identity_of
 from ._keys import Keys
@@ -74,7 +74,7 @@ class Body:
         traced: bool = False,
     ) -> None:
         self.module = duplicate.module
-        self.root = Part(duplicate.module, (), {})
+        self.root = Part(duplicate.module, (), set())
         self._parts = [*self.root]
         self._duplicate = duplicate
         self._draws, self._shared = draws, shared
@@ -220,8 +220,9 @@ class Skeleton:
         identity: Identity | None = None,
         drawn: frozenset[Place] | None = None,
     ) -> None:
-        check_code(module)
-        self.draws, self.shared = sources_of(module), Shared(module)
+        functions = functions_of(module)
+        check_code(module, functions)
+        self.draws, self.shared = sources_of(module, functions), Shared(module, functions)
         placeholders = {
             id(value): value if isinstance(value, Placeholder) else Placeholder(value)
             for each in module.modules()
@@ -234,7 +235,7 @@ class Skeleton:
         self.root = Body(first).root
         self.random = any(part.modal for part in self.root)
         self.writes = any(part.written for part in self.root)
-        self.kept, certain = untouched(Part(module, (), {}), self._copy()) if kept is None else (kept, True)
+        self.kept, certain = untouched(Part(module, (), set()), self._copy()) if kept is None else (kept, True)
         self.names = names_of(self.root.module)
         parameters = {(part.path, name) for part in self.root for name in part.parameters}
         varying = frozenset(place for place, value in self.kept.items() if place in parameters and _varies(value))
