@@ -75,8 +75,7 @@ class ModuleLayer(Layer):
         args, kwargs = arguments(_copied(x) if skeleton.writes else x)
         body, keys = skeleton.borrow(), None
         try:
-            ours = {name: st[name] for name in (RNG, NAMES) if name in st}
-            own = {name: value for name, value in st.items() if name not in ours} if ours else st
+            own, ours = _apart(st)
             body.lend(ps, own)
             if not skeleton.random:
                 return body.function(self.method)(*args, **kwargs), {**body.take(own), **ours}
@@ -188,17 +187,22 @@ class Bound:
     @contextmanager
     def _entered(self) -> Iterator[nn.Module]:
         skeleton, st = self._layer.skeleton, self._given
-        ours = {name: st[name] for name in (RNG, NAMES) if name in st}
+        own, ours = _apart(st)
         body, keys = skeleton.borrow(), Keys(st.get(RNG, torch.zeros(2, dtype=torch.uint64)))
         try:
-            body.lend(self._ps, {name: value for name, value in st.items() if name not in ours})
+            body.lend(self._ps, own)
             with body.running(keys):
                 yield body.module
-            own = body.take({name: value for name, value in st.items() if name not in ours})
-            self._given = {**own, **ours, **({RNG: keys.rng} if RNG in ours else {})}
+            self._given = {**body.take(own), **ours, **({RNG: keys.rng} if RNG in ours else {})}
             self.st = self._kept(self._given)
         finally:
             skeleton.give_back(body, keys)
+
+
+def _apart(st: States) -> tuple[States, dict[str, Any]]:
+    """Return the states of the module, and those that are luxtorch's own."""
+    ours = {name: st[name] for name in (RNG, NAMES) if name in st}
+    return ({name: value for name, value in st.items() if name not in ours} if ours else st), ours
 
 
 def _copied(x: Any) -> Any:
