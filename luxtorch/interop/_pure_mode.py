@@ -58,7 +58,7 @@ def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> T
 
 
 def _called_by_torch() -> bool:
-    """Say whether it is code of torch that calls what the mode has replaced."""
+    """Say whether it is code of torch that calls what the mode has replaced: it relies on what is so."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith("luxtorch."):
         frame = frame.f_back
@@ -128,7 +128,7 @@ class PureMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.body is not None and not torch.compiler.is_compiling():  # a part of it may be, after a graph break
             if kind == "asks":
-                return func(*args) or self.body.requires_gradient(args[0])
+                return func(*args) or not _called_by_torch() and self.body.requires_gradient(args[0])
             if kind == "flags" and (error := self.body.protected(args[0], operator.is_)) is not None:
                 if bool([*args, *kwargs.values(), True][1]) != self.body.requires_gradient(args[0]):
                     raise error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.utils.module_tracker
 import torch.fx
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
@@ -300,6 +301,25 @@ def test_what_a_forward_asks_of_its_parameters(rng):
     torch.testing.assert_close(vmap(lambda ps: layer(x, ps, st)[0])(tree_map(lambda leaf: leaf[None], ps))[0], wanted)
     torch.testing.assert_close(grad(lambda ps: layer(x, ps, st)[0].sum())(ps)["weight"], wanted.sum(0))
     assert not isinstance(ps["weight"], nn.Parameter)
+
+
+class Handing(nn.Module):
+    """Hand a parameter to a module, as torch's parametrizations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.part = nn.Parameter(torch.ones(3)), nn.Identity()
+
+    def forward(self, x):
+        return x * self.part(self.weight)
+
+
+def test_code_of_torch_that_relies_on_a_flag_gets_the_true_one():
+    """torch's tracker of modules, as in its counter of FLOPs, puts hooks on what requires a gradient."""
+    layer, ps, st = from_torch(Handing())
+    for tree in (ps, {**ps, "weight": torch.ones(3, requires_grad=True)}):
+        with torch.utils.module_tracker.ModuleTracker(), torch.no_grad():
+            assert torch.equal(layer(torch.ones(2, 3), tree, st)[0], torch.ones(2, 3))
 
 
 class Making(nn.Module):
