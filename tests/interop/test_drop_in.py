@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.utils.module_tracker
 import torch.fx
+import torch.utils.module_tracker
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
@@ -315,7 +315,7 @@ class Handing(nn.Module):
 
 
 def test_code_of_torch_that_relies_on_a_flag_gets_the_true_one():
-    """torch's tracker of modules, as in its counter of FLOPs, puts hooks on what requires a gradient."""
+    """Torch's tracker of modules, as in its counter of FLOPs, puts hooks on what requires a gradient."""
     layer, ps, st = from_torch(Handing())
     for tree in (ps, {**ps, "weight": torch.ones(3, requires_grad=True)}):
         with torch.utils.module_tracker.ModuleTracker(), torch.no_grad():
