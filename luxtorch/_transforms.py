@@ -1,4 +1,4 @@
-"""Whether anything looks on while plain eager code runs: the one file that asks torch about it."""
+"""Detect active transforms of torch.func, tracers and dispatch modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ._torch import (
+    TRACERS,
+    TransformType,
+    all_transforms,
+    compile_constant,
+    current_autograd_node,
+    dispatch_modes,
+    forward_level,
+    get_dispatch_mode,
+    get_unwrapped,
+    innermost_transform,
+    is_batched,
+    is_wrapped,
+    level_of,
+    saved_tensors_hooks,
+)
 
 
 def transformed() -> bool:
@@ -27,58 +43,52 @@ def transformed() -> bool:
 
 def functional() -> bool:
     """Tell whether a transform of torch.func or forward-mode differentiation is at work, compiled or not."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return innermost_transform() is not None or forward_level() >= 0
 
 
 def watched() -> bool:
     """Tell whether a dispatch mode sees every operator, as when `jit` traces: a tensor may have no numbers then."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return dispatch_modes() > 0
 
 
 def traced() -> bool:
     """Tell whether operators are recorded, or run on tensors without numbers, instead of being run."""
-    return torch.compiler.is_compiling() or any(map(torch._C._get_dispatch_mode, _TRACERS))
-
-
-_TRACERS = (
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
+    return torch.compiler.is_compiling() or any(map(get_dispatch_mode, TRACERS))
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the plain tensor behind one that transforms of torch.func have wrapped; under vmap, the whole batch."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = get_unwrapped(tensor)
     return tensor
 
 
 def vmap_levels(tensor: Tensor) -> tuple[int, ...]:
     """Return the levels of the vmaps to which a tensor is a batch."""
     levels = []
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            levels.append(torch._C._functorch.maybe_get_level(tensor))
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        if is_batched(tensor):
+            levels.append(level_of(tensor))
+        tensor = get_unwrapped(tensor)
     return tuple(levels)
 
 
+@compile_constant
 def reverse_alone() -> bool:
     """Tell whether nothing is at work but an autograd tape and at most one reverse-mode transform of torch.func."""
-    kinds = [kind for kind in _kinds() if kind != _Kind.Functionalize]
-    return forward_ad._current_level < 0 and kinds in ([], [_Kind.Grad])
+    kinds = [kind for kind in _kinds() if kind != TransformType.Functionalize]
+    return forward_level() < 0 and kinds in ([], [TransformType.Grad])
 
 
 def differentiated() -> bool:
     """Tell whether a transform of torch.func, or forward mode, differentiates what is computed now."""
     kinds = _kinds()
-    return forward_ad._current_level >= 0 or _Kind.Grad in kinds or _Kind.Jvp in kinds
+    return forward_level() >= 0 or TransformType.Grad in kinds or TransformType.Jvp in kinds
 
 
 def in_reverse() -> bool:
     """Tell whether a transform of torch.func differentiates what is computed now in reverse mode."""
-    return _Kind.Grad in _kinds()
+    return TransformType.Grad in _kinds()
 
 
 def first_order(*tensors: Tensor | None) -> bool:
@@ -93,18 +103,16 @@ def first_order(*tensors: Tensor | None) -> bool:
     return _one_reverse() and (torch.compiler.is_compiling() or not any(map(_taped, tensors)))
 
 
+@compile_constant
 def _one_reverse() -> bool:
     """Tell whether all transforms of torch.func at work are vmaps, but for one of reverse mode at most."""
     kinds = _kinds()
-    return forward_ad._current_level < 0 and kinds.count(_Kind.Grad) <= 1 and _Kind.Jvp not in kinds
+    return forward_level() < 0 and kinds.count(TransformType.Grad) <= 1 and TransformType.Jvp not in kinds
 
 
 def _kinds() -> list[Any]:
     """Return the kinds of the transforms of torch.func that are at work."""
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-
-
-_Kind = torch._C._functorch.TransformType
+    return [level.key() for level in all_transforms() or ()]
 
 
 def _taped(tensor: Tensor | None) -> bool:
@@ -114,11 +122,7 @@ def _taped(tensor: Tensor | None) -> bool:
 
 def saved_aside() -> bool:
     """Tell whether hooks take away what a tape saves, as those of a checkpoint do, which give it back once only."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        and torch.is_grad_enabled()
-    )
+    return not torch.compiler.is_compiling() and saved_tensors_hooks(True) is not None and torch.is_grad_enabled()
 
 
 def differentiate_again(y: Tensor, formula: Callable[[Any], Callable[..., Tensor] | None]) -> Tensor:
@@ -132,7 +136,7 @@ def differentiate_again(y: Tensor, formula: Callable[[Any], Callable[..., Tensor
         formula: Takes the node of the tape that saved the kernel's arguments to a function `(x, weight, bias)`, or to
             None where it is another kernel's. The bias counts as 0.
     """
-    if y.requires_grad and _CURRENT_NODE is not None and not (torch.compiler.is_compiling() or watched()):
+    if y.requires_grad and current_autograd_node is not None and not (torch.compiler.is_compiling() or watched()):
         y.grad_fn.register_hook(_hooks(formula))  # type: ignore[union-attr]
     return y
 
@@ -142,7 +146,7 @@ def _hooks(formula: Callable[[Any], Callable[..., Tensor] | None]) -> Callable[.
     def hook(gradients: tuple[Tensor | None, ...], cotangents: tuple[Tensor, ...]) -> Any:
         if not torch.is_grad_enabled():
             return None
-        node = _CURRENT_NODE()  # type: ignore[misc]
+        node = current_autograd_node()  # type: ignore[misc]
         computed = formula(node)
         if computed is None:
             return None
@@ -155,9 +159,6 @@ def _hooks(formula: Callable[[Any], Callable[..., Tensor] | None]) -> Callable[.
         return tuple(None if found is None else next(slopes) for found in gradients)
 
     return hook
-
-
-_CURRENT_NODE = getattr(torch._C, "_current_autograd_node", None)
 
 
 def kernel_with_formula(
@@ -205,14 +206,11 @@ class _BeforeKernel(torch.autograd.Function):
         return None, None, *(next(slopes) if need else None for need in needed)
 
 
+@compile_constant
 def transform_level() -> int:
-    """Return how many transforms of torch.func surround the caller."""
-    top = torch._C._functorch.peek_interpreter_stack()
+    """Return how many transforms of torch.func surround the caller.
+
+    torch.compile enters the levels while it traces, and so takes the number of the place as a constant.
+    """
+    top = innermost_transform()
     return 0 if top is None else top.level()
-
-
-# torch.compile enters the levels while it traces, and so takes the number of the place as a constant. The decorator
-# that sets this mark, torch.compiler.assume_constant_result, would load the whole compiler.
-transform_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
-reverse_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_one_reverse._dynamo_marked_constant = True  # type: ignore[attr-defined]

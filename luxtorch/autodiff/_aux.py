@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, TreeSpec, register_node, tree_flatten, tree_unflatten
 
 Tree = Any
 
@@ -16,14 +15,13 @@ Tree = Any
 class _Packed:
     """Hold a tree whose leaves are not all tensors, with the tensors alone as its children."""
 
-    def __init__(self, tensors: Iterable[Any], others: dict[int, Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, tensors: Iterable[Any], others: dict[int, Any], spec: TreeSpec) -> None:
         self.tensors = tensors
         self.others = others
         self.spec = spec
 
 
-# It lives no longer than one transform of torch.func: optree, which core's register_node would tell, never sees it.
-pytree.register_pytree_node(
+register_node(
     _Packed,
     lambda node: (list(node.tensors), (node.others, node.spec)),
     lambda children, static: _Packed(children, *static),
@@ -34,7 +32,7 @@ def pack(aux: Tree) -> Tree:
     """Make a tree fit to leave a transform of torch.func, which lets nothing but tensors through."""
     if isinstance(aux, Tensor):
         return aux
-    leaves, spec = pytree.tree_flatten(aux)
+    leaves, spec = tree_flatten(aux)
     others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     if not others:
         return aux
@@ -47,7 +45,7 @@ def unpack(aux: Tree) -> Tree:
         return aux
     tensors = iter(aux.tensors)
     leaves = [aux.others[i] if i in aux.others else next(tensors) for i in range(aux.spec.num_leaves)]
-    return pytree.tree_unflatten(leaves, aux.spec)
+    return tree_unflatten(leaves, aux.spec)
 
 
 def split(output: Any, has_aux: bool) -> tuple[Tree, Tree]:

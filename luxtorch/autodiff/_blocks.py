@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.components import ComponentMatrix, ComponentVector
+from luxtorch.core import tree_flatten, tree_unflatten
 
 from ._aux import Tree
 
@@ -21,13 +21,13 @@ def arrange(blocks: Sequence[Sequence[Tensor]], y: Tree, x: Tree) -> Tree:
         y: The outputs.
         x: The inputs.
     """
-    outputs, y_spec = pytree.tree_flatten(y, is_leaf=_is_vector)
-    inputs, x_spec = pytree.tree_flatten(x, is_leaf=_is_vector)
+    outputs, y_spec = tree_flatten(y, is_leaf=_is_vector)
+    inputs, x_spec = tree_flatten(x, is_leaf=_is_vector)
     rows = [
         [_named(block, output, input_) for block, input_ in zip(row, inputs, strict=True)]
         for row, output in zip(blocks, outputs, strict=True)
     ]
-    return pytree.tree_unflatten([pytree.tree_unflatten(row, x_spec) for row in rows], y_spec)
+    return tree_unflatten([tree_unflatten(row, x_spec) for row in rows], y_spec)
 
 
 def _is_vector(node: Any) -> bool:

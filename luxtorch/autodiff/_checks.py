@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import DTypeError, InputError, named_leaves, suggest
+from luxtorch.core import DTypeError, InputError, named_leaves, suggest, tree_flatten, tree_leaves
 
 from ._aux import Tree
-from ._trees import leaves
 
 Mode = Literal["reverse", "forward"]
 
@@ -53,7 +51,7 @@ def check_inputs(xs: Sequence[Tree], *, real: bool = False) -> None:
             got="the function alone",
             fix="Write gradient(f, x), where torch.func has grad(f)(x).",
         )
-    if all(_differentiable(leaf, real) for leaf in leaves(xs)):
+    if all(_differentiable(leaf, real) for leaf in tree_leaves(xs)):
         return
     for i, x in enumerate(xs):
         argument = "x" if len(xs) == 1 else f"argument {i}"
@@ -67,13 +65,13 @@ def check_outputs(y: Tree, *, real: bool = False) -> None:
         y: The value.
         real: Refuse complex tensors as well.
     """
-    if not all(_differentiable(leaf, real) for leaf in leaves(y)):
+    if not all(_differentiable(leaf, real) for leaf in tree_leaves(y)):
         _raise_for_leaf(y, "f(x)", real, "Return it as auxiliary output, with has_aux=True.")
 
 
 def check_tensors(y: Tree) -> None:
     """Raise if a leaf of a function's value is no tensor."""
-    for leaf in leaves(y):
+    for leaf in tree_leaves(y):
         if not isinstance(leaf, Tensor):
             _raise_for_leaf(y, "f(x)", False, "Return it as auxiliary output, with has_aux=True.")
 
@@ -121,9 +119,9 @@ def check_like(u: Tree, x: Tree, like: str) -> list[Tensor]:
         like: What the tree is called in the error.
     """
     if _alike(u, x):
-        return leaves(u)
-    vectors, vectors_spec = pytree.tree_flatten(u)
-    expected, spec = pytree.tree_flatten(x)
+        return tree_leaves(u)
+    vectors, vectors_spec = tree_flatten(u)
+    expected, spec = tree_flatten(x)
     if vectors_spec != spec:
         raise InputError(
             f"The vector has another structure than {like}.",

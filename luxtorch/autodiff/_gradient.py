@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from luxtorch.core import tree_flatten, tree_unflatten
 
 from ._aux import Tree, join, split
 from ._checks import Mode, check_inputs, check_mode, check_scalar
@@ -100,13 +101,13 @@ def _forward(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, chunk_s
     check_inputs(xs, real=True)
     value, aux = split(f(*xs), has_aux)
     check_scalar(value)
-    leaves, spec = pytree.tree_flatten(xs)
+    leaves, spec = tree_flatten(xs)
 
     def loss(*args: Tensor) -> tuple[Tree, Tree]:
-        return split(f(*pytree.tree_unflatten(args, spec)), has_aux)
+        return split(f(*tree_unflatten(args, spec)), has_aux)
 
     (slopes,) = columns(loss, (value,), leaves, chunk_size)
     # A column has the dtype of the value, a gradient that of its leaf.
     matching = [slope.to(leaf.dtype) for slope, leaf in zip(slopes, leaves, strict=True)]
-    gradients = pytree.tree_unflatten(matching, spec)
+    gradients = tree_unflatten(matching, spec)
     return join(value, aux, has_aux), gradients[0] if len(xs) == 1 else gradients

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from luxtorch.core import tree_flatten, tree_leaves, tree_unflatten
 
 from ._aux import Tree, join, split
 from ._blocks import arrange
@@ -53,20 +54,20 @@ def jacobian(
     """
     check_mode(mode)
     check_inputs(xs, real=True)
-    leaves, spec = pytree.tree_flatten(xs)
+    leaves, spec = tree_flatten(xs)
 
     def outputs(*args: Tensor) -> tuple[Tree, Tree]:
-        value, aux = split(f(*pytree.tree_unflatten(args, spec)), has_aux)
+        value, aux = split(f(*tree_unflatten(args, spec)), has_aux)
         check_outputs(value, real=True)
         return value, aux
 
     if mode == "reverse":
         y, back, aux = vjp(outputs, tuple(leaves))
-        y_leaves, y_spec = pytree.tree_flatten(y)
-        blocks = rows(lambda us: back(pytree.tree_unflatten(us, y_spec)), y_leaves, leaves, chunk_size)
+        y_leaves, y_spec = tree_flatten(y)
+        blocks = rows(lambda us: back(tree_unflatten(us, y_spec)), y_leaves, leaves, chunk_size)
     else:
         y, aux = outputs(*leaves)
-        y_leaves = pytree.tree_leaves(y)
+        y_leaves = tree_leaves(y)
         blocks = columns(outputs, y_leaves, leaves, chunk_size)
     return join(arrange(blocks, y, xs[0] if len(xs) == 1 else xs), aux, has_aux)
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from luxtorch.core import map_tensors, tree_leaves, tree_map
+
 from ._aux import Tree
-from ._trees import leaves, map_leaves, map_tensors
 
 try:
     from torch._C import _is_fwd_grad_enabled, _set_fwd_grad_enabled
@@ -72,7 +73,7 @@ def value_and_gradients(f: WithAux, xs: Trees) -> tuple[Tensor, Tree, Trees]:
         args, inputs = _differentiable(xs, level)
         value, aux = f(*args)
         slopes = map(_outside(level), gradients((value,), None, inputs, retain=False, create=True))
-        return _unwrap_for_grad(value, level), _leave(aux, level), map_leaves(lambda _: next(slopes), args)
+        return _unwrap_for_grad(value, level), _leave(aux, level), tree_map(lambda _: next(slopes), args)
 
     return _reverse(at)
 
@@ -83,15 +84,15 @@ def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
     def at(level: int) -> tuple[Tree, Tree, list[Tensor], Trees, list[Tensor]]:
         args, inputs = _differentiable(xs, level)
         value, aux = f(*args)
-        return _leave(value, level), _leave(aux, level), leaves(value), args, inputs
+        return _leave(value, level), _leave(aux, level), tree_leaves(value), args, inputs
 
     value, aux, outputs, args, inputs = _reverse(at)
 
     def back(u: Tree) -> Trees:
         with _no_inference():
             create = torch.is_grad_enabled()
-            products = iter(gradients(outputs, leaves(u), inputs, retain=True, create=create))
-        return map_leaves(lambda _: next(products), args)  # type: ignore[no-any-return]
+            products = iter(gradients(outputs, tree_leaves(u), inputs, retain=True, create=create))
+        return tree_map(lambda _: next(products), args)  # type: ignore[no-any-return]
 
     return value, back, aux
 
@@ -107,10 +108,10 @@ def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
             products.append(_unwrap_for_grad(torch.zeros_like(primal) if tangent is None else tangent, level))
             return _unwrap_for_grad(primal, level)
 
-        value, aux = f(*map_leaves(lambda x: _make_dual(x, next(tangents), level=dual), xs))
-        aux, value = _leave(aux, level), map_leaves(unpacked, value)
+        value, aux = f(*tree_map(lambda x: _make_dual(x, next(tangents), level=dual), xs))
+        aux, value = _leave(aux, level), tree_map(unpacked, value)
         found = iter(products)
-        return value, map_leaves(lambda _: next(found), value), aux
+        return value, tree_map(lambda _: next(found), value), aux
 
     return _forward(at)
 
@@ -216,7 +217,7 @@ def _differentiable(xs: Trees, level: int) -> tuple[Trees, list[Tensor]]:
     allowed = get_inplace_requires_grad_allowed()
     set_inplace_requires_grad_allowed(True)
     try:
-        return map_leaves(differentiable, xs), inputs
+        return tree_map(differentiable, xs), inputs
     finally:
         set_inplace_requires_grad_allowed(allowed)
 

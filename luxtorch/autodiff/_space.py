@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from luxtorch.core import tree_flatten, tree_leaves, tree_unflatten
 
 from ._aux import Tree
 
@@ -25,7 +26,7 @@ class Space:
     """
 
     def __init__(self, like: Tree) -> None:
-        leaves, self._spec = pytree.tree_flatten(like)
+        leaves, self._spec = tree_flatten(like)
         self._leaves: list[Tensor] = leaves
         self._sizes = [leaf.numel() for leaf in leaves]
         self.size = sum(self._sizes)
@@ -37,9 +38,9 @@ class Space:
         """Return the elements of a tree as one flat vector."""
         if not self._leaves:
             return torch.zeros(0)
-        return torch.cat([leaf.reshape(-1).to(self.device) for leaf in pytree.tree_leaves(tree)])
+        return torch.cat([leaf.reshape(-1).to(self.device) for leaf in tree_leaves(tree)])
 
     def unravel(self, vector: Tensor) -> Tree:
         """Return the tree of a flat vector."""
         parts = zip(torch.split(vector, self._sizes), self._leaves, strict=True)
-        return pytree.tree_unflatten([part.reshape(leaf.shape).to(leaf) for part, leaf in parts], self._spec)
+        return tree_unflatten([part.reshape(leaf.shape).to(leaf) for part, leaf in parts], self._spec)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from luxtorch.core import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from . import _level
 from ._aux import Tree, pack, unpack
@@ -28,13 +29,13 @@ def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
     """Return the value of `f(*xs)`, its pullback, and the auxiliary output."""
     if _level.usable():
         return _level.vjp(f, xs)
-    leaves, spec = pytree.tree_flatten(xs)
+    leaves, spec = tree_flatten(xs)
     if not leaves:
         value, aux = f(*xs)
         return value, lambda u: xs, aux
     transform: Callable[..., Any] = torch.func.vjp
     value, back, aux = transform(_packed(f, spec), *leaves, has_aux=True)
-    return value, lambda u: pytree.tree_unflatten(back(u), spec), unpack(aux)
+    return value, lambda u: tree_unflatten(back(u), spec), unpack(aux)
 
 
 def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
@@ -42,20 +43,20 @@ def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     f = differentiable(f)
     if _level.usable():
         return _level.jvp(f, xs, us)
-    leaves, spec = pytree.tree_flatten(xs)
+    leaves, spec = tree_flatten(xs)
     if not leaves:
         value, aux = f(*xs)
-        return value, pytree.tree_map(torch.zeros_like, value), aux
+        return value, tree_map(torch.zeros_like, value), aux
     transform: Callable[..., Any] = torch.func.jvp
     value, product, aux = transform(_packed(f, spec), tuple(leaves), tuple(us), has_aux=True)
     return value, product, unpack(aux)
 
 
-def _packed(f: WithAux, spec: pytree.TreeSpec | None = None) -> WithAux:
+def _packed(f: WithAux, spec: TreeSpec | None = None) -> WithAux:
     """Return a function whose auxiliary output torch.func lets through; of leaves, where their structure is given."""
 
     def packed(*args: Any) -> tuple[Tree, Tree]:
-        value, aux = f(*args) if spec is None else f(*pytree.tree_unflatten(args, spec))
+        value, aux = f(*args) if spec is None else f(*tree_unflatten(args, spec))
         return value, pack(aux)
 
     return packed

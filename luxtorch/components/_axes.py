@@ -8,9 +8,7 @@ from math import prod
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
-import torch.utils._pytree as pytree
-
-from luxtorch.core import KeyNameError, suggest
+from luxtorch.core import KeyNameError, register_constant, suggest
 
 Shape: TypeAlias = "tuple[int, ...]"
 Entries: TypeAlias = "tuple[tuple[str, Axes | Shape], ...]"
@@ -136,7 +134,7 @@ class Axes:
 _INTERNED: WeakValueDictionary[Entries, Axes] = WeakValueDictionary()
 
 # As a pytree constant, axes are one comparison among the guards of a compiled graph.
-pytree.register_constant(Axes)
+register_constant(Axes)
 
 
 def _places(entries: Entries) -> Iterator[tuple[str, Place]]:

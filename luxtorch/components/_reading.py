@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
+from luxtorch._torch import is_wrapped
+
 from ._axes import Axes, Shape
 from ._build import check_flat
 from ._elementwise import Named
-from ._stamp import Stamp, is_stale, is_wrapped, narrowed, narrowed_in_trace, take_stamp
+from ._stamp import Stamp, is_stale, narrowed, narrowed_in_trace, take_stamp
 from ._trace import find, leaf_sizes, top, transform_depth
 
 R = TypeVar("R", bound="Reading")

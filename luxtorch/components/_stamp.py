@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _unwrap_for_grad, get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
+
+from luxtorch._torch import get_unwrapped, is_wrapped, level_of, unwrap_for_grad, version_of
 
 # What torch reports as the level of a tensor whose transform has ended.
 _ENDED = -2
@@ -19,13 +20,13 @@ Stamp: TypeAlias = "tuple[Tensor, Tensor, int, bool, bool]"
 def take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> Stamp:
     """Return what has to be known later about views made just now; `recorded` is whether autograd recorded that."""
     # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
-    version = tensor._version if tensor.requires_grad else -1
+    version = version_of(tensor) if tensor.requires_grad else -1
     return (
         tensor,
         view,
         version,
         torch.is_grad_enabled() if recorded is None else recorded,
-        is_functorch_wrapped_tensor(view),
+        is_wrapped(view),
     )
 
 
@@ -36,14 +37,9 @@ def is_stale(stamp: Stamp) -> bool:
     views of one split after that), or if they were made in a transform of torch.func that has ended.
     """
     tensor, view, version, recorded, in_transform = stamp
-    if tensor.requires_grad and (tensor._version != version or (torch.is_grad_enabled() and not recorded)):
+    if tensor.requires_grad and (version_of(tensor) != version or (torch.is_grad_enabled() and not recorded)):
         return True
-    return in_transform and maybe_get_level(view) == _ENDED
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Return whether a transform of torch.func owns a tensor."""
-    return is_functorch_wrapped_tensor(tensor)
+    return in_transform and level_of(view) == _ENDED
 
 
 def narrowed(whole: Tensor, start: int, size: int) -> Tensor:
@@ -52,8 +48,8 @@ def narrowed(whole: Tensor, start: int, size: int) -> Tensor:
     Whatever transform is running wraps what is made in it, also if it knows nothing of the whole. But a transform that
     is to differentiate by a part takes it as a value from outside.
     """
-    part, level = whole.narrow(-1, start, size), maybe_get_level(whole)
-    while maybe_get_level(part) > level:
+    part, level = whole.narrow(-1, start, size), level_of(whole)
+    while level_of(part) > level:
         part = get_unwrapped(part)
     return part
 
@@ -62,5 +58,5 @@ def narrowed_in_trace(whole: Tensor, start: int, size: int, depth: int) -> Tenso
     """Return the same where torch.compile traces, `depth` transforms deep, and the whole comes from outside."""
     part = whole.narrow(-1, start, size)
     for level in range(depth, 0, -1):
-        part = _unwrap_for_grad(part, level)
+        part = unwrap_for_grad(part, level)
     return part

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from torch._C._functorch import maybe_current_level
 from torch.compiler import is_dynamo_compiling
 
+from luxtorch._torch import compile_constant, current_level
 from luxtorch.core import InputError
 
 from ._axes import Axes, Entries, Place, difference
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def constant(func: F) -> F:
-    """Let torch.compile call a function while it traces, instead of tracing it.
-
-    The arguments have to be numbers, strings, functions, axes or tuples of these; the results numbers, strings or
-    tuples of these. Our errors can only be raised in such functions.
-    """
-    # All that torch.compiler.assume_constant_result does, but that loads the whole compiler first: two seconds.
-    func._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return func
-
-
-@constant
+@compile_constant
 def transform_depth() -> int:
     """Return how many transforms of torch.func are running."""
-    return maybe_current_level() or 0
+    return current_level() or 0
 
 
-@constant
+@compile_constant
 def function_name(func: Callable[..., Any]) -> str:
     """Return the name of a torch function without that of its module."""
     return func.__name__.removeprefix("special_").removeprefix("linalg_")
@@ -52,7 +39,7 @@ def _know(axes: Axes) -> str:
     return attribute
 
 
-@constant
+@compile_constant
 def _intern(entries: Entries) -> str:
     return _know(Axes(entries))
 
@@ -64,7 +51,7 @@ def intern(entries: Entries) -> Axes:
     return Axes(entries)
 
 
-@constant
+@compile_constant
 def leaf_sizes(axes: Axes) -> tuple[int, ...]:
     """Return the numbers of elements of all leaves."""
     return axes.leaf_sizes
@@ -79,7 +66,7 @@ def _as_place(constant: tuple[Any, ...]) -> Place:
     return Place(getattr(_KNOWN, child) if isinstance(child, str) else child, *rest)
 
 
-@constant
+@compile_constant
 def _top(axes: Axes) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     return tuple((name, _as_constant(place)) for name, place in axes.top)
 
@@ -89,7 +76,7 @@ def top(axes: Axes) -> Iterable[tuple[str, Place]]:
     return [(name, _as_place(place)) for name, place in _top(axes)] if is_dynamo_compiling() else axes.top
 
 
-@constant
+@compile_constant
 def _find(axes: Axes, name: str) -> tuple[Any, ...] | None:
     return next((_as_constant(place) for known, place in axes.top if known == name), None)
 
@@ -100,13 +87,13 @@ def find(axes: Axes, name: str) -> Place | None:
     return None if place is None else _as_place(place)
 
 
-@constant
+@compile_constant
 def check_name(axes: Axes, name: str) -> None:
     """Raise a KeyNameError unless there is a component of that name."""
     axes.place(name)
 
 
-@constant
+@compile_constant
 def refuse_names(a: Axes, b: Axes) -> NoReturn:
     """Raise the error for operands of different names."""
     raise InputError(

@@ -336,5 +336,6 @@ register_node(
     lambda vector: ([vector.flat], vector.axes),
     lambda children, axes: named(next(iter(children)), axes),
     names=["flat"],
+    single=(lambda vector: vector.flat, lambda flat, vector: named(flat, vector.axes)),
 )
 torch.serialization.add_safe_globals([named, Axes])

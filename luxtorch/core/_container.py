@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch._errors import InputError
+from luxtorch._torch import Dropouts
 from luxtorch.random import fold_in
 
 from ._layer import Layer
@@ -188,7 +189,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_RANDOM = (Dropouts, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 def _is_impure(module: nn.Module) -> bool:

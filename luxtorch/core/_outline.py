@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luxtorch._errors import LuxtorchError
+from luxtorch._torch import is_wrapped
 from luxtorch._transforms import watched
 
 from ._html import table
@@ -140,7 +141,7 @@ def _statistics(tensor: Tensor) -> Statistics | None:
     """Return the statistics of a tensor; None where there is nothing to read, or something looks on."""
     if (
         type(tensor) not in (Tensor, Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or is_wrapped(tensor)
         or watched()
         or torch.compiler.is_compiling()
         or tensor.is_meta
@@ -166,7 +167,7 @@ def _sizes(tensor: Tensor) -> tuple[int, str]:
 
 def _kind(tensor: Tensor) -> str:
     own = type(tensor).__name__
-    traced = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    traced = is_wrapped(tensor)
     kind = f"{tensor.dtype}, {tensor.device}" + ", traced" * traced
     return kind if own in ("Tensor", "Parameter") else f"{own}, {kind}"
 

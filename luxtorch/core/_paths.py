@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from luxtorch._errors import DTypeError, KeyNameError, suggest
+from luxtorch._torch import compile_constant
 
 Name: TypeAlias = "str | Callable[[str], bool]"
 """Which of some things with dotted names are meant:
@@ -100,12 +101,9 @@ def _matching(glob: str, names: Sequence[str], below: bool) -> dict[str, list[st
     return found
 
 
+@compile_constant  # which cannot trace regular expressions
 def _fits(path: str, glob: str) -> bool:
     return fnmatchcase(path, glob)
-
-
-# How torch.compile takes a constant: it cannot trace regular expressions.
-_fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prefixes(name: str) -> list[str]:

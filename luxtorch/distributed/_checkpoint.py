@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -21,7 +20,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import DTypeError, InputError, KeyNameError, named_leaves, path_name, suggest
+from luxtorch.core import (
+    DTypeError,
+    InputError,
+    KeyNameError,
+    named_leaves,
+    path_name,
+    suggest,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 from luxtorch.core._former import names_today, same_today, uncounted
 
 from ._failure import DistributedError, collective
@@ -116,9 +125,9 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     with _storage("read", path):
         held = {name: tensors[new] for name, new in today.items()}
         load(held, storage_reader=FileSystemReader(path), no_dist=world_size() == 1)
-    _, spec = pytree.tree_flatten(like)
+    _, spec = tree_flatten(like)
     leaves = [tensors[name].requires_grad_(leaf.requires_grad) for name, leaf in wanted.items()]
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 def _named(tree: Any) -> dict[str, Tensor]:
@@ -144,7 +153,7 @@ def _describe(tree: Any) -> dict[str, Any]:
         name: f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
         for name, leaf in named_leaves(tree)
     }
-    nodes, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, ComponentVector))
+    nodes, _ = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, ComponentVector))
     axes = {path_name(path): repr(node.axes) for path, node in nodes if isinstance(node, ComponentVector)}
     return {"format": _FORMAT, "leaves": leaves, "axes": axes}
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.data import Subset
 
-from luxtorch.core import DTypeError, InputError, named_leaves
+from luxtorch.core import DTypeError, InputError, named_leaves, tree_leaves, tree_map
 
 from ._world import rank, world_size
 
@@ -52,11 +51,11 @@ def shard_data(dataset: Any, *, uneven: Literal["error", "drop", "repeat"] = "er
             got=repr(uneven),
         )
     arrays = [(name, leaf) for name, leaf in named_leaves(dataset) if _is_array(leaf)]
-    in_tree = bool(arrays) and len(arrays) == len(pytree.tree_leaves(dataset))
+    in_tree = bool(arrays) and len(arrays) == len(tree_leaves(dataset))
     indices = _share(_common_size(arrays) if in_tree else _length(dataset), uneven)
     if world_size() == 1:
         return dataset
-    return pytree.tree_map(lambda leaf: _rows(leaf, indices), dataset) if in_tree else Subset(dataset, indices)
+    return tree_map(lambda leaf: _rows(leaf, indices), dataset) if in_tree else Subset(dataset, indices)
 
 
 def _share(total: int, uneven: str) -> Sequence[int]:

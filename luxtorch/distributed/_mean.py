@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from luxtorch._torch import compile_constant, forward_level
 from luxtorch._transforms import functional
 
 from ._failure import collective
@@ -23,18 +24,16 @@ def mean(x: Tensor) -> Tensor:
 
 def _in_trace(x: Tensor) -> Any:
     """Return the same where torch.compile traces: it refuses functions of autograd that have rules for transforms."""
-    if _forward_level() >= 0:
+    if _in_forward_mode():
         value, tangent = forward_ad.unpack_dual(x, level=0)  # type: ignore[no-untyped-call]
         if tangent is not None:
             return forward_ad.make_dual(mean(value), mean(tangent), level=0)  # type: ignore[no-untyped-call]
     return _Traced.apply(x) if x.requires_grad else _mean(x)
 
 
-def _forward_level() -> int:
-    return forward_ad._current_level
-
-
-_forward_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@compile_constant
+def _in_forward_mode() -> bool:
+    return forward_level() >= 0
 
 
 @torch.library.custom_op("luxtorch::distributed_mean", mutates_args=())

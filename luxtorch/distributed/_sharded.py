@@ -6,13 +6,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, tree_map
+from luxtorch.core import InputError, tree_flatten, tree_map, tree_unflatten
 
 from ._failure import collective
 from ._sharded_tensor import gather, innermost, is_sharded, scatter_mean
@@ -142,8 +141,8 @@ def scatter_gradients(grads: Any, ps: Any) -> Any:
         >>> grads = lt.gradient(lambda ps: ps.weight.sum(), distributed.gather_parameters(ps))
         >>> grads = distributed.scatter_gradients(grads, ps)
     """
-    leaves, spec = pytree.tree_flatten(grads)
-    like, like_spec = pytree.tree_flatten(ps)
+    leaves, spec = tree_flatten(grads)
+    like, like_spec = tree_flatten(ps)
     if spec != like_spec:
         raise InputError(
             "The gradients have another structure than the parameters.",
@@ -151,7 +150,7 @@ def scatter_gradients(grads: Any, ps: Any) -> Any:
             got=f"{spec!s:.300}",
             fix="Differentiate with respect to gather_parameters(ps).",
         )
-    return pytree.tree_unflatten([_scattered(g, p) for g, p in zip(leaves, like, strict=True)], spec)
+    return tree_unflatten([_scattered(g, p) for g, p in zip(leaves, like, strict=True)], spec)
 
 
 def _scattered(grad: Any, p: Any) -> Any:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, named_leaves
+from luxtorch.core import InputError, named_leaves, tree_flatten, tree_unflatten
 
 from ._failure import collective
 from ._sharded_tensor import is_sharded
@@ -53,7 +52,7 @@ def synchronize(tree: Any, root: int = 0) -> Any:
     if world_size() == 1:
         return tree
     _check_alike(tree, root)
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = tree_flatten(tree)
     by_device: dict[torch.device, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and not is_sharded(leaf):
@@ -61,7 +60,7 @@ def synchronize(tree: Any, root: int = 0) -> Any:
     for members in by_device.values():
         for i, leaf in zip(members, _broadcast([leaves[i] for i in members], root), strict=True):
             leaves[i] = leaf
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 def _broadcast(tensors: list[Tensor], root: int) -> list[Tensor]:

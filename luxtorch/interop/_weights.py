@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, Parameters, States, named_leaves, nested_dicts, path_name, tree_map
+from luxtorch.core import (
+    DTypeError,
+    InputError,
+    Parameters,
+    States,
+    named_leaves,
+    nested_dicts,
+    path_name,
+    tree_map,
+    tree_map_with_path,
+)
 from luxtorch.core._former import names_today, uncounted
 
 from ._load_report import LoadReport
@@ -154,7 +163,7 @@ def _filled(tree: Any, values: Mapping[str, Tensor]) -> Any:
         names = {f"{name}.{part}" if name else part: part for part, _ in named_leaves(_opened(leaf))}
         return leaf.replace({part: values[public(whole)] for whole, part in names.items() if public(whole) in values})
 
-    return pytree.tree_map_with_path(new, tree, is_leaf=_is_vector)
+    return tree_map_with_path(new, tree, is_leaf=_is_vector)
 
 
 def _opened(tree: Any) -> Any:

@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily
 
+from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError
 
@@ -187,9 +188,9 @@ class Functions(TorchFunctionMode):
     def _into(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Where torch only looks at `out`, as in `torch.linalg.matrix_rank`, the write is lost under any dispatch mode.
         outs = [tensor for tensor in tensors_in([kwargs["out"]]) if isinstance(tensor, FakeTensor)]
-        before = [tensor._version for tensor in outs]
+        before = [version_of(tensor) for tensor in outs]
         result = func(*args, **kwargs)
-        if any(tensor._version == version for tensor, version in zip(outs, before, strict=True)):
+        if any(version_of(tensor) == version for tensor, version in zip(outs, before, strict=True)):
             raise TracingError(
                 f"A jitted function loses what {resolve_name(func) or func} would write into its argument 'out'.",
                 fix="Take what the function returns instead.",
@@ -410,4 +411,4 @@ def _value_needed(func: Any, where: str = "") -> TracingError:
 
 def storage(tensor: Tensor) -> int:
     """Return what is the same for tensors that share memory, and for no others."""
-    return int(tensor.untyped_storage()._cdata)
+    return storage_id(tensor)

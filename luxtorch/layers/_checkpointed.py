@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from luxtorch._torch import forward_level, saved_tensors_hooks_enabled
 from luxtorch._transforms import functional
-from luxtorch.core import Layer, Parameters, States, WrapperLayer
+from luxtorch.core import Layer, Parameters, States, TreeSpec, WrapperLayer, tree_flatten, tree_leaves, tree_unflatten
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
@@ -56,10 +55,10 @@ class Checkpointed(WrapperLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the output and the state of the layer."""
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or forward_level() >= 0:
             return self.layer(x, ps, st)
         # torch.func switches these hooks off, also where it goes down to plain tensors.
-        if not functional() and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        if not functional() and saved_tensors_hooks_enabled():
             # The keys are all the randomness there is: no generator has to be put back.
             output: tuple[Any, States] = checkpoint(
                 self.layer, x, ps, st, use_reentrant=False, preserve_rng_state=False
@@ -76,11 +75,11 @@ class _Packed(NamedTuple):
 
     tensors: Sequence[Tensor]
     others: dict[int, Any]
-    spec: pytree.TreeSpec
+    spec: TreeSpec
 
     @staticmethod
     def of(tree: Any) -> _Packed:
-        leaves, spec = pytree.tree_flatten(tree)
+        leaves, spec = tree_flatten(tree)
         others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         return _Packed([leaf for leaf in leaves if isinstance(leaf, Tensor)], others, spec)
 
@@ -88,7 +87,7 @@ class _Packed(NamedTuple):
         """Return the tree with other tensors."""
         given = iter(tensors)
         leaves = [self.others[i] if i in self.others else next(given) for i in range(self.spec.num_leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return tree_unflatten(leaves, self.spec)
 
 
 class _Call:
@@ -108,7 +107,7 @@ class _Call:
         y, st = self.layer(*self.arguments.filled(tensors))
         result = _Packed.of((y, st))
         self.result = result._replace(tensors=())
-        self.differentiable = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(y))
+        self.differentiable = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(y))
         return tuple(result.tensors)
 
 

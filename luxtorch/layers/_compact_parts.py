@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from luxtorch._torch import compile_constant, is_wrapped
 from luxtorch.core import (
     ContainerLayer,
     InputError,
@@ -32,7 +33,7 @@ class Content(Value):
     @classmethod
     def of(cls, tensor: Tensor) -> Content:
         """Copy the numbers of a tensor."""
-        if tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.is_meta or is_wrapped(tensor):
             raise InputError(
                 "A tensor of a compact model has to have values, as they are part of the model.",
                 got="a tensor on the meta device, or inside a transform of torch.func",
@@ -55,13 +56,9 @@ class Content(Value):
         return f"{self.shape}"
 
 
+@compile_constant  # which cannot trace through bytes
 def _numbers(data: bytes) -> list[int]:
     return list(data)
-
-
-# torch.compile cannot trace through bytes: it takes the numbers as constants. The decorator that sets this mark,
-# torch.compiler.assume_constant_result, would load the whole compiler.
-_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Drawn(Value):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch._torch import compile_constant
 from luxtorch.core import (
     InputError,
     KeyNameError,
@@ -140,6 +141,7 @@ HOLDERS = Group, Layers
 """Layers that hold others for the one around them, and are taken apart rather than called."""
 
 
+@compile_constant
 def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
     """Return paths of layers inside, with what globs and predicates find in their place.
 
@@ -152,10 +154,6 @@ def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
     for path in paths:
         found += places(path, known, "layer", below=False) if path in searching else [path]
     return tuple(dict.fromkeys(found))
-
-
-# How torch.compile takes a constant: it need not trace what asks for no tensor.
-layer_paths._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) -> Iterator[str]:

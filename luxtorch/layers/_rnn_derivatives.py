@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch._torch import compile_constant, unwrap_if_dead
 from luxtorch._transforms import reverse_alone
 
 from ._rnn_kernels import fused
@@ -21,13 +22,10 @@ def recurrent_layer(unit: str, train: bool, xs: Tensor, *rest: Tensor | None) ->
     return Recurrent.apply(fused(unit, xs), train, xs, *rest)  # type: ignore[no-any-return]
 
 
+@compile_constant
 def keep_opaque() -> None:
     """Keep torch.compile from looking into `recurrent_layer`, which it could not follow."""
     torch.compiler.allow_in_graph(recurrent_layer)  # type: ignore[no-untyped-call]
-
-
-# Dynamo runs it while it traces; to say it when this file is loaded would load all of the compiler.
-keep_opaque._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Recurrent(torch.autograd.Function):
@@ -106,7 +104,7 @@ def _by_steps(
         return [output for output, grad in zip(found, grads, strict=False) if grad is not None]
 
     # What a pullback has kept may be of a transform that is over.
-    _, pull, *_ = torch.func.vjp(outputs, *map(torch._C._functorch.unwrap_if_dead, tensors))
+    _, pull, *_ = torch.func.vjp(outputs, *map(unwrap_if_dead, tensors))
     return pull(given(*grads))  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luxtorch._torch import autocast_disabled
+
 from . import _rnn_kernels, _rnn_loops
 from ._rnn_loops import given
 
@@ -43,7 +45,7 @@ def recurrent(
     """
     ways = _rnn_kernels if "/" in unit else _rnn_loops
     # Whoever asked for a precision has cast already.
-    with torch._C._DisableAutocast():
+    with autocast_disabled():
         ys, last, saved = ways.forward(unit, train, xs, h, c, given(weight_ih, weight_hh, bias_ih, bias_hh))
     return ys, ys[-1].clone(), last, saved
 
@@ -82,7 +84,7 @@ def recurrent_backward(
     """Return the gradients of xs, h, c, both weights and both biases, from those of what `recurrent` returned."""
     ways, grads = (_rnn_kernels if "/" in unit else _rnn_loops), (gy, gh, gc)
     weights = given(weight_ih, weight_hh, bias_ih, bias_hh)
-    with torch._C._DisableAutocast():
+    with autocast_disabled():
         found = ways.backward(unit, grads, xs, h, c, weights, (ys, last, saved))
     dxs, dh, dc, dw, du, *biases = found
     # An operator may not return a tensor twice.

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States, WrapperLayer, tree_map
+from luxtorch.core import InputError, Layer, Parameters, States, WrapperLayer, tree_leaves, tree_map, tree_structure
 from luxtorch.core._replace import replace_children
 
 # In the state of a layer that is perturbed, beside its own: what to add to its output, and what the output was.
@@ -55,8 +54,8 @@ def added(y: Any, perturbation: Any) -> Any:
     """Return an output with a perturbation added, unless it is `()`, which is none."""
     if isinstance(perturbation, tuple) and not perturbation:
         return y
-    if pytree.tree_structure(perturbation) == pytree.tree_structure(y):
-        pairs = zip(pytree.tree_leaves(perturbation), pytree.tree_leaves(y), strict=True)
+    if tree_structure(perturbation) == tree_structure(y):
+        pairs = zip(tree_leaves(perturbation), tree_leaves(y), strict=True)
         if all(_broadcasts(tuple(leaf.shape), tuple(to.shape)) for leaf, to in pairs):
             return tree_map(torch.add, y, perturbation)
     raise InputError(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tree_map
 
 from . import _fused
 from ._fused import Slots
@@ -95,7 +94,7 @@ def choose(due: Tensor | bool, new: Any, old: Any) -> Any:
     def pick(x: Any, y: Any) -> Any:
         return y if x is y else torch.where(due.to(x.device), x, y)
 
-    return pytree.tree_map(pick, new, old)
+    return tree_map(pick, new, old)
 
 
 def _zeros(slots: Slots) -> Slots:

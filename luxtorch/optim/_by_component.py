@@ -7,11 +7,10 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.components import Axes
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tree_map
 
 from ._fused import Slots
 from ._leaves import components
@@ -40,7 +39,7 @@ def by_component(opt_state: OptState) -> OptState:
             fix="Optimize ps.to_dict(), or use a rule of luxtorch.optim.",
         )
 
-    state = pytree.tree_map(split, opt_state.state, is_leaf=lambda node: isinstance(node, RuleState))
+    state = tree_map(split, opt_state.state, is_leaf=lambda node: isinstance(node, RuleState))
     return OptState(layout._replace(by_component=True), state)
 
 

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 
+from luxtorch._torch import innermost_transform
 from luxtorch.core import DTypeError, InputError
 
 Number: TypeAlias = "float | Tensor"
@@ -65,7 +65,7 @@ def pack(values: Mapping[str, Number | Numbers], *, beside: torch.device) -> Ten
     0-d float64 CPU tensor is a Python number, would trace everything twice.
     """
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
-    inside = peek_interpreter_stack() is not None
+    inside = innermost_transform() is not None
     device = tensors[0].device if tensors else beside if inside else torch.device("cpu")
     if not values:
         return torch.empty(0, dtype=torch.float64, device=device)

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from luxtorch._torch import fused_adagrad_, fused_adam_, fused_adamw_
+
 Tensors: TypeAlias = Sequence[Tensor]
 
 Slots: TypeAlias = dict[str, Tensor]
@@ -57,7 +59,7 @@ def _adam(
 ) -> None:
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": amsgrad}
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else "", "step")
-    _run(torch._fused_adam_ if amsgrad else torch._fused_adamw_, params, grads, slots, names, **options)
+    _run(fused_adam_ if amsgrad else fused_adamw_, params, grads, slots, names, **options)
 
 
 adam: InPlace = partial(_adam, amsgrad=False)
@@ -78,7 +80,7 @@ def adagrad(
 ) -> None:
     """Take the step of `AdaGrad`."""
     options = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
-    _run(torch._fused_adagrad_, params, grads, slots, ("sum", "step"), **options)
+    _run(fused_adagrad_, params, grads, slots, ("sum", "step"), **options)
 
 
 def _run(

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tree_leaves
 
 from ._accumgrad import choose
 from ._fused import Slots, unobserved
@@ -79,7 +78,7 @@ class LBFGS(ListRule):
         return True
 
     def init(self, params: Any) -> RuleState:
-        for node in pytree.tree_leaves(params, is_leaf=lambda node: isinstance(node, ComponentVector)):
+        for node in tree_leaves(params, is_leaf=lambda node: isinstance(node, ComponentVector)):
             if isinstance(node, ComponentVector) and node.flat.ndim > 1:
                 raise InputError(
                     "LBFGS would treat many models as one: their curvatures have nothing to do with each other.",

@@ -6,11 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch.components import Axes, ComponentVector
-from luxtorch.core import DTypeError, InputError, KeyNameError, suggest
+from luxtorch.core import (
+    DTypeError,
+    InputError,
+    KeyNameError,
+    TreeSpec,
+    suggest,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 
 class Leaves(NamedTuple):
@@ -99,7 +108,7 @@ def rebuild(ps: Any, leaves: Iterator[Any]) -> Any:
         flat = _whole(next(leaves), ps.flat)
         return None if flat is None else ComponentVector.from_flat(flat, ps.axes)
     children, spec = one_level(ps)
-    return pytree.tree_unflatten([rebuild(child, leaves) for child in children], spec)
+    return tree_unflatten([rebuild(child, leaves) for child in children], spec)
 
 
 def parts(tensor: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ def to_parts(tree: Any) -> Any:
             return parts(node.flat) if node.flat.is_complex() else node
         return parts(node) if isinstance(node, Tensor) and node.is_complex() else node
 
-    return pytree.tree_map(replaced, tree, is_leaf=_is_vector)
+    return tree_map(replaced, tree, is_leaf=_is_vector)
 
 
 def join(name: str, key: object) -> str:
@@ -131,9 +140,9 @@ def join(name: str, key: object) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def one_level(tree: Any, name: str = "") -> tuple[list[Any], pytree.TreeSpec]:
+def one_level(tree: Any, name: str = "") -> tuple[list[Any], TreeSpec]:
     """Return the children of any pytree node, and how to put them together again."""
-    children, spec = pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
+    children, spec = tree_flatten(tree, is_leaf=lambda node: node is not tree)
     if len(children) == 1 and children[0] is tree:
         raise DTypeError(
             "A leaf is not a tensor.",
@@ -146,7 +155,7 @@ def one_level(tree: Any, name: str = "") -> tuple[list[Any], pytree.TreeSpec]:
 
 def vectors(ps: Any) -> dict[str, Axes]:
     """Return the axes of the ComponentVectors of a tree, by the names that `pair` gives to their leaves."""
-    nodes = pytree.tree_leaves(ps, is_leaf=_is_vector)
+    nodes = tree_leaves(ps, is_leaf=_is_vector)
     named = zip(pair(ps, None).names, nodes, strict=True)
     return {name: node.axes for name, node in named if _is_vector(node)}
 
@@ -158,12 +167,12 @@ def components(name: str, axes: Axes) -> dict[str, tuple[int, ...]]:
 
 def to_components(tree: Any) -> Any:
     """Return the tree with each ComponentVector replaced by the dict of its components."""
-    return pytree.tree_map(lambda node: node.to_dict() if _is_vector(node) else node, tree, is_leaf=_is_vector)
+    return tree_map(lambda node: node.to_dict() if _is_vector(node) else node, tree, is_leaf=_is_vector)
 
 
 def from_components(ps: Any, tree: Any) -> Any:
     """Return a tree that `to_components` has changed with its ComponentVectors, those of `ps`, put back."""
-    return pytree.tree_map(lambda p, node: _pack(p, node) if _is_vector(p) else node, ps, tree, is_leaf=_is_vector)
+    return tree_map(lambda p, node: _pack(p, node) if _is_vector(p) else node, ps, tree, is_leaf=_is_vector)
 
 
 def _is_vector(node: Any) -> bool:
@@ -172,7 +181,7 @@ def _is_vector(node: Any) -> bool:
 
 def _pack(vector: ComponentVector, components: Any) -> ComponentVector:
     batch = vector.flat.shape[:-1]
-    flat = torch.cat([leaf.reshape(*batch, -1) for leaf in pytree.tree_leaves(components)], -1)
+    flat = torch.cat([leaf.reshape(*batch, -1) for leaf in tree_leaves(components)], -1)
     return ComponentVector.from_flat(flat, vector.axes)
 
 

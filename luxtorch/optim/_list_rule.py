@@ -10,10 +10,9 @@ from math import prod
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, KeyNameError
+from luxtorch.core import DTypeError, InputError, KeyNameError, tree_leaves
 
 from ._fused import Slots, unobserved
 from ._hyperparameters import pack, readable, show, unpack
@@ -132,7 +131,7 @@ class ListRule(Rule):
 
     def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
         """Return what of a state stays as it is where parameters and states are cast to a dtype."""
-        nodes = pytree.tree_leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+        nodes = tree_leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
         return [number for node in nodes if isinstance(node, RuleState) for number in node.own_numbers(dtype)]
 
     def slots(self, p: Tensor) -> Slots:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tree_leaves
 
 from ._hyperparameters import pack
 from ._leaves import Leaves, pair, to_components
@@ -72,7 +71,7 @@ class MixedPrecision(ListRule):
         return MixedPrecision(self.rule.in_force(state[1]), self.dtype)
 
     def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
-        return pytree.tree_leaves(state)  # its precision is that of the copies
+        return tree_leaves(state)  # its precision is that of the copies
 
     def describe(self, state: Any) -> str:
         return f"MixedPrecision({self.rule.describe(state[1])}, {self.dtype})"

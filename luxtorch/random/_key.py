@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._errors import DTypeError, InputError
+from luxtorch._torch import compile_constant
 
 from . import _ops
 
@@ -150,14 +151,10 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     return _ops.call(_ops.fold_in, "fold_in", key, data - _WORD if data >= 2**63 else data)
 
 
+@compile_constant  # which cannot trace a hash
 def _number_of(name: str) -> int:
     """Return 64 bits that stand for a name, the same on every machine."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-# torch.compile cannot trace a hash: it takes the number as a constant. The decorator that sets this mark,
-# torch.compiler.assume_constant_result, would load the whole compiler.
-_number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def replicate(rng: Rng) -> Rng:

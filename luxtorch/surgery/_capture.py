@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from luxtorch._torch import compile_constant
 from luxtorch.core import Layer, Parameters, States
 from luxtorch.core._paths import Path
 from luxtorch.layers import Perturbed
@@ -77,6 +78,7 @@ class _Made:
 _MADE, _NAMES = _Made(), dict[tuple[Layer, tuple[str, ...] | None], str]()
 
 
+@compile_constant  # which cannot trace how a layer is made
 def _name(layer: Layer, paths: tuple[str, ...] | None) -> str:
     """Return the attribute that holds a model with taps at the ends of paths, or wherever there can be one."""
     if (layer, paths) not in _NAMES:
@@ -85,8 +87,3 @@ def _name(layer: Layer, paths: tuple[str, ...] | None) -> str:
         setattr(_MADE, name, Perturbed(layer, *chosen) if chosen else None)
         _NAMES[layer, paths] = name
     return _NAMES[layer, paths]
-
-
-# torch.compile cannot trace how a layer is made: it takes the name of the one that is made meanwhile as a constant. The
-# decorator that sets this mark, torch.compiler.assume_constant_result, would load the whole compiler.
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

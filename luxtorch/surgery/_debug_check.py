@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from luxtorch.core import Layer, Value, path_name
+from luxtorch.core import Layer, Value, path_name, tree_flatten_with_path, tree_map_with_path
 from luxtorch.core._values import Statistics, physical, readable
 
 from ._debug_error import NonFiniteError, Observation, Place, note
@@ -214,7 +213,7 @@ def _lines(titled: Titled) -> list[str]:
 
 def _titled(what: str, tree: Any) -> Titled:
     """List the tensors of a tree, under what they are and their names if there are several."""
-    leaves = pytree.tree_flatten_with_path(tree)[0]
+    leaves = tree_flatten_with_path(tree)[0]
     return [(_title(what, path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -224,7 +223,7 @@ def _mapped(what: str, tree: Any, function: Callable[[str, Tensor], Any]) -> Any
     def apply(path: Any, leaf: Any) -> Any:
         return function(_title(what, path), leaf) if isinstance(leaf, Tensor) else leaf
 
-    return pytree.tree_map_with_path(apply, tree)
+    return tree_map_with_path(apply, tree)
 
 
 def _title(what: str, path: Any) -> str:

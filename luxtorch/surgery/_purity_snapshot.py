@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch._transforms import unwrapped
-from luxtorch.core import named_leaves
+from luxtorch.core import named_leaves, tree_structure
 from luxtorch.core._values import physical
 
 
@@ -33,7 +32,7 @@ class Snapshot:
     def __init__(self, what: str, tree: Any) -> None:
         self.what = what
         self._tree = tree
-        self._structure = pytree.tree_structure(tree)
+        self._structure = tree_structure(tree)
         self._kept = {name: _Kept(leaf, _version(leaf), _copy(leaf)) for name, leaf in named_leaves(tree)}
 
     @property
@@ -55,7 +54,7 @@ class Snapshot:
         extra = [name for name in now if name not in self._kept]
         for name in extra:
             yield f"adds the {self._titled(name)} to the dict that it is given."
-        if not extra and now.keys() == self._kept.keys() and pytree.tree_structure(self._tree) != self._structure:
+        if not extra and now.keys() == self._kept.keys() and tree_structure(self._tree) != self._structure:
             yield f"changes a switch in the {self.what}s that it is given."
 
     def faults(self, new: Any) -> Iterator[str]:
@@ -72,7 +71,7 @@ class Snapshot:
         for name in now:
             if name not in self._kept:
                 yield f"returns the {self._titled(name)}, which it was not given."
-        if now.keys() == self._kept.keys() and pytree.tree_structure(new) != self._structure:
+        if now.keys() == self._kept.keys() and tree_structure(new) != self._structure:
             yield "returns states of another structure than it was given."
 
     def _leaf_faults(self, title: str, leaf: Tensor, new: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, Layer, setup, tree_leaves, tree_map
 from luxtorch.core._nowhere import NOWHERE, without_numbers
@@ -211,7 +212,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return int(unwrapped(tensor).untyped_storage()._cdata)
+    return storage_id(unwrapped(tensor))
 
 
 def _matrix_vector(matrix: Any, vector: Any, *_: Any, **__: Any) -> int:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
-from torch.utils._pytree import tree_structure
-
-from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mode, tree_leaves
+from luxtorch.core import InputError, Layer, setup, suggest, test_mode, train_mode, tree_leaves, tree_structure
 from luxtorch.random import Rng, as_key
 
 from ._compare import LawError

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import LuxtorchError, named_leaves
+from luxtorch.core import LuxtorchError, named_leaves, tree_structure
 
 
 class LawError(LuxtorchError, AssertionError):
@@ -17,7 +16,7 @@ class LawError(LuxtorchError, AssertionError):
 
 def same_structure(law: str, got: Any, expected: Any) -> None:
     """Raise unless two trees have the same structure, shapes and dtypes."""
-    structures = [pytree.tree_structure(tree) for tree in (got, expected)]
+    structures = [tree_structure(tree) for tree in (got, expected)]
     if structures[0] != structures[1]:
         raise LawError(f"{law}: the tree changes its structure.", expected=str(structures[1]), got=str(structures[0]))
     for (name, a), (_, b) in zip(named_leaves(got), named_leaves(expected), strict=True):

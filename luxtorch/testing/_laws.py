@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch._transforms import functional
@@ -219,7 +218,7 @@ def _stacked(trees: list[Any]) -> Any:
 
 
 def _dot(a: Any, b: Any) -> Tensor:
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
     return sum(((left * right).sum() for left, right in pairs), torch.zeros((), dtype=torch.float64))
 
 

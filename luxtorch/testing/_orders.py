@@ -14,10 +14,9 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._compare import LawError
@@ -71,7 +70,7 @@ def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iter
             ...
         luxtorch.testing._compare.LawError: ...
     """
-    for leaf in pytree.tree_leaves(xs):
+    for leaf in tree_leaves(xs):
         if not (isinstance(leaf, Tensor) and leaf.dtype == torch.float64):
             raise InputError(
                 "Derivatives are checked in double precision.",
@@ -206,7 +205,7 @@ def _inside_vmap(letter: Callable[[Function, Any], Function]) -> Callable[[Funct
 
     def inside(f: Function, direction: Any) -> Function:
         def of_second(x: Any) -> Tensor:
-            both = pytree.tree_map(lambda leaf: torch.stack([1.1 * leaf, leaf]), x)
+            both = tree_map(lambda leaf: torch.stack([1.1 * leaf, leaf]), x)
             return torch.vmap(letter(f, direction))(both)[1]
 
         return of_second
@@ -216,10 +215,10 @@ def _inside_vmap(letter: Callable[[Function, Any], Function]) -> Callable[[Funct
 
 def _taped(f: Function, direction: Any) -> Function:
     def by_tape(x: Any) -> Tensor:
-        leaves, structure = pytree.tree_flatten(x)
+        leaves, structure = tree_flatten(x)
         if not all(leaf.requires_grad for leaf in leaves):
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = f(pytree.tree_unflatten(leaves, structure))
+        value = f(tree_unflatten(leaves, structure))
         if not value.requires_grad:
             return torch.zeros_like(value)
         gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
@@ -229,7 +228,7 @@ def _taped(f: Function, direction: Any) -> Function:
 
 
 def _dot(a: Any, b: Any) -> Tensor:
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
     return sum(((left * right).sum() for left, right in pairs), torch.zeros((), dtype=torch.float64))
 
 

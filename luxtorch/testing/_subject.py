@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.core import Layer, WrapperLayer, named_leaves, setup, tree_leaves, tree_map
+from luxtorch.core import Layer, WrapperLayer, named_leaves, setup, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from luxtorch.random import fold_in, normal, split
 
 
@@ -126,7 +125,7 @@ def bent(tree: Any) -> Any:
         real = in_parts(leaf)
         return _whole(real + real.sin() / 2, leaf) if is_real(real) else leaf
 
-    return pytree.tree_map(bend, tree)
+    return tree_map(bend, tree)
 
 
 def weighted(tree: Any) -> Tensor:
@@ -135,7 +134,7 @@ def weighted(tree: Any) -> Tensor:
     Each of the two parts of complex elements has one, too.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for leaf in map(in_parts, pytree.tree_leaves(tree)):
+    for leaf in map(in_parts, tree_leaves(tree)):
         if is_real(leaf):
             weights = torch.cos(torch.arange(leaf.numel(), device=leaf.device)).reshape(leaf.shape)
             total = total + (leaf * weights.to(leaf.dtype)).sum()
@@ -144,9 +143,9 @@ def weighted(tree: Any) -> Tensor:
 
 def drawn(key: Tensor, tree: Any) -> Any:
     """Return random numbers in the shape of a tree."""
-    leaves, structure = pytree.tree_flatten(tree)
+    leaves, structure = tree_flatten(tree)
     pairs = zip(split(key, len(leaves)), leaves, strict=True)
-    return pytree.tree_unflatten([normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in pairs], structure)
+    return tree_unflatten([normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in pairs], structure)
 
 
 def moved(tree: Any, direction: Any, step: float) -> Any:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
-from luxtorch.core import DTypeError, KeyNameError, Static, path_name
+from luxtorch.core import DTypeError, KeyNameError, Static, TreeSpec, path_name, tree_flatten_with_path, tree_unflatten
 from luxtorch.core._former import names_today, same_today
 from luxtorch.optim import OptState
 
@@ -28,11 +27,11 @@ class Named:
 
     leaves: dict[str, Any]
     structure: dict[str, str]
-    spec: pytree.TreeSpec
+    spec: TreeSpec
 
     def rebuilt(self, leaves: Mapping[str, Any]) -> Any:
         """Return a tree of the same structure with other leaves."""
-        return pytree.tree_unflatten([leaves[name] for name in self.leaves], self.spec)
+        return tree_unflatten([leaves[name] for name in self.leaves], self.spec)
 
 
 def name_leaves(tree: Any) -> Named:
@@ -41,7 +40,7 @@ def name_leaves(tree: Any) -> Named:
     Raises:
         KeyNameError: If two of them have the same dotted name, or one has the name of the metadata.
     """
-    pairs, spec = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Static))
+    pairs, spec = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Static))
     leaves: dict[str, Any] = {}
     for path, leaf in pairs:
         name = path_name(path)
@@ -158,7 +157,7 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 def _structure(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield what two trees of the same leaves may still differ in, so that the numbers would mean something else."""
-    nodes = pytree.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, (ComponentVector, OptState)))[0]
+    nodes = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, (ComponentVector, OptState)))[0]
     for path, node in nodes:
         name = prefix + "".join(f"{key}." for key in [path_name(path)] if key)
         if isinstance(node, ComponentVector):

@@ -11,10 +11,9 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
 from luxtorch.autodiff._level import gradients
-from luxtorch.autodiff._trees import map_tensors, tensors
 from luxtorch.components import ComponentVector
 from luxtorch.components._reading import split_once
-from luxtorch.core import InputError
+from luxtorch.core import InputError, map_tensors, tensors
 
 Objective = Callable[[Any], tuple[Tensor, Any]]
 

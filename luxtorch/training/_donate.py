@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from luxtorch import optim
-from luxtorch.autodiff._trees import map_tensors, tensors
+from luxtorch._torch import storage_id, storage_users
+from luxtorch.core import map_tensors, tensors
 from luxtorch.optim._fused import numbers, unobserved
 from luxtorch.optim._leaves import pair
 
@@ -38,7 +39,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     values = numbers(hyper) if isinstance(hyper, Tensor) else None
     if values is None:
         return None
-    shared = own is None or sum(map(_users, own)) > len(own) * _alone()  # before views of them are made here
+    shared = own is None or sum(map(storage_users, own)) > len(own) * _alone()  # before views of them are made here
     names, params, gs, _ = pair(trees.parameters, grads)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
@@ -51,7 +52,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
             return None
         ps = map_tensors(_copy, ps)
         slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
-        own = tuple(p.untyped_storage()._cdata for p in tensors(ps))
+        own = tuple(storage_id(p) for p in tensors(ps))
         params = pair(ps, None).params
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
@@ -62,14 +63,11 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     return make(ts._statics, new, own)
 
 
-_users = torch._C._storage_Use_Count
-
-
 @cache
 def _alone() -> int:
     """Return what is counted for memory with one user: the count itself may be another."""
     tensor = torch.empty(1)
-    return _users(tensor.untyped_storage()._cdata)
+    return storage_users(storage_id(tensor))
 
 
 def _copy(tensor: Tensor) -> Tensor:

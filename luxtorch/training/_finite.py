@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch import random
-from luxtorch.autodiff._trees import tensors
-from luxtorch.core import InputError
+from luxtorch.core import InputError, tensors, tree_flatten, tree_unflatten
 
 
 def all_finite(*trees: Any) -> Tensor:
@@ -21,8 +19,8 @@ def all_finite(*trees: Any) -> Tensor:
 
 def select(ok: Tensor, new: Any, old: Any) -> Any:
     """Return the new tree where `ok` is true and the old one elsewhere, without a branch on the tensor."""
-    after, spec = pytree.tree_flatten(new)
-    before, old_spec = pytree.tree_flatten(old)
+    after, spec = tree_flatten(new)
+    before, old_spec = tree_flatten(old)
     if spec != old_spec:
         raise InputError(
             "A step that may be skipped must keep the structure of the states.",
@@ -31,7 +29,7 @@ def select(ok: Tensor, new: Any, old: Any) -> Any:
             fix="Start from states that are made by one call of the model, or leave skip_nonfinite=True out.",
         )
     chosen = [b if a is b else _chosen(ok.to(a.device), a, b) for a, b in zip(after, before, strict=True)]
-    return pytree.tree_unflatten(chosen, spec)
+    return tree_unflatten(chosen, spec)
 
 
 def _chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:

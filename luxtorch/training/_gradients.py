@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.autodiff._trees import map_tensors
-from luxtorch.core import InputError
+from luxtorch.core import InputError, map_tensors
 
 from ._differentiate import differentiate, on_a_tape
 from ._finite import all_finite, select

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.autodiff._trees import map_tensors, tensors
-from luxtorch.core import InputError, named_leaves
+from luxtorch.core import InputError, map_tensors, named_leaves, tensors, tree_flatten, tree_unflatten
 from luxtorch.core._weighted import watching_means
 
 from ._objective import Objective, Weight
@@ -23,7 +21,7 @@ def split_data(data: Any, n: int) -> list[Any]:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InputError("The number of microbatches is not a positive integer.", expected="accumulate=4", got=repr(n))
-    leaves, spec = pytree.tree_flatten(data)
+    leaves, spec = tree_flatten(data)
     sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0}
     if len(sizes) != 1 or (size := sizes.pop()) % n or not size:
         shapes = ", ".join(
@@ -38,7 +36,7 @@ def split_data(data: Any, n: int) -> list[Any]:
     parts = [
         torch.split(leaf, size // n) if isinstance(leaf, Tensor) and leaf.ndim > 0 else (leaf,) * n for leaf in leaves
     ]
-    return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
+    return [tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
 
 
 def accumulated(

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch.autodiff._trees import map_tensors
-from luxtorch.core import DTypeError, tree_leaves
+from luxtorch.core import DTypeError, map_tensors, tree_flatten, tree_leaves, tree_unflatten
 
 
 class InPrecision:
@@ -58,8 +56,8 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 def _like(new: Any, old: Any) -> Any:
     """Return states in the dtypes of the states before, where there is one."""
-    before, spec = pytree.tree_flatten(old)
-    after, new_spec = pytree.tree_flatten(new)
+    before, spec = tree_flatten(old)
+    after, new_spec = tree_flatten(new)
     if new_spec != spec:
         return new
-    return pytree.tree_unflatten([a.to(b.dtype) for a, b in zip(after, before, strict=True)], spec)
+    return tree_unflatten([a.to(b.dtype) for a, b in zip(after, before, strict=True)], spec)

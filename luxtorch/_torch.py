@@ -1,0 +1,106 @@
+"""Private names of torch that luxtorch uses, in one place: a new release of torch shows here what it has changed.
+
+Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
+`autodiff/_level.py` (levels of torch.func), `jit/` (tracing, Inductor, guards), `random/_philox.py` and
+`layers/_rnn_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compile_constant(function: F) -> F:
+    """Let torch.compile call a function while it traces, and take the result as a constant, instead of tracing it.
+
+    Arguments and results have to be numbers, strings or tuples of these, arguments also functions or pytree constants.
+    Errors of our own can only be raised in such functions.
+    """
+    # All that torch.compiler.assume_constant_result does, but that loads the whole compiler first: two seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# Transforms of torch.func: what wraps a tensor, and which are at work.
+TransformType = torch._C._functorch.TransformType
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_batched = torch._C._functorch.is_batchedtensor
+get_unwrapped = torch._C._functorch.get_unwrapped
+unwrap_for_grad = torch._C._functorch._unwrap_for_grad
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+level_of = torch._C._functorch.maybe_get_level
+current_level = torch._C._functorch.maybe_current_level
+innermost_transform = torch._C._functorch.peek_interpreter_stack
+all_transforms = torch._C._functorch.get_interpreter_stack
+
+
+def forward_level() -> int:
+    """Return the level of forward-mode differentiation; -1 outside of it."""
+    return forward_ad._current_level
+
+
+# Modes that see every operator.
+get_dispatch_mode = torch._C._get_dispatch_mode
+dispatch_modes = torch._C._len_torch_dispatch_stack
+TRACERS = (
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+autocast_disabled = torch._C._DisableAutocast
+
+# Tapes.
+saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+current_autograd_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+
+# Memory.
+storage_users = torch._C._storage_Use_Count
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written into."""
+    return tensor._version
+
+
+# Base classes of modules.
+BatchNorms = nn.modules.batchnorm._BatchNorm
+InstanceNorms = nn.modules.instancenorm._InstanceNorm
+NormsWithStatistics = nn.modules.batchnorm._NormBase
+Dropouts = nn.modules.dropout._DropoutNd
+
+# Functions that modules call, and that have no public name.
+native_multi_head_attention = torch._native_multi_head_attention
+weight_norm = torch._weight_norm
+pack_padded_sequence = torch._pack_padded_sequence
+pad_packed_sequence = torch._pad_packed_sequence
+pad_sequence = torch._C._nn.pad_sequence
+fractional_max_pool2d = torch._C._nn.fractional_max_pool2d
+fractional_max_pool3d = torch._C._nn.fractional_max_pool3d
+
+# Optimizers' kernels that write in place.
+fused_adam_ = torch._fused_adam_
+fused_adamw_ = torch._fused_adamw_
+fused_adagrad_ = torch._fused_adagrad_
+
+
+def let_modes_replace(functions: Any) -> None:
+    """Make torch.compile ask function modes about functions as eager code does.
+
+    It has a list of its own of what a mode may take over, which lacks `randn_like` and a few others.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().update(functions)
