@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 
 class LuxtorchError(Exception):
     """Report a mistake that luxtorch can explain; the base of all its exceptions.
@@ -72,3 +74,83 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(name, list(names), n=1)
     return f"Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def wrong_type(name: str, value: object, expected: str, *, fix: str = "", where: str = "") -> DTypeError:
+    """Return the error for a value of the wrong type.
+
+    Args:
+        name: What the value is: an argument's name, or a few words.
+        value: The value.
+        expected: What it has to be, for instance "a tensor".
+        fix: The likely way to mend it.
+        where: The place.
+
+    Example:
+        >>> print(wrong_type("mask", 3, "a boolean tensor"))
+        mask must be a boolean tensor.
+          got:      3 of type int
+    """
+    return DTypeError(f"{name} must be {expected}.", got=described(value), fix=fix, where=where)
+
+
+def out_of_range(name: str, value: object, expected: str, *, fix: str = "", where: str = "") -> InputError:
+    """Return the error for a value that is not among those that are allowed; see `wrong_type`.
+
+    Example:
+        >>> print(out_of_range("rank", 0, "at least 1"))
+        rank must be at least 1.
+          got:      0
+    """
+    return InputError(f"{name} must be {expected}.", got=f"{value!r:.80}", fix=fix, where=where)
+
+
+def wrong_shape(name: str, value: Tensor, expected: object, *, fix: str = "", where: str = "") -> InputError:
+    """Return the error for a tensor of the wrong shape; see `wrong_type`.
+
+    Example:
+        >>> import torch
+        >>> print(wrong_shape("bias", torch.zeros(3), (4,)))
+        bias has the wrong shape.
+          expected: (4,)
+          got:      (3,)
+    """
+    shape = tuple(value.shape)
+    return InputError(f"{name} has the wrong shape.", expected=str(expected), got=str(shape), fix=fix, where=where)
+
+
+def unknown_name(name: object, known: Iterable[str], kind: str = "name", *, where: str = "") -> KeyNameError:
+    """Return the error for a name that is not among those that are known.
+
+    Args:
+        name: The name.
+        known: Those that there are.
+        kind: What they are the names of.
+        where: The place.
+
+    Example:
+        >>> print(unknown_name("weigth", ["weight", "bias"], "parameter"))
+        There is no parameter 'weigth'.
+          expected: weight, bias
+          fix:      Did you mean 'weight'?
+    """
+    names = list(known)
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or f"no {kind}, as there is none"
+    return KeyNameError(f"There is no {kind} '{name}'.", expected=shown, fix=suggest(str(name), names), where=where)
+
+
+def described(value: object) -> str:
+    """Describe a value for an error: a tensor by its dtype and shape, a container by its length.
+
+    Example:
+        >>> import torch
+        >>> described(torch.zeros(2, 3)), described([1, 2]), described("ten")
+        ('a torch.float32 tensor of shape (2, 3)', 'a list of length 2', "'ten' of type str")
+    """
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a dict with the names {', '.join(map(str, value))}" if value else "an empty dict"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"{value!r:.80} of type {type(value).__name__}"

@@ -5,7 +5,12 @@ from luxtorch._errors import InputError as InputError
 from luxtorch._errors import KeyNameError as KeyNameError
 from luxtorch._errors import LayerError as LayerError
 from luxtorch._errors import LuxtorchError as LuxtorchError
+from luxtorch._errors import described as described
+from luxtorch._errors import out_of_range as out_of_range
 from luxtorch._errors import suggest as suggest
+from luxtorch._errors import unknown_name as unknown_name
+from luxtorch._errors import wrong_shape as wrong_shape
+from luxtorch._errors import wrong_type as wrong_type
 
 from ._container import ContainerLayer as ContainerLayer
 from ._container import WrapperLayer as WrapperLayer
