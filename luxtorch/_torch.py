@@ -89,11 +89,23 @@ pad_packed_sequence = torch._pad_packed_sequence
 pad_sequence = torch._C._nn.pad_sequence
 fractional_max_pool2d = torch._C._nn.fractional_max_pool2d
 fractional_max_pool3d = torch._C._nn.fractional_max_pool3d
+calculate_correct_fan = nn.init._calculate_correct_fan
+legacy_reduction = torch.nn._reduction.legacy_get_string
 
 # Optimizers' kernels that write in place.
 fused_adam_ = torch._fused_adam_
 fused_adamw_ = torch._fused_adamw_
 fused_adagrad_ = torch._fused_adagrad_
+
+
+# The compiler takes seconds to import, so it is loaded by who needs it.
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile by its name."""
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend(name)
 
 
 def let_modes_replace(functions: Any) -> None:

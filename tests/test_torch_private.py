@@ -34,7 +34,9 @@ def private_names(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                known[alias.asname or alias.name.partition(".")[0]] = alias.name if alias.asname else alias.name.partition(".")[0]
+                known[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
                 found.add(alias.name)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "torch":
             for alias in node.names:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._torch import Dropouts, NormsWithStatistics
 from luxtorch.core import TRAINING, InputError, LuxtorchError, Parameters, States, Static
 from luxtorch.core._locate import wrong_names
 
@@ -17,8 +18,8 @@ from ._reach import OF_A_MODULE, left_by_calls, package
 
 # The modules of torch.nn that ask for their mode, or for random numbers, or for functions that the pure mode replaces.
 _MODAL = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
+    NormsWithStatistics,
+    Dropouts,
     nn.RNNBase,
     nn.RReLU,
     nn.MultiheadAttention,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._torch import native_multi_head_attention
 from luxtorch.layers._attention import attended, attention_weights, scaled_dot_product_attention
 
 from ._keys import Keys
@@ -77,5 +78,5 @@ def _native_multi_head_attention(
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
-    torch._native_multi_head_attention: _native_multi_head_attention,
+    native_multi_head_attention: _native_multi_head_attention,
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch._torch import fractional_max_pool2d, fractional_max_pool3d
 from luxtorch._transforms import functional
 
 from ._keys import Keys
@@ -48,6 +49,6 @@ def _windows(sample: Tensor, full: int, size: int, count: int) -> Tensor:
 
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    torch._C._nn.fractional_max_pool2d: _pooled(torch._C._nn.fractional_max_pool2d, (1, 0)),
-    torch._C._nn.fractional_max_pool3d: _pooled(torch._C._nn.fractional_max_pool3d, (0, 1, 2)),
+    fractional_max_pool2d: _pooled(fractional_max_pool2d, (1, 0)),
+    fractional_max_pool3d: _pooled(fractional_max_pool3d, (0, 1, 2)),
 }

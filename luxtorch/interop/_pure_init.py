@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._torch import calculate_correct_fan
+
 from ._keys import Keys
 from ._pure_filling import fill_normal, fill_uniform
 from ._pure_random import keyed
@@ -29,7 +31,7 @@ def _kaiming_uniform(
 ) -> Tensor:
     if 0 in tensor.shape:
         return tensor
-    fan = nn.init._calculate_correct_fan(tensor, mode)
+    fan = calculate_correct_fan(tensor, mode)
     bound = nn.init.calculate_gain(nonlinearity, a) * math.sqrt(3 / fan)
     return _uniform(keys, tensor, -bound, bound)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn._reduction import legacy_get_string
 
+from luxtorch._torch import legacy_reduction
 from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.layers._activations import logsigmoid
 from luxtorch.layers._glu import gated
@@ -204,7 +204,7 @@ def _bilinear(keys: Keys, input1: Tensor, input2: Tensor, weight: Tensor, bias: 
 def reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
     """Return the losses as they are, their mean or their sum."""
     if size_average is not None or reduce is not None:  # the arguments of long ago
-        reduction = legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     return loss if reduction == "none" else _REDUCTIONS[reduction](loss)
 
 

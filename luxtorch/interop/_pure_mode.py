@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from luxtorch._linalg import RULES, by_rule
+from luxtorch._torch import compile_constant, let_modes_replace
 from luxtorch._transforms import first_order, functional
 
 from . import (
@@ -159,17 +160,8 @@ def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if compiler is None else compiler.disable(function)
 
 
+@compile_constant
 def _show_to_compiler() -> bool:
-    """Make torch.compile ask modes about all of the functions that eager code asks them about.
-
-    It has a list of its own of what a mode may take over, which lacks `randn_like` and a few others.
-    """
-    from torch._dynamo.variables.torch import get_overridable_functions
-
-    get_overridable_functions().update(REPLACEMENTS)
+    """Make torch.compile ask modes about all of the functions that eager code asks them about."""
+    let_modes_replace(REPLACEMENTS)
     return True
-
-
-# It runs while torch.compile traces, which takes what it returns as a constant. The decorator that sets this mark,
-# torch.compiler.assume_constant_result, would load the whole compiler.
-_show_to_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]

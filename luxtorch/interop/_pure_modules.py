@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._torch import BatchNorms, InstanceNorms
 from luxtorch._transforms import transformed, watched
 from luxtorch.core import InputError
 from luxtorch.layers._batchnorm import batch_normalised, moments
@@ -122,8 +123,8 @@ class PureLookup(Pure):
 
 
 _PURE: dict[type[nn.Module], type[Pure]] = {
-    nn.modules.batchnorm._BatchNorm: PureBatchNorm,
-    nn.modules.instancenorm._InstanceNorm: PureInstanceNorm,
+    BatchNorms: PureBatchNorm,
+    InstanceNorms: PureInstanceNorm,
     nn.LayerNorm: PureLayerNorm,
     nn.RNNBase: PureRNN,
     nn.RNNCellBase: PureLookup,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._torch import weight_norm
 from luxtorch._transforms import functional, reverse_alone
 from luxtorch.layers._batchnorm import batch_normalised, moments
 from luxtorch.layers._instancenorm import instance_statistics
@@ -130,7 +131,7 @@ def _cdist(keys: Keys, x1: Tensor, x2: Tensor, p: float = 2.0, *mode: str, **nam
 def _weight_norm(keys: Keys, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # The kernel is wrong at second order: its backward takes the norms for constants.
     if not functional() and not (torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)):
-        return torch._weight_norm(v, g, dim)
+        return weight_norm(v, g, dim)
     others = list(range(v.ndim)) if dim == -1 else [other for other in range(v.ndim) if other != dim % v.ndim]
     return v * (g / euclidean_norm(v, others, keepdim=dim != -1))
 
@@ -145,5 +146,5 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.cdist: _cdist,
     torch.layer_norm: _layer_norm,
     torch.linalg.vector_norm: _vector_norm,
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._torch import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from luxtorch._transforms import functional, traced
 from luxtorch.core import InputError
 
@@ -35,7 +36,7 @@ def numbers(lengths: Tensor) -> list[int]:
 
 def _pack(keys: Keys, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     if not functional() and (torch.compiler.is_compiling() or not traced()):
-        return torch._pack_padded_sequence(input, lengths, batch_first)
+        return pack_padded_sequence(input, lengths, batch_first)
     counts = numbers(lengths)
     xs = input.transpose(0, 1) if batch_first else input
     time, batch = xs.shape[:2]
@@ -55,7 +56,7 @@ def _pad(
     keys: Keys, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
     if not functional():
-        return torch._pad_packed_sequence(data, batch_sizes, batch_first, padding_value, total_length)
+        return pad_packed_sequence(data, batch_sizes, batch_first, padding_value, total_length)
     sizes = numbers(batch_sizes)
     running = torch.arange(sizes[0]) < F.pad(torch.tensor(sizes), (0, total_length - len(sizes)))[:, None]
     places = (running.flatten().cumsum(0) - 1).to(data.device)
@@ -72,7 +73,7 @@ def _pad_sequence(
     padding_side: Any = "right",
 ) -> Tensor:
     if not functional():
-        return torch._C._nn.pad_sequence(sequences, batch_first, padding_value, padding_side)
+        return pad_sequence(sequences, batch_first, padding_value, padding_side)
     longest = max(x.shape[0] for x in sequences)
 
     def padded(x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def _pad_sequence(
 
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    torch._C._nn.pad_sequence: _pad_sequence,
-    torch._pack_padded_sequence: _pack,
-    torch._pad_packed_sequence: _pad,
+    pad_sequence: _pad_sequence,
+    pack_padded_sequence: _pack,
+    pad_packed_sequence: _pad,
 }

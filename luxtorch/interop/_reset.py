@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from luxtorch._torch import version_of
 from luxtorch._transforms import watched
 from luxtorch.core import InputError
 from luxtorch.random import fold_in, key
@@ -101,13 +102,13 @@ def untouched(module: Part, trial: Body) -> tuple[dict[Place, Tensor], bool]:
 
     def start(part: Part, name: str) -> Tensor:
         value = torch.empty_like(part.like(name))
-        lent[part.path, name] = value, value._version
+        lent[part.path, name] = value, version_of(value)
         return value
 
     trial.lend(trial.root.tree("parameters", start), trial.root.tree("states", start))
     for part in trial.root:  # states are lent as copies
         for name in part.states:
-            lent[part.path, name] = (value := part.value(name)), value._version
+            lent[part.path, name] = (value := part.value(name)), version_of(value)
     certain = True
     try:
         _run(trial.root, key(0, device="meta"))
@@ -117,7 +118,7 @@ def untouched(module: Part, trial: Body) -> tuple[dict[Place, Tensor], bool]:
         (source.path, name): source.like(name).detach().clone()
         for source, part in zip(module, trial.root, strict=True)
         for name in part.names
-        if part.value(name) is lent[part.path, name][0] and part.value(name)._version == lent[part.path, name][1]
+        if part.value(name) is lent[part.path, name][0] and version_of(part.value(name)) == lent[part.path, name][1]
     }
     trial.clear()
     return kept, certain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from luxtorch._torch import compile_constant
 from luxtorch.core import Layer
 from luxtorch.layers import (
     GLU,
@@ -64,6 +65,7 @@ def single(layer: Layer, given: Inputs) -> Any:
     return given.kwargs["input"]
 
 
+@compile_constant  # which cannot trace what reads modules and signatures
 def _argument(layer: Layer) -> str | None:
     if isinstance(layer, WrappedFunction):  # one of a user's own may take arguments
         home = getattr(layer.function, "__module__", None) or "torch"
@@ -78,12 +80,9 @@ def _first(layer: Layer) -> Layer:
     return layer
 
 
+@compile_constant
 def _takes_input(layer: Layer) -> bool:
     """Tell whether a layer takes an argument that is called `input` itself."""
     if isinstance(layer, ModuleLayer):
         return "input" in inspect.signature(layer.skeleton.root.module.forward).parameters
     return _argument(layer) is None
-
-
-# How torch.compile takes a constant: it cannot trace what reads modules and signatures.
-_argument._dynamo_marked_constant = _takes_input._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luxtorch._torch import storage_id
 from luxtorch._transforms import in_reverse, unwrapped
 from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
@@ -36,7 +37,7 @@ def shares(tensor: Any, other: Any) -> bool:
     if tensor is other:
         return True
     try:
-        storages = [unwrapped(each).untyped_storage()._cdata for each in (tensor, other)]
+        storages = [storage_id(unwrapped(each)) for each in (tensor, other)]
     except Exception:  # a kind of tensor without one
         return False
     return bool(storages[0] == storages[1])

@@ -1,20 +1,310 @@
-"""The first half of a training step: the gradient of the objective."""
+"""Gradients of an objective: what it must return, in which precision, over microbatches, by a tape or by torch.func."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, map_tensors
+from luxtorch import random
+from luxtorch._transforms import transformed
+from luxtorch.autodiff import withgradient
+from luxtorch.autodiff._level import gradients as taped_gradients
+from luxtorch.components import ComponentVector
+from luxtorch.components._reading import split_once
+from luxtorch.core import (
+    DTypeError,
+    InputError,
+    map_tensors,
+    named_leaves,
+    tensors,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
+from luxtorch.core._weighted import watching_means
 
-from ._differentiate import differentiate, on_a_tape
-from ._finite import all_finite, select
-from ._microbatches import accumulated, nonzero, of_microbatch
-from ._objective import Objective, Weight, check_objective, check_result
-from ._precision import in_precision
 from ._train_state import TrainState, Trees, make, peek
+
+Objective: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Tensor, Any, Any]]
+"""A pure function `objective(model, ps, st, data) -> (loss, st, stats)`; every loss of luxtorch is one.
+
+In place of the loss it may return a pair `(sum, weight)`, whose quotient is the loss, or `(sum, None)`, if the loss of
+a batch is the sum of those of its parts.
+"""
+
+Weight: TypeAlias = "Tensor | float | None"
+"""How much a microbatch counts in a mean; None in a sum."""
+
+_FORM = "(loss, st, stats), with a scalar loss or (sum, weight), the model's new states and any statistics"
+
+
+def check_objective(objective: Any) -> None:
+    """Raise unless something can be called as an objective."""
+    if isinstance(objective, type) or not callable(objective):
+        raise DTypeError(
+            "The objective is not a function.",
+            expected="objective(model, ps, st, data) -> (loss, st, stats)",
+            got=f"{objective!r:.80}",
+            fix="Make the loss: lt.MSELoss(), not lt.MSELoss." if isinstance(objective, type) else "",
+        )
+
+
+def check_result(result: Any) -> tuple[Tensor, Weight, Any, Any]:
+    """Return the loss and its weight, the states and the stats, or raise if that is not what an objective returned."""
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        items = isinstance(result, tuple | list)
+        raise InputError(
+            "The objective did not return three things.",
+            expected=_FORM,
+            got=f"a {type(result).__name__}" + (f" of {len(result)}" if items else ""),
+            fix="Where there are no statistics, return (loss, st, {}).",
+        )
+    loss, st, stats = result
+    weight: Weight = 1
+    if isinstance(loss, tuple) and len(loss) == 2:
+        loss, weight = loss
+        _check_weight(weight)
+    if not isinstance(loss, Tensor) or loss.ndim > 0:
+        raise InputError(
+            "The objective did not return a scalar loss.",
+            expected=_FORM,
+            got=f"a loss of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"a loss that is a {type(loss).__name__}",
+            fix="Reduce it, for instance by .mean(), or by agg='mean' in a loss of luxtorch.",
+        )
+    if not loss.is_floating_point():
+        raise DTypeError("The loss is not a real floating point number.", expected=_FORM, got=str(loss.dtype))
+    return loss, weight, st, stats
+
+
+def _check_weight(weight: Any) -> None:
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (weight is None or number or (isinstance(weight, Tensor) and weight.ndim == 0)):
+        raise InputError(
+            "The weight of the loss is not a number.",
+            expected="(sum, weight) with a 0-d tensor or a number, or (sum, None), in the place of the loss",
+            got=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"{weight!r:.80}",
+        )
+
+
+def all_finite(*trees: Any) -> Tensor:
+    """Return whether all numbers of some trees are finite, as a 0-d boolean tensor."""
+    found = [torch.isfinite(tensor).all() for tree in trees for tensor in tensors(tree)]
+    return torch.stack(found).all() if found else torch.tensor(True)
+
+
+def select(ok: Tensor, new: Any, old: Any) -> Any:
+    """Return the new tree where `ok` is true and the old one elsewhere, without a branch on the tensor."""
+    after, spec = tree_flatten(new)
+    before, old_spec = tree_flatten(old)
+    if spec != old_spec:
+        raise InputError(
+            "A step that may be skipped must keep the structure of the states.",
+            expected=str(old_spec),
+            got=str(spec),
+            fix="Start from states that are made by one call of the model, or leave skip_nonfinite=True out.",
+        )
+    chosen = [b if a is b else _chosen(ok.to(a.device), a, b) for a, b in zip(after, before, strict=True)]
+    return tree_unflatten(chosen, spec)
+
+
+def _chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return random.where(ok, new, old) if new.dtype == old.dtype == torch.uint64 else torch.where(ok, new, old)
+
+
+class InPrecision:
+    """Call a model in some precision: parameters and inputs are cast on the way in, outputs and states on the way out.
+
+    Derivatives flow through the casts, so that gradients have the parameters' own dtype. Losses are computed from
+    outputs that are cast back: outside the model, nothing is in low precision. States are passed as they are, since
+    running statistics should not lose precision; the new ones get the dtypes of the old.
+
+    Args:
+        model: The model.
+        dtype: What it computes in.
+        back: What its outputs are cast to.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, back: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.back = back
+
+    def __call__(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+        """Return the model's output and states."""
+        y, new = self.model(_cast(x, self.dtype), _cast(ps, self.dtype), st)
+        return _cast(y, self.back), _like(new, st)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+
+def in_precision(model: Any, dtype: torch.dtype, ps: Any) -> InPrecision:
+    """Return a model that computes in some precision, and whose outputs have that of the parameters."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DTypeError(
+            "The dtype to compute in is not a floating point dtype.",
+            expected="for instance torch.bfloat16",
+            got=repr(dtype),
+        )
+    numbers = (leaf.dtype.to_real() for leaf in tree_leaves(ps) if isinstance(leaf, Tensor))
+    masters = (dtype for dtype in numbers if dtype.is_floating_point)
+    return InPrecision(model, dtype, next(masters, torch.float32))
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+
+
+def _like(new: Any, old: Any) -> Any:
+    """Return states in the dtypes of the states before, where there is one."""
+    before, spec = tree_flatten(old)
+    after, new_spec = tree_flatten(new)
+    if new_spec != spec:
+        return new
+    return tree_unflatten([a.to(b.dtype) for a, b in zip(after, before, strict=True)], spec)
+
+
+def split_data(data: Any, n: int) -> list[Any]:
+    """Return the data in `n` parts of equal size along the first dimension of its tensors.
+
+    Tensors without dimensions, and leaves that are no tensors, are in every part.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise InputError("The number of microbatches is not a positive integer.", expected="accumulate=4", got=repr(n))
+    leaves, spec = tree_flatten(data)
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0}
+    if len(sizes) != 1 or (size := sizes.pop()) % n or not size:
+        shapes = ", ".join(
+            f"{name or 'data'} {tuple(leaf.shape)}" for name, leaf in named_leaves(data) if isinstance(leaf, Tensor)
+        )
+        raise InputError(
+            f"The data cannot be split into {n} microbatches of equal size.",
+            expected=f"tensors whose first dimension is the same multiple of {n}",
+            got=shapes or f"no tensors, but {type(data).__name__}",
+            fix="Choose another accumulate, or drop the last batch of the loader.",
+        )
+    parts = [
+        torch.split(leaf, size // n) if isinstance(leaf, Tensor) and leaf.ndim > 0 else (leaf,) * n for leaf in leaves
+    ]
+    return [tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
+
+
+def accumulated(
+    gradients: Callable[[Any, Any], tuple[Any, Tensor, Any, Any, Weight]], data: Any, st: Any, n: int
+) -> tuple[Any, Tensor, Any, Any]:
+    """Return gradients and loss of the whole from those of microbatches, a tuple of stats, and the last states.
+
+    Args:
+        gradients: Takes a microbatch and states to gradients, loss, stats, new states and the weight in the mean.
+        data: The data of all.
+        st: The states before the first; each microbatch gets those of the one before.
+        n: How many there are.
+    """
+    total: list[Tensor] = []
+    losses, weights, all_stats, grads, unit = [], [], [], None, None
+    for part in split_data(data, n):
+        grads, loss, stats, st, weight = gradients(part, st)
+        if isinstance(weight, int | float):  # microbatches of one size: a number too large for float16 is spared
+            unit = unit or weight
+            weight = weight / unit if unit else weight
+        found = [_times(g, nonzero(weight)) for g in tensors(grads)]  # which is what it was divided by
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        losses.append(_times(loss, nonzero(weight)))
+        weights.append(weight)
+        all_stats.append(stats)
+    whole = torch.stack(losses).sum()
+    if all(weight is None for weight in weights):
+        means, value = iter(total), whole
+    else:
+        by: Any = sum(0 if weight is None else weight for weight in weights)
+        means, value = iter([_over(g, nonzero(by)) for g in total]), _over(whole, by)
+    return map_tensors(lambda _: next(means), grads), value, tuple(all_stats), st
+
+
+def of_microbatch(objective: Objective) -> Objective:
+    """Return an objective that refuses a number where a weighted mean was taken: the mean of such is another one."""
+
+    def called(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return objective(*args)
+        with watching_means() as taken:
+            result = objective(*args)
+        told = isinstance(result, tuple | list) and bool(result) and isinstance(result[0], tuple)
+        if taken and not told:
+            raise InputError(
+                "The mean over microbatches would not be that of the whole batch: their weights differ.",
+                expected="an objective that returns ((sum, weight), st, stats)",
+                got=f"a number, though {taken[0]!r} weighs its targets or leaves some out",
+                fix="Return loss.sum_and_weight(y_hat, y) in the place of loss(y_hat, y).",
+            )
+        return result
+
+    return called
+
+
+def nonzero(weight: Any) -> Any:
+    """Return a weight, but 1 for none and for 0, as where all targets are ignored."""
+    return torch.where(weight == 0, 1, weight) if isinstance(weight, Tensor) else weight or 1
+
+
+def _times(x: Tensor, weight: Weight) -> Tensor:
+    if weight is None or (not isinstance(weight, Tensor) and weight == 1):
+        return x
+    return (x * (weight.to(x.device) if isinstance(weight, Tensor) else weight)).to(x.dtype)
+
+
+def _over(x: Tensor, weight: Any) -> Tensor:
+    return (x / (weight.to(x.device) if isinstance(weight, Tensor) else weight)).to(x.dtype)
+
+
+OfParameters: TypeAlias = Callable[[Any], tuple[Tensor, Any]]
+
+
+def differentiate(f: OfParameters, ps: Any, *, differentiable: bool) -> tuple[Any, Tensor, Any]:
+    """Return the gradient of `f` at the parameters, its value, and what it returns besides; `f` is called once.
+
+    The plain tape costs less than a transform and lets torch's fused kernels be used, with the same numbers. But an
+    outer transform or an outer tape would not see through it: where one is to see all, the gradient is torch.func's.
+
+    Args:
+        f: Takes the parameters to `(value, aux)`.
+        ps: The parameters.
+        differentiable: Whether the results are to be on the tape of what `f` closes over.
+    """
+    found = None if differentiable or transformed() else _by_tape(f, ps)
+    if found is not None:
+        return found
+    (value, aux), grads = withgradient(f, ps, has_aux=True)
+    return grads, value, aux
+
+
+def _by_tape(f: OfParameters, ps: Any) -> tuple[Any, Tensor, Any] | None:
+    """Return the same by torch.autograd.grad, on no tape at all, or None where a parameter forbids it."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("There are no gradients in inference mode.", fix="Use torch.no_grad() instead.")
+    if not all(p.is_floating_point() or p.is_complex() for p in tensors(ps)):
+        return None
+    tree = map_tensors(lambda p: p.detach().requires_grad_(), ps)
+    if isinstance(tree, ComponentVector):
+        tree = split_once(tree)
+    inputs = tensors(tree)
+    if not inputs:
+        return None
+    with torch.enable_grad():
+        value, aux = f(tree)
+    aux = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, aux)
+    remaining = iter(taped_gradients((value,), None, inputs, retain=False, create=False))
+    return map_tensors(lambda _: next(remaining), tree), value.detach(), aux
+
+
+def on_a_tape(*trees: Any) -> bool:
+    """Say whether a tensor of some trees is recorded by autograd at the moment."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tensors(tree))
 
 
 def compute_gradients(

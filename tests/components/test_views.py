@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from luxtorch.components import ComponentVector
 from luxtorch.components._reading import split_once
-from luxtorch.training._differentiate import differentiate
+from luxtorch.training._gradients import differentiate
 
 
 class Count(TorchDispatchMode):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.training import CheckpointError, _checkpoint_file, load_checkpoint, save_checkpoint
+from luxtorch.training import CheckpointError, _checkpoint_format, load_checkpoint, save_checkpoint
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -352,7 +352,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(file: Path, monkey
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_checkpoint_file.os, "fsync", full)
+    monkeypatch.setattr(_checkpoint_format.os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_checkpoint(file, {"a": torch.zeros(3)})
     assert os.listdir(file.parent) == [file.name]
@@ -383,8 +383,8 @@ def test_order_of_a_save(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert Path(source).parent == Path(target).parent
         replace(source, target)
 
-    monkeypatch.setattr(_checkpoint_file.os, "fsync", noted_fsync)
-    monkeypatch.setattr(_checkpoint_file.os, "replace", noted_replace)
+    monkeypatch.setattr(_checkpoint_format.os, "fsync", noted_fsync)
+    monkeypatch.setattr(_checkpoint_format.os, "replace", noted_replace)
     save_checkpoint(file, {"a": torch.ones(3)})
     assert events == [f"file of {file.stat().st_size} bytes", f"rename to {file.name}", "folder"]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 import luxtorch as lt
-from luxtorch.training import CheckpointError, CheckpointManager, _checkpoint_file
+from luxtorch.training import CheckpointError, CheckpointManager, _checkpoint_format
 
 LIKE = {"weight": torch.zeros(2)}
 
@@ -127,7 +127,7 @@ def test_a_failed_save_keeps_all_that_was_there(tmp_path: Path, monkeypatch: pyt
     def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_checkpoint_file.os, "replace", fail)
+    monkeypatch.setattr(_checkpoint_format.os, "replace", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         manager.save(2, tree(2))
     monkeypatch.undo()

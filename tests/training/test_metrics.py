@@ -18,7 +18,7 @@ from hypothesis import given
 from torch import Tensor
 
 from luxtorch.core import InputError, KeyNameError, LuxtorchError
-from luxtorch.training import CSVLogger, Logger, TensorBoardLogger, _csv_logger
+from luxtorch.training import CSVLogger, Logger, TensorBoardLogger, _loggers
 
 
 class Keeping(Logger):
@@ -186,7 +186,7 @@ def test_csv_is_whole_if_a_rewrite_is_interrupted(tmp_path: Path, monkeypatch: p
     logger = CSVLogger(tmp_path / "m.csv")
     logger.log(1, {"loss": 1})
     before = logger.path.read_bytes()
-    monkeypatch.setattr(_csv_logger, "_line", lambda cells: 1 / 0)
+    monkeypatch.setattr(_loggers, "_line", lambda cells: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         logger.log(2, {"accuracy": 1})
     assert logger.path.read_bytes() == before and [*tmp_path.iterdir()] == [logger.path]
