@@ -7,23 +7,21 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from threading import RLock, Thread
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from luxtorch.core import DTypeError
 
-from ._cuda_graph import CudaGraph
 from ._donate import Donated, Owner, Pair, give_up, pairs, refuse
 from ._flatten import Spec
+from ._options import Backend, Options
 from ._purity import explained
-from ._replay import Program, replay
+from ._replay import CudaGraph, Program, replay
 from ._sizes import OfArguments
 from ._strides import Strides, other_strides, restrided, settled
 from ._trace import Trace, trace
-
-Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
 
 # torch's compiler keeps much in global variables: one compilation at a time.
 _COMPILING = RLock()
@@ -41,9 +39,7 @@ class Compiled:
         spec: Their structure.
         donated: Which leaves are donated.
         dynamic: Which dimensions of which leaves may have another size later.
-        backend: What runs the graph.
-        options: Settings of inductor.
-        background: Whether to begin by replay, and compile meanwhile.
+        options: What `jit` was asked for, with a backend.
     """
 
     def __init__(
@@ -53,9 +49,7 @@ class Compiled:
         spec: Spec,
         donated: Collection[int],
         dynamic: Mapping[int, Collection[int]],
-        backend: Backend,
-        options: Mapping[str, Any],
-        background: bool,
+        options: Options,
     ) -> None:
         with _COMPILING:
             self.trace = trace(fn, leaves, spec, dynamic)
@@ -63,6 +57,7 @@ class Compiled:
             if self.settled:
                 leaves = self._restrided(leaves, self.settled)
                 self.trace = trace(fn, leaves, spec, dynamic)
+        backend = options.backend
         self.signature = self.trace.signature
         self.code = ""
         self._unflatten = self.trace.out_spec.unflatten
@@ -73,12 +68,12 @@ class Compiled:
         tensors = self.signature.tensors(leaves)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             self._donated = []  # the tape holds on to what it has recorded
-            self._set(self._recorded(tensors, backend, options), [])
-        elif backend == "inductor" and background:
+            self._set(self._recorded(tensors, backend, options.inductor), [])
+        elif backend == "inductor" and options.background:
             self._set(replay(self.trace.graph), [])
-            Thread(target=self._compile_later, args=(options,), daemon=True).start()
+            Thread(target=self._compile_later, args=(options.inductor,), daemon=True).start()
         elif backend == "inductor":
-            self._compile(options)
+            self._compile(options.inductor)
         elif backend == "replay":
             self._set(replay(self.trace.graph), [])
         else:
@@ -189,8 +184,7 @@ class Compiled:
             warnings.warn(f"Compiling in the background failed, replay goes on: {error}", RuntimeWarning, stacklevel=1)
 
     def _recorded(self, tensors: list[Tensor], backend: Backend, options: Mapping[str, Any]) -> Program:
-        from ._inductor import compiling
-        from ._recorded import recorded
+        from ._inductor import compiling, recorded
 
         settings = compiling(self.trace, options if backend == "inductor" else {})
         with _COMPILING, settings, torch.enable_grad(), explained():

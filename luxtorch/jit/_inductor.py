@@ -1,20 +1,119 @@
-"""Compiling a traced graph by inductor, torch.compile's own compiler, without what torch.compile puts around it."""
+"""Graphs compiled by Inductor: its settings, what is rewritten in a graph before, and calls that autograd records."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ._donate import Pair
-from ._replay import Program
-from ._small import is_small, on_one_thread, options_for
+from ._purity import Known
+from ._replay import Program, replay
 from ._strides import kept
 from ._trace import Trace, record
-from ._transposed import turn_products
+
+# A second thread makes a product of 2 x 64 x 64 x 64 operations slower (6.8 us by one thread, 8.1 by two), one of twice
+# as many faster (12.5 and 10.5). A step with a loop of Adam over 52,800 numbers takes as long either way.
+_OPERATIONS = 2**19
+_NUMBERS = 2**16
+
+# Called from C++, a step of 50 layers of width 32 takes 560 us, from Python 860, with two threads 1300. But it saves
+# nothing on a few operators, and on thousands of them the C++ compiler takes half as long again.
+_WORTH_A_WRAPPER = range(50, 2000)
+
+
+def options_for(graph: fx.GraphModule) -> dict[str, Any]:
+    """Return the settings of inductor for a small graph."""
+    return {"cpp.threads": 1, "cpp_wrapper": len(graph.graph.nodes) in _WORTH_A_WRAPPER}
+
+
+def is_small(graph: fx.GraphModule) -> bool:
+    """Tell whether no operator of a graph on the CPU has enough work for two threads."""
+    return all(_is_small(node) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def on_one_thread(program: Program) -> Program:
+    """Return a program that runs on one thread, and leaves torch with as many as there were."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return program
+
+    def run(inputs: list[Any]) -> Sequence[Tensor]:
+        torch.set_num_threads(1)
+        try:
+            return program(inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def _is_small(node: fx.Node) -> bool:
+    from torch.utils.flop_counter import flop_registry
+
+    if node.target is operator.getitem:
+        return True  # one of several results
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
+        return False  # who knows what is in it
+    arguments = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+    result = node.meta.get("val")
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((arguments, result)) if isinstance(leaf, Tensor)]
+    if any(tensor.device.type != "cpu" or not isinstance(tensor.numel(), int) for tensor in tensors):
+        return False
+    operations = flop_registry.get(node.target.overloadpacket)
+    if operations is not None:
+        return bool(operations(*arguments[0], **arguments[1], out_val=result) <= _OPERATIONS)
+    return max((tensor.numel() for tensor in tensors), default=0) <= _NUMBERS
+
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
+
+
+def turn_products(graph: fx.GraphModule) -> None:
+    """Replace the transpose of a product by the product of the transposes, in place in the graph.
+
+    The gradient of a weight, batched over models, is the transpose of a product. A loop over the weight, as that of
+    Adam, would read it across the rows, and inductor has it transposed for each use: a step of 32 models took 1000 us,
+    of which half was Adam's, and takes 650. The product itself takes as long either way.
+    """
+    for node in graph.graph.nodes:
+        product: Any = node.args[0] if _transposes(node) else None
+        if isinstance(product, fx.Node) and product.target in _PRODUCTS and len(product.users) == 1:
+            with graph.graph.inserting_before(node):
+                turned = graph.graph.call_function(product.target, tuple(map(_transpose, reversed(product.args))))
+            turned.meta["val"] = node.meta["val"].contiguous()
+            node.replace_all_uses_with(turned)
+            for old in dict.fromkeys((node, product, *product.args)):
+                if old.op == "call_function" and not old.users:
+                    graph.graph.erase_node(old)
+    graph.recompile()
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Tell whether a node exchanges the last two dimensions, and no others."""
+    if node.target is not _aten.permute.default:
+        return False
+    dims: Any = node.args[1]
+    return len(dims) >= 2 and [dim % len(dims) for dim in dims] == _exchange(len(dims))
+
+
+def _transpose(factor: Any) -> Any:
+    if _transposes(factor):
+        return factor.args[0]
+    order = _exchange(factor.meta["val"].ndim)
+    node = factor.graph.call_function(_aten.permute.default, (factor, order))
+    node.meta["val"] = factor.meta["val"].permute(order)
+    return node
+
+
+def _exchange(ndim: int) -> list[int]:
+    return [*range(ndim - 2), ndim - 1, ndim - 2]
+
 
 DEFAULTS: Mapping[str, Any] = {
     # How many elements of a loop are worth a thread. With inductor's 512, small loops wait for threads: a step of ten
@@ -152,3 +251,71 @@ def has_compiler() -> bool:
     except (InvalidCxxCompiler, RuntimeError):
         return False
     return True
+
+
+class _Function(torch.nn.Module):
+    """A function in the form that AOTAutograd takes."""
+
+    def __init__(self, function: Callable[..., Any], known: Known) -> None:
+        super().__init__()
+        self._function, self._known = function, known
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._known.outputs(self._function(*tensors)))
+
+
+def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]) -> Program:
+    """Return a differentiable program: its backward is compiled as well.
+
+    The function itself is traced once more, together with its derivative, since the graph knows nothing of
+    `torch.no_grad` and of functions with a backward of their own.
+
+    Args:
+        trace: The trace.
+        tensors: The arguments.
+        backend: `"replay"` or `"inductor"`.
+        options: Settings of inductor.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def forward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return replay(gm) if backend == "replay" else compile_graph(gm, example_inputs, inference=False)
+
+    def backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        if backend == "replay":
+            return replay(gm)
+        # It is compiled at the first backward pass, long after the settings below have been left. What it reads was
+        # saved by another program, so that sizes and strides are checked here.
+        with torch.no_grad(), settings(trace, {"size_asserts": True, **options}):
+            return compile_graph(gm, example_inputs, inference=False, backward=True)
+
+    # As in the first trace, what is closed over can be read; the backward pass may use it too.
+    known = Known()
+    module: Any = _Function(trace.function, known)
+    pairs = zip(trace.fakes, tensors, strict=True)
+    with _as_inductor_takes_it(), known:
+        compiled = aot_module_simplified(
+            module,
+            [fake.detach().requires_grad_(tensor.requires_grad) for fake, tensor in pairs],
+            fw_compiler=forward,
+            bw_compiler=backward,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions={} if backend == "replay" else select_decomp_table(),
+        )
+    return lambda inputs: compiled(*inputs)
+
+
+@contextlib.contextmanager
+def _as_inductor_takes_it() -> Iterator[None]:
+    """Set AOTAutograd up as `torch._inductor.compile_fx` does."""
+    from torch._functorch import config
+
+    # The order of effects, as of the check that a matrix was not singular, is kept by tokens. As inputs and outputs of
+    # the graph they would shift the strides that inductor reports, and each saved tensor would be read by those of
+    # its neighbour.
+    tokens = {"unlift_effect_tokens": True}
+    # What forward saves is not overwritten by backward, which may run again with `retain_graph=True`.
+    with config.patch({**tokens, "donated_buffer": False}):
+        yield

@@ -1,49 +1,27 @@
-"""`jit`: a pure function, compiled once for each kind of arguments and then called without ado."""
+"""`jit`: trace and compile a pure function once per signature of its arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
-from typing_extensions import ParamSpec
+from typing_extensions import ParamSpec, Unpack
 
 from luxtorch.core import InputError, Layer
 
-from ._compiled import Backend
 from ._jitted import Jitted
-
-Dynamic: TypeAlias = "bool | str | Sequence[str] | Mapping[str, int | Sequence[int]]"
+from ._options import Backend, Dynamic, JitOptions, Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 @overload
-def jit(
-    fn: Callable[P, R],
-    /,
-    *,
-    donate: str | Sequence[str] = ...,
-    static: str | Sequence[str] = ...,
-    dynamic: Dynamic = ...,
-    backend: Backend = ...,
-    options: Mapping[str, Any] | None = ...,
-    background: bool = ...,
-    maxsize: int = ...,
-) -> Jitted[P, R]: ...
+def jit(fn: Callable[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
 @overload
-def jit(
-    *,
-    donate: str | Sequence[str] = ...,
-    static: str | Sequence[str] = ...,
-    dynamic: Dynamic = ...,
-    backend: Backend = ...,
-    options: Mapping[str, Any] | None = ...,
-    background: bool = ...,
-    maxsize: int = ...,
-) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
+def jit(**options: Unpack[JitOptions]) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 def jit(
     fn: Callable[..., Any] | None = None,
     /,
@@ -132,11 +110,7 @@ def jit(
 
     Source: `jax.jit`; inductor and AOTAutograd are those of `torch.compile`. In Lux it is `@compile` of Reactant.
     """
-    names = {"donate": _names(donate), "static": _names(static)}
-    if twice := set(names["donate"]) & set(names["static"]):
-        raise InputError(f"The argument '{twice.pop()}' is both donated and static.", fix="Choose one.")
-    if not (backend in (None, "inductor", "replay") or callable(backend)):
-        raise InputError("There is no such backend.", expected="inductor, replay, or a function", got=repr(backend))
+    chosen = Options.of(donate, static, dynamic, backend, options, background, maxsize)
 
     def jitted(fn: Callable[..., Any]) -> Any:
         owner = getattr(fn, "__self__", None)
@@ -150,35 +124,6 @@ def jit(
         if isinstance(fn, MethodType) and not isinstance(owner, (type, Layer)):
             # What the method belongs to is an argument as others are: it may change from call to call.
             return MethodType(jitted(fn.__func__), owner)
-        return Jitted(
-            fn,
-            **names,
-            dynamic=_dims(dynamic),
-            backend=backend,
-            options=options or {},
-            background=background,
-            maxsize=maxsize,
-        )
+        return Jitted(fn, chosen)
 
     return jitted if fn is None else jitted(fn)
-
-
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _dims(dynamic: Dynamic) -> bool | dict[str, tuple[int, ...] | None]:
-    """Return which dimensions of which arguments are dynamic; None where only the name was given."""
-    if isinstance(dynamic, bool):
-        return dynamic
-    if not isinstance(dynamic, Mapping):
-        return dict.fromkeys(_names(dynamic))
-    found = {name: tuple(dims) if isinstance(dims, Sequence) else (dims,) for name, dims in dynamic.items()}
-    for name, dims in found.items():
-        if wrong := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int)]:
-            raise InputError(
-                f"The dimensions of '{name}' that are dynamic are not given by their numbers.",
-                expected="an int, or several, as in dynamic={'x': (0, 1)}",
-                got=repr(wrong[0]),
-            )
-    return found  # type: ignore[return-value]

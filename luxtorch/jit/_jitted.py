@@ -6,7 +6,8 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from threading import Lock, RLock
 from types import MethodType
@@ -19,9 +20,10 @@ from typing_extensions import ParamSpec
 from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, KeyNameError, Static, suggest
 
-from ._compiled import Backend, Compiled, check_leaves, default_backend
+from ._compiled import Compiled, check_leaves, default_backend
 from ._constants import Constant, Refused, fingerprint, is_mutable, refusal
 from ._flatten import flatten, leaf_ranges, places, with_nodes, written
+from ._options import Options
 from ._purity import TracingError
 from ._where import user_line
 
@@ -65,23 +67,12 @@ class Lowered(NamedTuple):
 class Jitted(Generic[P, R]):
     """A function that `jit` has made; call it as the function itself."""
 
-    def __init__(
-        self,
-        fn: Callable[P, R],
-        donate: Sequence[str],
-        static: Sequence[str],
-        dynamic: bool | Mapping[str, Sequence[int] | None],
-        backend: Backend,
-        options: Mapping[str, Any],
-        background: bool,
-        maxsize: int,
-    ) -> None:
+    def __init__(self, fn: Callable[P, R], options: Options) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
-        self._names = _parameters(fn, (*donate, *static, *(dynamic if not isinstance(dynamic, bool) else ())))
-        self._donate, self._static, self._dynamic = donate, static, dynamic
-        self._settings = backend, options, background
-        self._maxsize = maxsize
+        self._options = options
+        self._names = _parameters(fn, options.named)
+        self._static = options.static
         self._known: tuple[Compiled, ...] = ()
         self._strides: set[Any] = set()  # those that calls came with, and were copied
         self._compiling = RLock()  # a function may ask for itself while it is traced
@@ -114,15 +105,14 @@ class Jitted(Generic[P, R]):
             found = None
         if found is self:
             return name  # as a function
-        settings = (self._fn, self._donate, self._static, self._dynamic, *self._settings, self._maxsize)
-        return type(self), settings  # what was compiled is not taken along
+        return type(self), (self._fn, self._options)  # what was compiled is not taken along
 
     def __repr__(self) -> str:
         return f"jit({getattr(self._fn, '__qualname__', self._fn)})"
 
     def cache_info(self) -> CacheInfo:
         """Return how many calls found a compiled function, and how many did not."""
-        return CacheInfo(self._hits, self._misses, self._maxsize, len(self._known))
+        return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known))
 
     def cache_clear(self) -> None:
         """Forget what was compiled."""
@@ -177,7 +167,7 @@ class Jitted(Generic[P, R]):
         again = strides in self._strides
         for compiled in self._known:
             if (other := compiled.fitted(leaves, spec, settled=again)) is not None:
-                if len(self._strides) == self._maxsize:
+                if len(self._strides) == self._options.maxsize:
                     self._strides.clear()
                 self._strides.add(strides)
                 return compiled, other
@@ -192,12 +182,13 @@ class Jitted(Generic[P, R]):
             found = self._find(leaves, spec)
             if found is not None:
                 return found
-            backend, options, background = self._settings
-            backend = default_backend() if backend is None else backend
-            donated = self._leaves_of(spec, self._donate)
+            options = self._options
+            if options.backend is None:
+                options = replace(options, backend=default_backend())
+            donated = self._leaves_of(spec, options.donate)
             dynamic = self._dynamic_dims(leaves, spec, donated)
             constants = self._constants(leaves, spec)
-            compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, backend, options, background)
+            compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, options)
             self._check_unchanged(constants, self._constants(leaves, spec))
             self._misses += 1
             self._warn_of_fixed(compiled)
@@ -210,15 +201,16 @@ class Jitted(Generic[P, R]):
                     stacklevel=5,
                 )
             with self._changing:
-                self._known = (compiled, *self._known)[: self._maxsize]
+                self._known = (compiled, *self._known)[: self._options.maxsize]
             return compiled
 
     def _dynamic_dims(self, leaves: list[Any], spec: Any, donated: set[int]) -> dict[int, set[int]]:
         """Return which dimensions of which leaves may have another size later."""
         found: dict[int, set[int]] = {}
-        named = self._dynamic if isinstance(self._dynamic, Mapping) else dict.fromkeys(["*"] if self._dynamic else [])
+        dynamic = self._options.dynamic
+        named = dynamic if isinstance(dynamic, Mapping) else dict.fromkeys(["*"] if dynamic else [])
         for name, dims in named.items():
-            own = self._leaves_of(spec, self._dynamic is True or (name,)) - donated
+            own = self._leaves_of(spec, dynamic is True or (name,)) - donated
             tensors = {i: leaves[i] for i in sorted(own) if isinstance(leaves[i], torch.Tensor)}
             for dim in (0,) if dims is None else dims:
                 having = [i for i, tensor in tensors.items() if -tensor.dim() <= dim < tensor.dim()]

@@ -8,7 +8,7 @@ import torch
 import luxtorch as lt
 from luxtorch.jit import jit
 from luxtorch.jit._flatten import flatten
-from luxtorch.jit._small import is_small, on_one_thread, options_for
+from luxtorch.jit._inductor import is_small, on_one_thread, options_for
 from luxtorch.jit._trace import trace
 
 # A function of a matrix, and the largest number of rows (of as many columns) for which it is small.

@@ -7,9 +7,8 @@ import torch
 
 from luxtorch.jit import jit
 from luxtorch.jit._flatten import flatten
-from luxtorch.jit._inductor import compiling, lowered
+from luxtorch.jit._inductor import compiling, lowered, turn_products
 from luxtorch.jit._trace import trace
-from luxtorch.jit._transposed import turn_products
 
 A, B = torch.arange(6.0).reshape(2, 3) - 2, torch.arange(12.0).reshape(3, 4) / 7
 STACKED = torch.stack([A, 2 * A, A - 1]), torch.stack([B, B + 1, -B])
