@@ -287,14 +287,17 @@ def _by_tape(f: OfParameters, ps: Any) -> tuple[Any, Tensor, Any] | None:
     """Return the same by torch.autograd.grad, on no tape at all, or None where a parameter forbids it."""
     if torch.is_inference_mode_enabled():
         raise InputError("There are no gradients in inference mode.", fix="Use torch.no_grad() instead.")
-    if not all(p.is_floating_point() or p.is_complex() for p in tensors(ps)):
+    inputs: list[Tensor] = []
+
+    def lent(p: Tensor) -> Tensor:
+        inputs.append(p.detach().requires_grad_() if p.is_floating_point() or p.is_complex() else p)
+        return inputs[-1]
+
+    tree = map_tensors(lent, ps)
+    if not inputs or not all(leaf.requires_grad for leaf in inputs):
         return None
-    tree = map_tensors(lambda p: p.detach().requires_grad_(), ps)
     if isinstance(tree, ComponentVector):
         tree = split_once(tree)
-    inputs = tensors(tree)
-    if not inputs:
-        return None
     with torch.enable_grad():
         value, aux = f(tree)
     aux = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, aux)
