@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 WITHOUT_SLOW = -m "not slow" -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest test-interop fuzz doctest docs visit pictures lint types format wheel bench ci clean
+.PHONY: help venv demo test test-slow test-oldest test-interop fuzz tables doctest docs visit pictures lint types format wheel bench ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -33,6 +33,10 @@ test-interop: .venv-interop/.stamp ## check architectures of other libraries, su
 
 fuzz: .venv/.stamp ## check the laws on FUZZ_MODELS random models, 10000 if not set
 	FUZZ_MODELS=$${FUZZ_MODELS:-10000} .venv/bin/pytest tests/fuzz -n $(WORKERS)
+
+tables: .venv/.stamp ## write the tables of docs/ that tests compare: laws.md, torch_nn.md and drop_in.md
+	TABLES=write .venv/bin/pytest tests/layers/test_law_table.py tests/interop/test_torch_nn_laws.py \
+		tests/interop/test_zoo.py tests/sweeps -k "table or sweeps"
 
 doctest: .venv/.stamp ## run the examples in the docstrings
 	.venv/bin/pytest --doctest-modules luxtorch

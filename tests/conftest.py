@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def make_key(request: pytest.FixtureRequest) -> Callable[[], Tensor]:
         return lr.fold_in(root, count)
 
     return fresh
+
+
+@pytest.fixture
+def in_docs() -> Callable[[str, str], None]:
+    """Return a function that fails if a page of docs/ has another table; `make tables` writes it there."""
+
+    def compare(page: str, table: str) -> None:
+        path = Path(__file__).parents[1] / "docs" / page
+        begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
+        before, _, rest = path.read_text().partition(begin)
+        found, _, after = rest.partition(end)
+        if os.environ.get("TABLES") == "write":
+            path.write_text(before + begin + table + end + after)
+        elif found != table:
+            pytest.fail(f"The table in docs/{page} is not that of the tests: run `make tables`.\n{table}")
+
+    return compare
 
 
 @pytest.fixture(params=["cpu", *(f"cuda:{i}" for i in range(min(torch.cuda.device_count(), 1)))])

@@ -25,7 +25,7 @@ COUNTED = "2.14"
 ALL = os.environ.get("SWEEP") == "all"
 """Whether every sample is tried, not only a few of each operator; nothing is counted then."""
 
-WRITE = os.environ.get("SWEEP") == "write"
+WRITE = os.environ.get("TABLES") == "write"
 """Whether the table is written anew, instead of being compared."""
 
 
@@ -167,9 +167,7 @@ def report(title: str, results: list[Result], exceptions: Mapping[str, str]) -> 
     if WRITE:
         PAGE.write_text(_rewritten(text, title, lines))
     elif any(f"{line}\n" not in text for line in lines):
-        pytest.fail(
-            f"The table in docs/{PAGE.name} says else; with SWEEP=write it is written anew:\n" + "\n".join(lines)
-        )
+        pytest.fail(f"The table in docs/{PAGE.name} says else; `make tables` writes it anew:\n" + "\n".join(lines))
 
 
 def _rewritten(text: str, title: str, lines: list[str]) -> str:
