@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,6 +107,11 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     from torch._dynamo import lookup_backend
 
     return lookup_backend(name)
+
+
+def function_modes() -> list[Any]:
+    """Return the function modes that are entered, the innermost last; torch.compile knows them too."""
+    return _get_current_function_mode_stack()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def let_modes_replace(functions: Any) -> None:

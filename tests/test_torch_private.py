@@ -18,6 +18,7 @@ HOME = "_torch.py"
 LIVE_BY_THE_INSIDES = {
     "autodiff/_level.py": "levels of torch.func",
     "core/_tree.py": "torch.utils._pytree",
+    "interop/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
     "layers/_rnn_kernels.py": "kernels of recurrent layers",
     "optim/": "torch._foreach_*",

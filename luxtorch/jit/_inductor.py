@@ -310,12 +310,12 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
 @contextlib.contextmanager
 def _as_inductor_takes_it() -> Iterator[None]:
     """Set AOTAutograd up as `torch._inductor.compile_fx` does."""
-    from torch._functorch import config
+    from torch._functorch import config as aot_config
 
     # The order of effects, as of the check that a matrix was not singular, is kept by tokens. As inputs and outputs of
     # the graph they would shift the strides that inductor reports, and each saved tensor would be read by those of
     # its neighbour.
     tokens = {"unlift_effect_tokens": True}
     # What forward saves is not overwritten by backward, which may run again with `retain_graph=True`.
-    with config.patch({**tokens, "donated_buffer": False}):
+    with aot_config.patch({**tokens, "donated_buffer": False}):
         yield

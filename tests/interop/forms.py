@@ -40,7 +40,7 @@ OLD = {
     "compile": "the compiler has no resize_as_",
 }
 EMPTY = {"orders": "torch cannot reshape the gradient of no rows"}
-READ = dict.fromkeys(("vmap_inputs", "orders", "jit"), "torch reads the mask, to see whether it is causal")
+READ = {"gradient": "once torch has read that a mask is causal, it gives no derivative by it"}
 CLUSTERS = dict.fromkeys(
     ("vmap_inputs", "vmap_models", "jit"), "how many targets lie in a cluster decides about shapes"
 )

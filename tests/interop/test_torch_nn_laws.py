@@ -79,8 +79,8 @@ def subjects(form, key, kind=Converted):
     layer, ps, st = from_torch(module, key)
     wrapped = With(layer, tuple(form.options.items()))
     modes = [st] if lt.test_mode(st) == st else [st, lt.test_mode(st)]
-    # Differences see what has no derivative by definition, and masks that are read to see whether they are causal.
-    seen = not any(part in repr(form) for part in UNSEEN) and "vmap_inputs" not in form.skip
+    # Differences see what has no derivative by definition.
+    seen = not any(part in repr(form) for part in UNSEEN)
     words = next((words for part, words in FEWER.items() if part in repr(form)), WORDS)
     subjects = [kind(wrapped, form.draw(0, key), ps, st, key, lambda st: st, "aot_eager", seen, words) for st in modes]
     return list(zip([module, copy.deepcopy(module).eval()], subjects, strict=False))

@@ -41,12 +41,14 @@ class Result(NamedTuple):
         kind: `"equal"`, `"refused"` with a clear error, `"wrong"`, or `"crash"` with torch's insides.
         words: What is wrong.
         place: Which of the samples, and in which form.
+        beyond_torch: Of a refused one, how torch fails at it; empty if torch can do it, None if it was not asked.
     """
 
     name: str
     kind: str
     words: str
     place: Any = ""
+    beyond_torch: str | None = None
 
 
 @functools.cache
@@ -149,7 +151,7 @@ def outcome(call: Callable[[], Any], check: Callable[[Any], None]) -> tuple[str,
 def report(title: str, results: list[Result], exceptions: Mapping[str, str]) -> None:
     """Fail if anything differs that is no exception, if an exception is needed no more, or if the table says else."""
     assert results, f"{title}: nothing was tried"
-    differing = [result for result in results if result.kind in ("wrong", "crash")]
+    differing = [result for result in results if result.kind in ("wrong", "crash") or result.beyond_torch == ""]
     new = [result for result in differing if result.name not in exceptions]
     if new:
         lines = [f"{one.name} ({one.place}): {one.kind}: {one.words}" for one in new]
@@ -160,8 +162,15 @@ def report(title: str, results: list[Result], exceptions: Mapping[str, str]) -> 
     assert not needless, f"{title}: no exceptions any more: {sorted(needless)}"
     kinds = [result.kind for result in results]
     names = {result.name for result in results}
-    counts = len(names), len(results), kinds.count("equal"), kinds.count("refused"), len(differing)
+    refused = [result for result in results if result.kind == "refused"]
+    beyond: dict[str, list[str]] = {}
+    for result in refused:
+        beyond.setdefault(result.beyond_torch or "", []).append(result.name)
+    number = "–" if beyond.pop("", None) else sum(map(len, beyond.values()))
+    counts = len(names), len(results), kinds.count("equal"), len(refused), number, len(differing)
     lines = [f"| {title} | " + " | ".join(map(str, counts)) + " |"]
+    for words, found in beyond.items():
+        lines.append(f"- {title}, `{'`, `'.join(sorted({*found}))}`: Nor can torch: {words}")
     lines += [f"- {title}, `{name}`: {reason}" for name, reason in sorted(exceptions.items())]
     text = PAGE.read_text()
     if WRITE:

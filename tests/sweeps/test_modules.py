@@ -36,7 +36,12 @@ def inputs(info, dtype, training):
                 {"device": "cpu", "dtype": dtype} if "dtype" in info.module_cls.__init__.__code__.co_varnames else {}
             )
             module = info.module_cls(*args, **{**factory, **kwargs}).to(dtype).train(training)
-            yield one.desc, module, one.forward_input.args, one.forward_input.kwargs
+            args, kwargs = one.forward_input.args, one.forward_input.kwargs
+            yield one.desc, module, args, kwargs
+            if any(map(torch.nn.parameter.is_lazy, module.parameters())):  # once more, when it knows its shapes
+                module = copy.deepcopy(module)
+                module(*args, **kwargs)
+                yield f"{one.desc} called", module, args, kwargs
 
 
 def is_real(leaf):
@@ -75,6 +80,26 @@ def of_layer(layer, x, ps, st, wants_gradients, buffers):
     return y, {name: new[name] for name in buffers}, flatten_names(gradients)
 
 
+def failure_of_torch(module, args, kwargs, how):
+    """Return how torch fails at what is asked of luxtorch: outputs, buffers and gradients, of arguments alone."""
+    module = copy.deepcopy(module)  # a lazy one is changed even by a call that fails
+    values = dict(module.named_parameters()), dict(module.named_buffers())
+
+    def fn(ps, buffers, args, kwargs):
+        def loss(ps):
+            y = torch.func.functional_call(module, (ps, buffers), args, kwargs)
+            return total(y), ([leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)], buffers)
+
+        return torch.func.grad(loss, has_aux=True)(ps) if ps else loss(ps)
+
+    try:
+        torch.compiler.reset()
+        (torch.compile(fn, fullgraph=True, backend="aot_eager") if how == "jit" else fn)(*values, args, kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}."
+    return ""
+
+
 def calls(how: str, training: bool) -> Iterator[Result]:
     for info in database("common_modules", "module_db"):
         name = info.name
@@ -100,7 +125,8 @@ def calls(how: str, training: bool) -> Iterator[Result]:
                 outcomes = outcome(
                     call, lambda got, wanted=wanted, near=near: check_same(got, wanted, near, strides=False)
                 )
-                yield Result(name, *outcomes, f"{desc} {dtype}")
+                failure = failure_of_torch(module, args, kwargs, how) if outcomes[0] == "refused" else None
+                yield Result(name, *outcomes, f"{desc} {dtype}", failure)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
