@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from luxtorch._transforms import transformed, watched
 from luxtorch.core import InputError
-from luxtorch.layers._batchnorm import batch_normalised, moments
-from luxtorch.layers._instancenorm import instance_statistics
-from luxtorch.layers._normalise import layer_normalised, normalised
+from luxtorch.layers._batchnorm import batch_normalised, instance_statistics, moments, normalised
+from luxtorch.layers._layernorm import layer_normalised
 
 from ._branch import Branch
 from ._keys import Keys

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone
-from luxtorch.layers._batchnorm import batch_normalised, moments
-from luxtorch.layers._instancenorm import instance_statistics
-from luxtorch.layers._normalise import euclidean_norm, group_normalised, layer_normalised, normalised
+from luxtorch.layers._batchnorm import batch_normalised, instance_statistics, moments, normalised
+from luxtorch.layers._layernorm import group_normalised, layer_normalised
+from luxtorch.layers._weight_norms import euclidean_norm
 
 from ._keys import Keys
 

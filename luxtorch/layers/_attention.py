@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as a function, by torch's kernel where that is safe and by the formula elsewhere."""
+"""Attention: `scaled_dot_product_attention` and `MultiHeadAttention`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, kernel_with_formula
-from luxtorch.core import DTypeError, InputError
+from luxtorch.core import TRAINING, ContainerLayer, DTypeError, InputError, Parameters, States
+from luxtorch.init import Initializer, glorot_uniform, zeros
 
-from ._dropout import dropped
-from ._normalise import HALVES
+from ._dropout import Dropout, dropped
+from ._linear import Dense
+from ._shared import HALVES
 
 
 def scaled_dot_product_attention(
@@ -182,3 +184,189 @@ def _check_mask(mask: Tensor, wanted: tuple[int, ...]) -> None:
             got=f"{tuple(mask.shape)}",
             fix="Give a mask of keys, (batch, kv_len), as mask[:, None, None, :].",
         )
+
+
+class MultiHeadAttention(ContainerLayer):
+    """Project queries, keys and values, let each head attend by itself, and project what all of them found.
+
+    A boolean mask is True where a query may attend to a key, as in Lux and in torch's functional form;
+    `torch.nn.MultiheadAttention` has it the other way round. A query that may attend to no key finds zeros, which
+    leaves it the bias of the last projection.
+
+    Args:
+        embed_dim: The width of the queries.
+        num_heads: The number of heads.
+        num_kv_heads: The number of heads of keys and values, each shared by as many heads of queries; `num_heads`
+            if None.
+        kdim: The width of the keys; `embed_dim` if None.
+        vdim: The width of the values; `embed_dim` if None.
+        qk_features: The width of all heads' projected queries; `embed_dim` if None.
+        v_features: The width of all heads' projected values; `embed_dim` if None.
+        out_features: The width of the output; `embed_dim` if None.
+        bias: Whether the projections have biases.
+        dropout: The probability with which each weight is dropped while training.
+        is_causal: Whether query i attends to the keys 0 to i only; a mask applies as well.
+        return_weights: Whether the output is a tuple, the weights its second element.
+        init_weight: The initializer of the projections' weights.
+        init_bias: The initializer of the projections' biases.
+
+    Parameters:
+        q_proj: Those of `Dense(embed_dim, qk_features)`.
+        k_proj: Those of `Dense(kdim, qk_features * num_kv_heads / num_heads)`.
+        v_proj: Those of `Dense(vdim, v_features * num_kv_heads / num_heads)`.
+        attention_dropout: None.
+        out_proj: Those of `Dense(v_features, out_features)`.
+
+    States:
+        attention_dropout: Those of `Dropout(dropout)`. The others have none.
+
+    Shape:
+        A tensor x (..., length, embed_dim), which attends to itself, or a tuple: `(q, kv)`, `(q, k, v)` or
+        `(q, k, v, mask)`, so `(x, x, x, mask)` for self-attention with a mask; to (..., q_len, out_features).
+        Weights are (..., num_heads, q_len, kv_len), to which a mask broadcasts: (q_len, kv_len) for all samples, or
+        (batch, 1, 1, kv_len), written `mask[:, None, None, :]`, for keys that are padding.
+
+    Raises:
+        InputError: If the heads do not divide the widths, or an input or the mask has another shape.
+        DTypeError: If the mask holds integers, or an input's dtype is not that of the parameters.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.MultiHeadAttention(8, num_heads=2, is_causal=True, return_weights=True)
+        >>> ps, st = lt.setup(0, model)
+        >>> (y, weights), st = model(torch.ones(5, 3, 8), ps, st)
+        >>> y.shape, weights.shape
+        (torch.Size([5, 3, 8]), torch.Size([5, 2, 3, 3]))
+        >>> weights[0, 0]
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+
+    Source: Lux's `MultiHeadAttention`, `torch.nn.MultiheadAttention`; Ainslie et al., "GQA", 2023, for shared heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    is_causal: bool
+    return_weights: bool
+    q_proj: Dense
+    k_proj: Dense
+    v_proj: Dense
+    attention_dropout: Dropout
+    out_proj: Dense
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 1,
+        *,
+        num_kv_heads: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        qk_features: int | None = None,
+        v_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        return_weights: bool = False,
+        init_weight: Initializer = glorot_uniform,
+        init_bias: Initializer = zeros,
+    ) -> None:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        given = {"kdim": kdim, "vdim": vdim, "qk_features": qk_features, "v_features": v_features}
+        widths = {name: embed_dim if width is None else width for name, width in given.items()}
+        qk, values = widths["qk_features"], widths["v_features"]
+        _check(embed_dim, num_heads, kv_heads, widths)
+
+        def dense(width: int, features: int) -> Dense:
+            return Dense(width, features, bias=bias, init_weight=init_weight, init_bias=init_bias)
+
+        self._set(
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            is_causal=is_causal,
+            return_weights=return_weights,
+            q_proj=dense(embed_dim, qk),
+            k_proj=dense(widths["kdim"], qk // num_heads * kv_heads),
+            v_proj=dense(widths["vdim"], values // num_heads * kv_heads),
+            attention_dropout=Dropout(dropout),
+            out_proj=dense(values, embed_dim if out_features is None else out_features),
+        )
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return what the queries found, with the weights if asked for, and the state of the dropout."""
+        q, k, v, mask = self._inputs(x)
+        new = dict(st)
+        q, new["q_proj"] = self.q_proj(q, ps["q_proj"], st["q_proj"])
+        k, new["k_proj"] = self.k_proj(k, ps["k_proj"], st["k_proj"])
+        v, new["v_proj"] = self.v_proj(v, ps["v_proj"], st["v_proj"])
+        q, k, v = _heads(q, self.num_heads), _heads(k, self.num_kv_heads), _heads(v, self.num_kv_heads)
+        dropout_ps, dropout_st = ps["attention_dropout"], st["attention_dropout"]
+        if self.return_weights or (self.attention_dropout.p > 0 and dropout_st.get(TRAINING)):
+            check_shapes(q, k, v, mask)
+            weights = attention_weights(q, k, mask=mask, is_causal=self.is_causal)
+            weights, new["attention_dropout"] = self.attention_dropout(weights, dropout_ps, dropout_st)
+            y = attended(weights, v)
+        else:
+            y = scaled_dot_product_attention(q, k, v, mask=mask, is_causal=self.is_causal)
+            # It drops nothing, but checks its names.
+            y, new["attention_dropout"] = self.attention_dropout(y, dropout_ps, dropout_st)
+        y, new["out_proj"] = self.out_proj(y.transpose(-3, -2).flatten(-2), ps["out_proj"], st["out_proj"])
+        return ((y, weights) if self.return_weights else y), new
+
+    def _inputs(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        parts = x if isinstance(x, tuple) else (x, x, x)
+        parts = (*parts, parts[1]) if len(parts) == 2 else parts
+        if not 3 <= len(parts) <= 4 or any(not isinstance(part, Tensor) or part.ndim < 2 for part in parts[:3]):
+            raise InputError(
+                "The input is no sequences of features.",
+                expected=self.expected_input(),
+                got=", ".join(f"{tuple(part.shape)}" if isinstance(part, Tensor) else str(part) for part in parts),
+                fix="Self-attention with a mask is (x, x, x, mask).",
+            )
+        q, k, v, mask = (*parts, None)[:4]
+        return q, k, v, mask
+
+    def has_mask(self, x: Any) -> bool:
+        """Tell whether an input brings a mask."""
+        return isinstance(x, tuple) and len(x) == 4 and x[3] is not None
+
+    def expected_input(self) -> str:
+        """Name the widths, and the kinds of tuples."""
+        widths = (self.q_proj.in_features, self.k_proj.in_features, self.v_proj.in_features)
+        q, k, v = (f"{name} (..., length, {width})" for name, width in zip("qkv", widths, strict=True))
+        return f"x (..., length, {widths[0]}), or a tuple (q, kv), (q, k, v) or (q, k, v, mask) of {q}, {k}, {v}"
+
+    def extra_repr(self) -> str:
+        """Return for instance `num_heads=8, is_causal=True`."""
+        shown = [f"num_heads={self.num_heads}"]
+        shown += [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads != self.num_heads else []
+        return ", ".join(shown + [f"{name}=True" for name in ("is_causal", "return_weights") if getattr(self, name)])
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Reshape (..., length, features) to (..., heads, length, features of a head)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def _check(embed_dim: int, heads: int, kv_heads: int, widths: dict[str, int]) -> None:
+    if not all(isinstance(number, int) and number >= 1 for number in (embed_dim, heads, kv_heads, *widths.values())):
+        raise InputError(
+            "MultiHeadAttention takes sizes.",
+            expected="whole numbers of at least 1",
+            got=f"embed_dim={embed_dim}, num_heads={heads}, num_kv_heads={kv_heads}, {widths}",
+        )
+    if heads % kv_heads:
+        raise InputError(
+            "The heads of keys and values do not divide those of the queries.",
+            expected="num_heads a multiple of num_kv_heads",
+            got=f"num_heads={heads}, num_kv_heads={kv_heads}",
+        )
+    for name in ("qk_features", "v_features"):
+        if widths[name] % heads:
+            raise InputError(
+                "The features do not divide among the heads.",
+                expected=f"{name} (embed_dim unless given) a multiple of num_heads",
+                got=f"{name}={widths[name]}, num_heads={heads}",
+            )

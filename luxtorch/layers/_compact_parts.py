@@ -1,17 +1,24 @@
-"""What a compact model is made of: layers, tensors by their values, and groups of either."""
+"""The layer that `compact` makes: its parts, and the handle by which its function reads them."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field
+from importlib import import_module
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from luxtorch._torch import compile_constant, is_wrapped
+from luxtorch._transforms import transform_level
 from luxtorch.core import (
     ContainerLayer,
     InputError,
+    KeyNameError,
     Layer,
     Parameters,
     StatefulLayer,
@@ -19,6 +26,7 @@ from luxtorch.core import (
     Static,
     Value,
     show_value,
+    suggest,
 )
 from luxtorch.random import fold_in
 
@@ -179,3 +187,159 @@ class Group(Holder):
     def by_name(self, seen: Any) -> Mapping[str, Any]:
         """Return what a body sees, or left, under the names."""
         return seen if self.keyed else dict(zip(self.names, seen, strict=True))
+
+
+class Parts:
+    """Give the body of a compact model its parts as attributes, for the time of one call.
+
+    A layer is read as a `StatefulLayer`, called on the input alone; a parameter or a state as its tensor; anything else
+    as it was given. A list is read as a tuple, a dict as a dict. States are assigned: `m.count = m.count + 1` changes
+    what is read from then on in the same call, and the state that the model returns. Nothing else can be assigned.
+
+    A layer that the body calls inside a further transform, for instance to differentiate it by its input, keeps no
+    states from that call, see `StatefulLayer`.
+    """
+
+    def __init__(self, model: Compact, ps: Parameters, st: States) -> None:
+        for name, part in {**model.opened(ps, st), "_model": model, "_level": transform_level()}.items():
+            object.__setattr__(self, name, part)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here only for what it has not found.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._unknown(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        model: Compact = self._model
+        if name not in model.names:
+            raise self._unknown(name)
+        part = model.parts[model.names.index(name)]
+        if not _is_state(part):
+            raise InputError(
+                f"'{name}' of {model.title} cannot be assigned, as it is no state.",
+                expected="an assignment to a state" + (f": {', '.join(states)}" if (states := self._states()) else ""),
+                fix=f"Use another variable; or declare a state, {name}=lt.non_trainable(torch.tensor(...)).",
+            )
+        if transform_level() != self._level:
+            raise InputError(
+                f"The state '{name}' of {model.title} is assigned inside a transform of torch.func.",
+                fix="Return the value from the transformed function, with has_aux=True, and assign it outside.",
+            )
+        difference = _difference(value, self.__dict__[name])
+        if difference:
+            raise InputError(
+                f"The state '{name}' of {model.title} has to stay what it is.",
+                expected=difference[0],
+                got=difference[1],
+                fix="Convert the value, .to(dtype), or declare the state as what it becomes.",
+            )
+        self.__dict__[name] = value
+
+    def _unknown(self, name: str) -> KeyNameError:
+        model: Compact = self._model
+        fix = suggest(name, model.names) or f"Declare it: lt.compact({name}=..., ...)."
+        if name in ("ps", "st"):
+            fix = "Parts have theirs already: m.dense(x). For all parameters, the function takes a third argument, ps."
+        return KeyNameError(f"{model.title} has no part '{name}'.", expected=", ".join(model.names), got=name, fix=fix)
+
+    def _states(self) -> list[str]:
+        return [name for name, part in self._model.items() if _is_state(part)]
+
+
+def _is_state(part: Any) -> bool:
+    if isinstance(part, Group):
+        return all(_is_state(item) for item in part.parts)
+    return isinstance(part, Leaf) and not part.trainable
+
+
+def _difference(new: Any, old: Any) -> tuple[str, str] | None:
+    """Say how a state would change in more than its numbers: what it is, and what it would be."""
+    if isinstance(old, Tensor):
+        same = isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype
+        return None if same else (_described(old), _described(new))
+    if isinstance(old, tuple | dict):
+        new_items, old_items = _items(new), _items(old)
+        if type(new) is not type(old) or new_items.keys() != old_items.keys():
+            return _described(old), _described(new)
+        for name in old_items:
+            if found := _difference(new_items[name], old_items[name]):
+                return found
+        return None
+    return None if new == old else (f"{old}, which no call changes", f"{new}")
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, tuple) else {}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict):
+        return f"a dict with the names {', '.join(map(str, value))}"
+    return f"{value!r:.80} of type {type(value).__name__}"
+
+
+Body: TypeAlias = Callable[..., Any]
+"""A function of the parts and an input, and if it likes of the model's parameters: `(m, x)` or `(m, x, ps)`."""
+
+
+class Compact(Holder):
+    """Call a function on its parts: the layer that `compact` makes."""
+
+    function: Body
+    takes_parameters: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._set(takes_parameters=len(inspect.signature(self.function).parameters) == 3)
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return what the function returns, and the states that it leaves."""
+        m = Parts(self, ps, st)
+        y = self.function(m, x, ps) if self.takes_parameters else self.function(m, x)
+        if y is None:
+            raise InputError(f"{self.title} returns nothing.", expected="return y", got="None")
+        return y, self.closed(m.__dict__)
+
+    @property
+    def title(self) -> str:
+        """Return the function's name."""
+        return show_value(self.function)
+
+    def extra_repr(self) -> str:
+        """Return the function's name and the parts that are no layers."""
+        return ", ".join(
+            [self.title, *(f"{name}={part!r}" for name, part in self.items() if not isinstance(part, Layer))]
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # At the top of a module the decorated name stands for the layer, so that pickle would not find the function.
+        place = _Place(self.function.__module__, self.function.__qualname__) if _is_decorated(self.function) else None
+        return _rebuilt, (place or self.function, self.names, self.parts)
+
+
+class _Place(Value):
+    """Hold where a decorated function is found: under the name that now stands for its layer."""
+
+    module: str
+    name: str
+
+    def find(self) -> Any:
+        found: Any = import_module(self.module)
+        return attrgetter(self.name)(found)
+
+
+def _rebuilt(place: _Place | Body, names: tuple[str, ...], parts: tuple[Part, ...]) -> Compact:
+    return Compact(names, parts, place.find().function if isinstance(place, _Place) else place)
+
+
+def _is_decorated(function: Any) -> bool:
+    """Tell whether the place where a function was defined holds a layer of it."""
+    try:
+        found = attrgetter(function.__qualname__)(sys.modules[function.__module__])
+    except (AttributeError, KeyError):
+        return False
+    return isinstance(found, Compact) and found.function is function

@@ -1,34 +1,120 @@
-"""Convolutions in one to three dimensions, and their transposes: `Conv` and `ConvTranspose`."""
+"""Convolutions and padding in one to three dimensions: `Conv`, `ConvTranspose` and `Pad`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
-from luxtorch.core import InputError, Layer, Parameters, States, show_value
+from luxtorch.core import InputError, Layer, Parameters, States, show_value, suggest
 from luxtorch.init import Initializer, glorot_uniform, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._spatial import (
-    PADDING_MODES,
-    SPATIAL,
-    Padding,
-    Pairs,
-    PerDim,
-    check_padding_mode,
-    padded,
-    pairs,
-    per_dim,
-    shown,
-    sizes,
-    symmetric,
-)
+
+PerDim: TypeAlias = int | Sequence[int]
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+Padding: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Literal["same", "valid"]
+
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+"""What is put beside an input, and what torch calls it."""
+
+SPATIAL = {1: "length", 2: "height, width", 3: "depth, height, width"}
+
+
+def sizes(name: str, value: Any, *, optional: bool = False) -> tuple[int, ...]:
+    """Return the sizes whose number says how many spatial dimensions a layer has: one to three."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in SPATIAL:
+        raise InputError(
+            f"The length of {name} says how many spatial dimensions the layer has.",
+            expected="a tuple of 1, 2 or 3 sizes",
+            got=f"{name}={value!r}",
+            fix=f"For images write {name}=({value}, {value})." if isinstance(value, int) else "",
+        )
+    if not all((optional and size is None) or (isinstance(size, int) and size > 0) for size in value):
+        raise InputError("A size is a positive number.", expected="positive integers", got=f"{name}={value!r}")
+    return tuple(value)
+
+
+def per_dim(name: str, value: Any, dims: int, *, least: int) -> tuple[int, ...]:
+    """Return one number for each spatial dimension; a single number counts for all of them."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) != dims or not all(isinstance(number, int) and number >= least for number in values):
+        raise InputError(
+            f"The {name} does not fit the kernel.",
+            expected=f"an integer, or a tuple of {dims}, none below {least}",
+            got=f"{name}={value!r}",
+        )
+    return values
+
+
+def pairs(value: Any, extent: tuple[int, ...]) -> Pairs:
+    """Return the padding before and after each spatial dimension.
+
+    Args:
+        value: A number, a number or a pair of them for each dimension, "same" or "valid".
+        extent: How far the kernel reaches in each dimension, `dilation * (kernel_size - 1)`, which is what "same"
+            adds; an odd amount is larger at the end, as in torch.
+
+    Returns:
+        A pair for each dimension.
+
+    Raises:
+        InputError: If it is none of these.
+    """
+    if value == "valid":
+        return ((0, 0),) * len(extent)
+    if value == "same":
+        return tuple((reach // 2, reach - reach // 2) for reach in extent)
+    found = sides(value, len(extent))
+    if found is None or min(map(min, found)) < 0:
+        raise InputError(
+            "The padding does not fit the kernel.",
+            expected=f"a number, a tuple of {len(extent)} numbers or pairs (before, after), 'same' or 'valid'",
+            got=f"padding={value!r}",
+        )
+    return found
+
+
+def sides(value: Any, dims: int) -> Pairs | None:
+    """Return the numbers before and after each spatial dimension, or None if the value does not give them."""
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * dims
+    found = tuple(tuple(entry) if isinstance(entry, Sequence) else (entry, entry) for entry in values)
+    fitting = len(found) == dims and all(len(p) == 2 and all(isinstance(n, int) for n in p) for p in found)
+    return found if fitting else None
+
+
+def check_padding_mode(mode: Any, modes: Mapping[str, Any]) -> None:
+    """Raise unless a mode of padding is known."""
+    if mode not in modes:
+        raise InputError(
+            f"There is no padding mode '{mode}'.", expected=", ".join(modes), fix=suggest(str(mode), modes)
+        )
+
+
+def symmetric(padding: Pairs) -> tuple[int, ...] | None:
+    """Return the padding at either side of each dimension, or None if the two sides differ anywhere."""
+    return tuple(low for low, _ in padding) if all(low == high for low, high in padding) else None
+
+
+def padded(x: Tensor, padding: Pairs, mode: str = "constant", value: float | None = None) -> Tensor:
+    """Return the input with its last dimensions padded; negative numbers cut it."""
+    return F.pad(x, [number for pair in reversed(padding) for number in pair], mode, value)
+
+
+def shown(name: str, value: Any, default: Any) -> list[str]:
+    """Return the text of an option for prints: empty for the default, a single number where one counts for all."""
+    short = value
+    if isinstance(value, tuple):
+        inner = [entry[0] if isinstance(entry, tuple) and len(set(entry)) == 1 else entry for entry in value]
+        short = inner[0] if len(set(inner)) == 1 and isinstance(inner[0], int) else tuple(inner)
+    return [] if default in (value, short) else [f"{name}={short}"]
+
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
@@ -264,3 +350,107 @@ class ConvTranspose(_Convolution):
 
     def _more_repr(self) -> list[str]:
         return shown("output_padding", self.output_padding, 0)
+
+
+_MODES = {**PADDING_MODES, "constant": "constant", "symmetric": None}
+
+
+class Pad(Layer):
+    """Put something before and after each spatial dimension, or cut it off where a number is negative.
+
+    Args:
+        padding: A number for all dimensions but batch and channels; or, in order of the dimensions, a tuple with a
+            number or a pair (before, after) for each of the last one to three. torch's functions take the numbers of
+            the last dimension first.
+        mode: What is put there: "zeros"; "constant", a given value; "replicate", the outermost element; "reflect",
+            what lies inside of it; "symmetric", the same from that element on; "circular", what lies at the other end.
+        value: The value of the mode "constant".
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, *dims + before + after). With a tuple the batch may be missing.
+
+    Raises:
+        InputError: If the arguments do not fit each other, or the input is too small for the mode: "reflect" takes
+            less than a dimension's size at either side, "circular" and "symmetric" no more than that.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> lt.Pad(((1, 2),))(x, {}, {})[0]
+        tensor([[[0., 1., 2., 3., 0., 0.]]])
+        >>> lt.Pad(((-1, 2),), "symmetric")(x, {}, {})[0]
+        tensor([[[2., 3., 3., 2.]]])
+
+    Source: NNlib's `pad_zeros`, `pad_constant`, `pad_reflect`, `pad_symmetric`, `pad_circular` and `pad_repeat`;
+    `torch.nn.ZeroPad2d`, `ConstantPad2d`, `ReflectionPad2d`, `ReplicationPad2d`, `CircularPad2d`.
+    """
+
+    padding: int | Sequence[int | Sequence[int]]
+    mode: str = "zeros"
+    _: KW_ONLY
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_padding_mode(self.mode, _MODES)
+        if self.value != 0 and self.mode != "constant":
+            raise InputError(
+                f"The mode '{self.mode}' takes no value.",
+                expected="value=0, or mode='constant'",
+                got=f"value={self.value}",
+            )
+        if isinstance(self.padding, int):
+            return
+        dims = len(self.padding) if isinstance(self.padding, Sequence) else 0
+        found = sides(self.padding, dims) if 0 < dims <= 3 else None
+        if found is None:
+            raise InputError(
+                "The length of the padding says how many dimensions are padded.",
+                expected="a number, or a tuple of 1, 2 or 3 numbers or pairs (before, after)",
+                got=f"padding={self.padding!r}",
+            )
+        self._set(padding=found)
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the padded input and `st`."""
+        pairs, mode = self._pairs(x), _MODES[self.mode]
+        if mode is None:
+            return _symmetric(x, pairs), st
+        return padded(x, pairs, mode, self.value if mode == "constant" else None), st
+
+    def _pairs(self, x: Tensor) -> Pairs:
+        alike = isinstance(self.padding, int)
+        dims = x.ndim - 2 if alike else len(self.padding)  # type: ignore[arg-type]
+        if not 0 < dims <= min(3, x.ndim):
+            raise InputError(
+                "The input does not have the dimensions to be padded.",
+                expected=self.expected_input(),
+                got=f"a tensor of shape {tuple(x.shape)}",
+            )
+        return ((self.padding, self.padding),) * dims if alike else self.padding  # type: ignore[return-value]
+
+    def expected_input(self) -> str:
+        """Name the dimensions."""
+        if isinstance(self.padding, int):
+            return "a tensor of shape (batch, channels, ...) with one to three dimensions more, that bear the padding"
+        return f"a tensor whose last {len(self.padding)} dimensions bear the padding"
+
+    def extra_repr(self) -> str:
+        """Return for instance `((1, 2),), 'reflect'`."""
+        mode = [repr(self.mode)] if self.mode != "zeros" else []
+        return ", ".join([str(self.padding), *mode, *shown("value", self.value, 0)])
+
+
+def _symmetric(x: Tensor, pairs: Pairs) -> Tensor:
+    """Put the elements at each end once more beside it, in reverse order."""
+    x = padded(x, tuple((min(low, 0), min(high, 0)) for low, high in pairs))
+    for dim, (low, high) in zip(range(-len(pairs), 0), pairs, strict=True):
+        size, (before, after) = x.shape[dim], (max(low, 0), max(high, 0))
+        if max(before, after) > size:
+            raise InputError(
+                "The input is too small to be mirrored.",
+                expected=f"at least {max(before, after)} elements in dimension {dim}",
+                got=f"{size}",
+            )
+        first, last = x.narrow(dim, 0, before), x.narrow(dim, size - after, after)
+        x = torch.cat([first.flip(dim), x, last.flip(dim)], dim)
+    return x

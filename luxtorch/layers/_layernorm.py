@@ -1,20 +1,118 @@
-"""Normalisation of a sample's last dimensions: `LayerNorm` and `RMSNorm`."""
+"""Normalization of each sample by itself: `LayerNorm`, `RMSNorm` and `GroupNorm`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States
+from luxtorch._transforms import (
+    differentiate_again,
+    first_order,
+    functional,
+    kernel_with_formula,
+    saved_aside,
+    transformed,
+)
+from luxtorch.core import InputError, Layer, Parameters, States, show_value
 from luxtorch.core._former import renamed_option
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._normalise import affine_of, initial_affine, layer_normalised, shown
+from ._shared import HALVES
+
+
+def initial_affine(layer: Any, key: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the first `weight` and `bias` of a normalisation, as far as it has them."""
+    if not layer.affine:
+        return {}
+    ps = {"weight": layer.init_weight(fold_in(key, "weight"), shape)}
+    if layer.bias:
+        ps["bias"] = layer.init_bias(fold_in(key, "bias"), shape)
+    return ps
+
+
+def affine_of(layer: Any, ps: Parameters) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of a normalisation, None for what it does not have."""
+    if not layer.affine:
+        return None, None
+    return ps["weight"], ps["bias"] if layer.bias else None
+
+
+def check_channels(layer: Layer, x: Tensor, channels: int, min_ndim: int) -> None:
+    """Raise unless an input has the channels in its second dimension, and enough dimensions."""
+    if x.ndim < min_ndim or x.shape[1] != channels:
+        raise InputError(
+            "The input does not have the layer's channels.",
+            expected=layer.expected_input(),
+            got=f"a tensor of shape {tuple(x.shape)}",
+            fix="Channels come second: (batch, channels, height, width).",
+        )
+
+
+def group_normalised(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise each sample over groups of channels."""
+    if x.dtype not in HALVES or not transformed():
+        return F.group_norm(x, groups, weight, bias, eps)
+    # torch computes a derivative that can be differentiated again in the input's dtype, from differences that cancel.
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    return F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
+
+
+def layer_normalised(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise over the last dimensions, which have the given shape.
+
+    torch's kernel has right first and second derivatives, in reverse mode; by forward mode the second is wrong, and
+    by any the third.
+    """
+    if not functional():
+        if saved_aside():
+            kernel, formula = (partial(each, shape=shape, eps=eps) for each in (_layer_norm, _layer_normalised))
+            return kernel_with_formula(kernel, formula, x, weight, bias)
+        return differentiate_again(F.layer_norm(x, shape, weight, bias, eps), _layer_norm_formula(shape, eps))
+    same = all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias))
+    # In two dtypes, as under autocast, the kernel's derivative has no batching rule. It says best what does not fit.
+    if (same and first_order(x, weight, bias)) or x.shape[-len(shape) :] != shape:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return _layer_normalised(x, weight, bias, shape=shape, eps=eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _layer_normalised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    wide = x.float() if x.dtype in HALVES else x
+    centred = wide - wide.mean(dims, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@lru_cache
+def _layer_norm_formula(shape: tuple[int, ...], eps: float) -> Callable[[Any], Callable[..., Tensor]]:
+    return lambda node: partial(_layer_normalised, shape=shape, eps=eps)
+
+
+def shown(layer: Layer, *sizes: int, activation: Activation | str | None) -> str:
+    """Return for instance `32, relu, affine=False`: sizes, activation, and options that are not the default."""
+    arguments = inspect.signature(type(layer)).parameters.values()
+    options = [each for each in arguments if each.kind is each.KEYWORD_ONLY and not each.name.startswith("init_")]
+    values = [(option.name, getattr(layer, option.name), option.default) for option in options]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
+    return ", ".join([*map(str, sizes), *([show_value(activation)] if activation else []), *changed])
 
 
 @renamed_option("init_scale", "init_weight")
@@ -166,3 +264,76 @@ def _last_dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:
             "There is nothing to normalise over.", expected="a size, or a shape of sizes, above 0", got=f"shape={shape}"
         )
     return sizes
+
+
+@renamed_option("init_scale", "init_weight")
+class GroupNorm(Layer):
+    """Normalise each sample over groups of neighbouring channels, the same in train and in test mode.
+
+    Args:
+        num_channels: The size of the input's second dimension. It comes first, as in Lux; torch has the groups first.
+        num_groups: The number of groups; it divides `num_channels`.
+        activation: A function of a tensor, or the name of one; None for none.
+        eps: Added to the variance.
+        affine: Whether there are a weight and a bias.
+        bias: Whether there is a bias where there is a weight.
+        init_weight: The initializer of the weight.
+        init_bias: The initializer of the bias.
+
+    Parameters:
+        weight: (num_channels,), unless `affine=False`
+        bias: (num_channels,), unless `affine=False` or `bias=False`
+
+    Shape:
+        (batch, num_channels, ...) to the same
+
+    Raises:
+        InputError: If the groups do not divide the channels, or the input has another number of channels.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.GroupNorm(4, 2)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model(torch.tensor([[0.0, 2.0, 10.0, 30.0]]), ps, st)
+        >>> y
+        tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+
+    Source: Lux's `GroupNorm`, `torch.nn.GroupNorm`; Wu and He, "Group Normalization", 2018.
+    """
+
+    num_channels: int
+    num_groups: int
+    activation: Activation | str | None = None
+    _: KW_ONLY
+    eps: float = 1e-5
+    affine: bool = True
+    bias: bool = True
+    init_weight: Initializer = ones
+    init_bias: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1 or self.num_channels < 1 or self.num_channels % self.num_groups:
+            raise InputError(
+                "The groups of GroupNorm do not divide its channels.",
+                expected="num_channels a multiple of num_groups",
+                got=f"num_channels={self.num_channels}, num_groups={self.num_groups}",
+                fix="The channels come first: GroupNorm(num_channels, num_groups); torch has them second.",
+            )
+        self._set(activation=as_activation(self.activation))
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return `weight` and `bias`, if there are any."""
+        return initial_affine(self, key, (self.num_channels,))
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the normalised input and `st`."""
+        check_channels(self, x, self.num_channels, 2)
+        return activated(group_normalised(x, self.num_groups, *affine_of(self, ps), self.eps), self.activation), st
+
+    def expected_input(self) -> str:
+        """Name the channels."""
+        return f"a tensor of shape (batch, {self.num_channels}, ...)"
+
+    def extra_repr(self) -> str:
+        """Return for instance `32, 4, relu`."""
+        return shown(self, self.num_channels, self.num_groups, activation=self.activation)

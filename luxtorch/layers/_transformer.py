@@ -10,10 +10,10 @@ from torch import Tensor
 from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
 
 from ._activations import Activation
+from ._attention import MultiHeadAttention
 from ._dropout import Dropout
 from ._layernorm import LayerNorm
 from ._linear import Dense
-from ._multihead import MultiHeadAttention
 
 _Call: TypeAlias = Callable[[str, Any], Tensor]
 """Calls one of the layers inside by its name."""

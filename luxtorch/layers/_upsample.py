@@ -12,7 +12,7 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, Layer, Parameters, States, suggest
 
-from ._spatial import widened
+from ._shared import widened
 
 _MODES = {
     "nearest": (1, 2, 3),

@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 
 import luxtorch as lt
 from luxtorch import Embedding, SinusoidalPositionalEmbedding
-from luxtorch.layers._rotary import (
+from luxtorch.layers._embedding import (
     RotaryPositionalEmbedding,
     apply_rotary_embedding,
     compute_rotary_embedding_params,

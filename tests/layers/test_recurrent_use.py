@@ -8,7 +8,7 @@ import torch
 import luxtorch as lt
 from luxtorch import BidirectionalRNN, Cell, GRUCell, LSTMCell, Recurrence, RNNCell, StackedCell, StatefulRecurrentCell
 from luxtorch.init import glorot_uniform, normal, ones, zeros
-from luxtorch.layers._fused_rnn import stepwise
+from luxtorch.layers.recurrent._fused import stepwise
 
 
 class Counter(Cell):

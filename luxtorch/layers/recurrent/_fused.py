@@ -1,4 +1,4 @@
-"""A cell over a whole sequence: by a fused kernel or one operator where these may be used, step by step elsewhere."""
+"""A recurrent layer over a whole sequence: by a fused kernel or operator where possible, else step by step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,61 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
 
-from ._rnn_steps import Carry as Carry
+Carry: TypeAlias = tuple[Tensor, ...]
+
+
+def add_recurrent(projected: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """Add what the weight makes of the hidden state."""
+    # In one operation where there is one: it is what a step spends its time in.
+    return torch.addmm(projected, h, weight.t()) if h.ndim == 2 else projected + F.linear(h, weight)
+
+
+def project(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return all that a step adds up before it looks at the carry, for one step or for many at once."""
+    return F.linear(x, weights[0], weights[2] + weights[3] if len(weights) >= 4 else None)
+
+
+def project_gru(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return the part of the input; `bias_hh` has to wait, as one gate multiplies a part of it."""
+    return F.linear(x, weights[0], weights[2] if len(weights) >= 4 else None)
+
+
+def lstm_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+    """Return the next hidden state and memory."""
+    i, f, g, o = add_recurrent(projected, carry[0], weights[1]).chunk(4, -1)
+    c = f.sigmoid() * carry[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+    """Return the next hidden state."""
+    size = carry[0].shape[-1]
+    recurrent = F.linear(carry[0], weights[1], weights[3] if len(weights) >= 4 else None)
+    r, z = (projected[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
+    n = (projected[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
+    return (n + z * (carry[0] - n),)
+
+
+def run(unit: str, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the hidden states of all steps and the last carry, of "lstm", "gru", "tanh" or "relu"."""
+    ys = []
+    # To index step by step would cost time quadratic in the length when it is differentiated.
+    for step in (project_gru if unit == "gru" else project)(xs, weights).unbind():
+        if unit == "lstm":
+            carry = lstm_step(step, carry, weights)
+        elif unit == "gru":
+            carry = gru_step(step, carry, weights)
+        else:
+            h = add_recurrent(step, carry[0], weights[1])
+            carry = (h.tanh() if unit == "tanh" else h.relu(),)
+        ys.append(carry[0])
+    return [torch.stack(ys), *carry]
+
 
 Kernel: TypeAlias = Callable[..., Any]
 
@@ -82,7 +132,7 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
 def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
     """Return the same by the operator, which is one node of a graph and knows the reverse mode alone."""
     # To register an operator takes a tenth of what importing luxtorch takes.
-    from ._rnn_derivatives import keep_opaque, recurrent_layer
+    from ._operators import keep_opaque, recurrent_layer
 
     if torch.is_autocast_enabled(xs.device.type):
         dtype = torch.get_autocast_dtype(xs.device.type)

@@ -1,4 +1,4 @@
-"""What the cells of torch share: two weights, two biases, and a carry that starts as zeros, drawn or learned."""
+"""`RNNCell`, `LSTMCell`, `GRUCell`, and their base class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from luxtorch.core import InputError, Parameters, States, show_value
 from luxtorch.init import Initializer, glorot_uniform, zeros
+from luxtorch.layers._activations import Activation, activated, as_activation
 from luxtorch.random import fold_in, split
 
-from ._cell import Cell, first_of
-from ._fused_rnn import Carry, Kernel, scanned
-from ._lengths import at_ends, before, where_before
-from ._rnn_steps import project
+from ._cell import Cell, at_ends, before, first_of, where_before
+from ._fused import Carry, Kernel, add_recurrent, gru_step, lstm_step, project, project_gru, scanned
 
 GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]
 """An initializer for each gate by itself, or a tuple with one for each."""
@@ -201,3 +200,202 @@ class WeightedCell(Cell):
 
 def _described(part: Any) -> str:
     return str(tuple(part.shape)) if isinstance(part, Tensor) else f"a {type(part).__name__}"
+
+
+class RNNCell(WeightedCell):
+    """Take one step: `h = activation(x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh)`.
+
+    Args:
+        in_features: The size of the input's last dimension.
+        hidden_size: The size of the hidden state.
+        activation: A function of a tensor, or the name of one, such as "relu"; None for none.
+        bias: Whether there are biases.
+        train_state: Whether the initial hidden state is learned; it is the same for all sequences then.
+        init_weight: The initializer of `weight_ih`.
+        init_recurrent_weight: The initializer of `weight_hh`; that of `weight_ih` if None.
+        init_bias: The initializer of both biases.
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+            each sequence.
+
+    Parameters:
+        weight_ih: (hidden_size, in_features)
+        weight_hh: (hidden_size, hidden_size)
+        bias_ih: (hidden_size,), unless `bias=False`
+        bias_hh: (hidden_size,), unless `bias=False`
+        hidden_state: (hidden_size,), only with `train_state=True`
+
+    States:
+        rng: A key, only if the initial hidden state is drawn.
+
+    Shape:
+        x (..., in_features), or a tuple `(x, (h,))` with h (..., hidden_size), to `(h, (h,))`.
+
+    Raises:
+        InputError: If the input or the carry has another width.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> cell = lt.RNNCell(3, 5)
+        >>> ps, st = lt.setup(0, cell)
+        >>> (y, carry), st = cell(torch.ones(2, 3), ps, st)
+        >>> (y, carry), st = cell((torch.ones(2, 3), carry), ps, st)
+        >>> y.shape
+        torch.Size([2, 5])
+
+    Source: Lux's `RNNCell`, `torch.nn.RNNCell`; Elman, "Finding structure in time", 1990.
+    """
+
+    gates: ClassVar[int] = 1
+
+    activation: Activation | str | None = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(activation=as_activation(self.activation))
+
+    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+        """Return the next hidden state."""
+        return (activated(add_recurrent(projected, carry[0], weights[1]), self.activation),)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The function of torch for the two activations that it knows."""
+        if self.activation is torch.tanh:
+            return torch.rnn_tanh
+        return torch.rnn_relu if self.activation is torch.relu else None
+
+
+# What adds this to a sigmoid's input makes it 0 or 1 exactly, in half precision too.
+_WIDE = 1e4
+
+
+class LSTMCell(WeightedCell):
+    """Take one step with long short-term memory.
+
+    With the gates i, f, o (sigmoid) and g (tanh) of input and hidden state, `c = f * c + i * g` and `h = o * tanh(c)`.
+
+    Args:
+        in_features: The size of the input's last dimension.
+        hidden_size: The size of the hidden state and of the memory.
+        bias: Whether there are biases.
+        train_state: Whether the initial hidden state is learned; it is the same for all sequences then.
+        train_memory: The same for the memory.
+        init_weight: The initializer of each gate's part of `weight_ih`, or a tuple of four, for i, f, g and o.
+        init_recurrent_weight: The same for `weight_hh`; that of `weight_ih` if None.
+        init_bias: The same for both biases, which are added.
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+            each sequence.
+        init_memory: The same for the memory.
+
+    Parameters:
+        weight_ih: (4 * hidden_size, in_features), the gates in the order i, f, g, o
+        weight_hh: (4 * hidden_size, hidden_size)
+        bias_ih: (4 * hidden_size,), unless `bias=False`
+        bias_hh: (4 * hidden_size,), unless `bias=False`
+        hidden_state: (hidden_size,), only with `train_state=True`
+        memory: (hidden_size,), only with `train_memory=True`
+
+    States:
+        rng: A key, only if something of the initial carry is drawn.
+
+    Shape:
+        x (..., in_features), or a tuple `(x, (h, c))` with both (..., hidden_size), to `(h, (h, c))`.
+
+    Raises:
+        InputError: If the input or the carry has another width, or a tuple of initializers another length.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> cell = lt.LSTMCell(3, 5)
+        >>> ps, st = lt.setup(0, cell)
+        >>> (y, (h, c)), st = cell(torch.ones(2, 3), ps, st)
+        >>> y.shape, c.shape
+        (torch.Size([2, 5]), torch.Size([2, 5]))
+
+    Source: Lux's `LSTMCell`, `torch.nn.LSTMCell`; Hochreiter and Schmidhuber, "Long short-term memory", 1997.
+    """
+
+    gates: ClassVar[int] = 4
+
+    _: KW_ONLY
+    train_memory: bool = False
+    init_memory: Initializer = zeros
+
+    def _starts(self) -> dict[str, tuple[Initializer, bool]]:
+        return {**super()._starts(), "memory": (self.init_memory, self.train_memory)}
+
+    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+        """Return the next hidden state and memory."""
+        return lstm_step(projected, carry, weights)
+
+    def closed(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return an input more, which shuts the input gate and opens the forget gate: the memory stays, bit for bit."""
+        i, f, *others = torch.zeros_like(weights[0][:, :1]).chunk(self.gates)
+        column = torch.cat((i - _WIDE, f + _WIDE, *others))
+        ends = running.logical_not().unsqueeze(-1).to(xs.dtype)
+        return torch.cat((xs, ends), -1), [torch.cat((weights[0], column), 1), *weights[1:]]
+
+    @property
+    def kernel(self) -> Kernel:
+        """The function of torch."""
+        return torch.lstm
+
+
+class GRUCell(WeightedCell):
+    """Take one step of a gated recurrent unit.
+
+    With the gates r and z (sigmoid) of input and hidden state,
+    `n = tanh(x @ W_n.T + b_n + r * (h @ U_n.T + c_n))` and `h = (1 - z) * n + z * h`.
+
+    Args:
+        in_features: The size of the input's last dimension.
+        hidden_size: The size of the hidden state.
+        bias: Whether there are biases.
+        train_state: Whether the initial hidden state is learned; it is the same for all sequences then.
+        init_weight: The initializer of each gate's part of `weight_ih`, or a tuple of three, for r, z and n.
+        init_recurrent_weight: The same for `weight_hh`; that of `weight_ih` if None.
+        init_bias: The same for both biases.
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+            each sequence.
+
+    Parameters:
+        weight_ih: (3 * hidden_size, in_features), the gates in the order r, z, n
+        weight_hh: (3 * hidden_size, hidden_size)
+        bias_ih: (3 * hidden_size,), unless `bias=False`
+        bias_hh: (3 * hidden_size,), unless `bias=False`
+        hidden_state: (hidden_size,), only with `train_state=True`
+
+    States:
+        rng: A key, only if the initial hidden state is drawn.
+
+    Shape:
+        x (..., in_features), or a tuple `(x, (h,))` with h (..., hidden_size), to `(h, (h,))`.
+
+    Raises:
+        InputError: If the input or the carry has another width, or a tuple of initializers another length.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> cell = lt.GRUCell(3, 5)
+        >>> ps, st = lt.setup(0, cell)
+        >>> (y, (h,)), st = cell(torch.ones(2, 3), ps, st)
+        >>> y.shape
+        torch.Size([2, 5])
+
+    Source: Lux's `GRUCell`, `torch.nn.GRUCell`; Cho et al., "Learning phrase representations", 2014, for the unit.
+    """
+
+    gates: ClassVar[int] = 3
+
+    def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Return the part of the input; `bias_hh` has to wait, as one gate multiplies a part of it."""
+        return project_gru(x, weights)
+
+    def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+        """Return the next hidden state."""
+        return gru_step(projected, carry, weights)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The function of torch."""
+        return torch.gru
