@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States
+from luxtorch.core import Layer, Parameters, States, out_of_range
 from luxtorch.core._container import refuse_modules
 
 
 class NoOpLayer(Layer):
-    """Return the input as it is.
+    """Identity: return the input unchanged.
 
     Shape:
         Anything to the same.
@@ -99,16 +99,16 @@ class FlattenLayer(Layer):
 
 
 class ReshapeLayer(Layer):
-    """Give each sample of the batch another shape.
+    """Reshape each sample of the batch.
 
     Args:
-        *shape: The sizes of all dimensions but the batch; one of them may be -1, for what is left.
+        *shape: The sizes of all dimensions but the batch; one of them may be -1, to be inferred.
 
     Shape:
         (batch, ...) to (batch, *shape)
 
     Raises:
-        InputError: If the shape is not one, or a sample has another number of values.
+        InputError: If the shape is invalid, or does not fit the number of values of a sample.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -123,16 +123,12 @@ class ReshapeLayer(Layer):
 
     def __init__(self, *shape: int) -> None:
         if not shape or not all(isinstance(n, int) and (n >= 1 or n == -1) for n in shape) or shape.count(-1) > 1:
-            raise InputError(
-                "ReshapeLayer takes the sizes of a sample.",
-                expected="ReshapeLayer(size, ...), each at least 1, or once -1",
-                got=f"{shape}",
-            )
+            raise out_of_range("shape", shape, "one or more sizes of at least 1, or once -1")
         self._set(shape=shape)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the reshaped input and `st`."""
-        # By way of one dimension a sample: with an empty batch, -1 has a meaning too.
+        # Flattened first: so -1 can be inferred with an empty batch too.
         return torch.unflatten(x.flatten(1), 1, self.shape), st
 
     def expected_input(self) -> str:
@@ -145,7 +141,7 @@ class ReshapeLayer(Layer):
 
 
 class SelectDim(Layer):
-    """Take one index of a dimension, which goes away, or several, for which it stays.
+    """Select an index of a dimension, which is removed, or several, which keep the dimension.
 
     Args:
         dim: The dimension.
@@ -177,7 +173,7 @@ class SelectDim(Layer):
     def __post_init__(self) -> None:
         indices = (self.index,) if isinstance(self.index, int) else tuple(self.index)
         if not indices or not all(isinstance(index, int) for index in indices):
-            raise InputError("SelectDim takes an index.", expected="an index, or a sequence of them", got=f"{indices}")
+            raise out_of_range("index", self.index, "an integer, or a sequence of integers")
         if not isinstance(self.index, int):
             self._set(index=indices)
 
@@ -196,7 +192,7 @@ class ReverseSequence(Layer):
     """Reverse the order along a dimension.
 
     Args:
-        dim: The dimension; None for that of time in a batch of sequences, the second, or a vector's only one.
+        dim: The dimension; None for the second (the time of a batch of sequences), or the only one of a vector.
 
     Shape:
         (batch, time, ...) to the same

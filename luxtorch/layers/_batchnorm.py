@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import differentiate_again, kernel_with_formula, saved_aside, transformed
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static, described
 from luxtorch.core._former import renamed_option
 from luxtorch.init import Initializer, ones, zeros
 
 from ._activations import Activation, activated, as_activation
-from ._layernorm import affine_of, check_channels, group_normalised, initial_affine, shown
-from ._shared import HALVES
+from ._layernorm import affine_of, check_channels, group_normalized, initial_affine
+from ._shared import HALVES, arguments_text
 
 COUNT = "num_batches_tracked"
 
 
 class FeatureNorm(Layer):
-    """Hold what normalisations with a weight, a bias and running statistics for each feature have in common."""
+    """Base class of `BatchNorm` and `InstanceNorm`: weight, bias and running statistics of each feature."""
 
     num_features: int
     activation: Activation | str | None = None
@@ -53,12 +53,16 @@ class FeatureNorm(Layer):
             st[COUNT] = torch.zeros((), dtype=torch.int64, device=key.device)
         return {**st, TRAINING: Static(True)}
 
+    def extra_repr(self) -> str:
+        """Return for instance `32, relu`."""
+        return arguments_text(self, self.num_features)
+
 
 @renamed_option("init_scale", "init_weight")
 class BatchNorm(FeatureNorm):
-    """Normalise each feature over the batch, and keep running statistics for test mode.
+    """Batch normalization, with running statistics for test mode.
 
-    It takes inputs of any number of dimensions, features second: it is torch's BatchNorm1d, 2d and 3d.
+    Inputs have any number of dimensions, features second, as for torch's BatchNorm1d, 2d and 3d.
 
     Args:
         num_features: The size of the input's second dimension.
@@ -78,14 +82,14 @@ class BatchNorm(FeatureNorm):
     States:
         running_mean: (num_features,), with `track_running_stats=True`, like the next two
         running_var: (num_features,), unbiased
-        num_batches_tracked: (), how many batches those are of; it matters with `momentum=None` alone
+        num_batches_tracked: (), the number of batches so far, used with `momentum=None`
         training: Whether the batch's own statistics are used.
 
     Shape:
-        (batch, num_features, ...) to the same; an empty batch is counted, and leaves the statistics alone
+        (batch, num_features, ...) to the same; an empty batch is counted, and leaves the statistics unchanged
 
     Raises:
-        InputError: If the input has another number of features, or a single value a feature to take the variance of.
+        InputError: If the input has another number of features, or there is only one value per feature.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -102,32 +106,31 @@ class BatchNorm(FeatureNorm):
     """
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the normalised input, and the state with the new running statistics."""
+        """Return the normalized input, and the state with the new running statistics."""
         self._check(x, st)
         weight, bias = affine_of(self, ps)
         if not self.track_running_stats:
-            y = normalised(x, *moments(x), weight, bias, self.eps)
+            y = normalized(x, *moments(x), weight, bias, self.eps)
         elif not st[TRAINING]:
-            y = normalised(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
+            y = normalized(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
         else:
             y, st = self._train(x, weight, bias, st)
         return activated(y, self.activation), st
 
     def _train(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, st: States) -> tuple[Tensor, States]:
         mean, var, new = st["running_mean"], st["running_var"], {**st, COUNT: st[COUNT] + 1}
-        if x.numel() == 0:  # as in torch it counts, and leaves the statistics alone
-            return normalised(x, mean, var, weight, bias, self.eps), new
+        if x.numel() == 0:  # as in torch, the batch is counted, and the statistics are unchanged
+            return normalized(x, mean, var, weight, bias, self.eps), new
         momentum = 1 / new[COUNT].to(mean.dtype) if self.momentum is None else self.momentum
-        y, new["running_mean"], new["running_var"] = batch_normalised(x, mean, var, weight, bias, momentum, self.eps)
+        y, new["running_mean"], new["running_var"] = batch_normalized(x, mean, var, weight, bias, momentum, self.eps)
         return y, new
 
     def _check(self, x: Tensor, st: States) -> None:
         check_channels(self, x, self.num_features, min_ndim=2)
         if 0 < x.numel() == self.num_features and (st[TRAINING] or not self.track_running_stats):
             raise InputError(
-                "A single value a feature has no variance to normalise by.",
-                expected="more than one value a feature",
-                got=f"a tensor of shape {tuple(x.shape)}",
+                "Batch statistics need more than one value per feature.",
+                got=described(x),
                 fix="Use a larger batch, or with track_running_stats=True lt.test_mode(st).",
             )
 
@@ -135,12 +138,8 @@ class BatchNorm(FeatureNorm):
         """Name the features."""
         return f"a tensor of shape (batch, {self.num_features}, ...)"
 
-    def extra_repr(self) -> str:
-        """Return for instance `32, relu`."""
-        return shown(self, self.num_features, activation=self.activation)
 
-
-def batch_normalised(
+def batch_normalized(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -149,20 +148,20 @@ def batch_normalised(
     momentum: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by the batch's own moments; return also the running ones, in which those have the weight `momentum`."""
+    """Normalize by the batch's moments; return also the running ones, updated with the weight `momentum`."""
     mean, var = mean.detach(), var.detach()
-    # For one sample the kernel's derivative is wrong where the gradient comes transposed.
+    # For one sample the kernel's derivative is wrong with a transposed gradient.
     if isinstance(momentum, float) and x.shape[0] != 1 and not transformed():
-        # torch's kernel writes the statistics that it is given: it gets copies.
+        # torch's kernel updates the statistics in place: it gets copies.
         mean, var = mean.clone(), var.clone()
-        # It also wants all four in one dtype, where the input may be of a lower precision.
+        # It also needs all four in one dtype; the input may be of a lower precision.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
         kernel = partial(_kernel, mean=mean, var=var, momentum=momentum, eps=eps)
         if saved_aside():
             return kernel_with_formula(kernel, partial(_formula, eps=eps), x, weight, bias), mean, var
         return differentiate_again(kernel(x, weight, bias), _formula_of_node(eps)), mean, var
     batch_mean, batch_var = moments(x)
-    y = normalised(x, batch_mean, batch_var, weight, bias, eps)
+    y = normalized(x, batch_mean, batch_var, weight, bias, eps)
     count = x.numel() // x.shape[1]
     mean = torch.lerp(mean, batch_mean.detach().to(mean.dtype), momentum)
     var = torch.lerp(var, batch_var.detach().to(var.dtype) * (count / (count - 1)), momentum)
@@ -176,7 +175,7 @@ def _kernel(
 
 
 def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    return normalised(x, *moments(x), weight, bias, eps)
+    return normalized(x, *moments(x), weight, bias, eps)
 
 
 @lru_cache
@@ -195,9 +194,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @renamed_option("init_scale", "init_weight")
 class InstanceNorm(FeatureNorm):
-    """Normalise each channel of each sample over its spatial dimensions.
+    """Instance normalization: normalize each channel of each sample over its spatial dimensions.
 
-    It takes inputs of any number of spatial dimensions: it is torch's InstanceNorm1d, 2d and 3d.
+    Inputs have any number of spatial dimensions, as for torch's InstanceNorm1d, 2d and 3d.
 
     Args:
         num_features: The size of the input's second dimension.
@@ -206,7 +205,7 @@ class InstanceNorm(FeatureNorm):
         momentum: The weight of the new batch in the running statistics.
         affine: Whether there are a weight and a bias.
         bias: Whether there is a bias where there is a weight.
-        track_running_stats: Whether there are running statistics, which test mode then normalises by.
+        track_running_stats: Whether there are running statistics, which test mode then normalizes by.
         init_weight: The initializer of the weight.
         init_bias: The initializer of the bias.
 
@@ -218,14 +217,14 @@ class InstanceNorm(FeatureNorm):
         running_mean: (num_features,), with `track_running_stats=True`
         running_var: (num_features,), unbiased, with `track_running_stats=True`
         num_batches_tracked: (), with `track_running_stats=True`; it stays zero, as in torch
-        training: Whether running statistics are updated, and not used.
+        training: Whether running statistics are updated, instead of used.
 
     Shape:
         (batch, num_features, length, ...) to the same
 
     Raises:
-        InputError: If the input has another number of features, no spatial dimensions, or a single value to take the
-            variance of.
+        InputError: If the input has another number of features, no spatial dimensions, or only one value per
+            channel of a sample.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -246,15 +245,15 @@ class InstanceNorm(FeatureNorm):
     track_running_stats: bool = False
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the normalised input, and the state with the new running statistics."""
+        """Return the normalized input, and the state with the new running statistics."""
         check_channels(self, x, self.num_features, 3)
         weight, bias = affine_of(self, ps)
         if self.track_running_stats and not st[TRAINING]:
-            y = normalised(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
+            y = normalized(x, st["running_mean"], st["running_var"], weight, bias, self.eps)
         else:
             self._check_values(x)
             # Groups of one channel: the same numbers, without the copies of torch's kernel, and for empty batches too.
-            y = group_normalised(x, self.num_features, weight, bias, self.eps)
+            y = group_normalized(x, self.num_features, weight, bias, self.eps)
             st = self._updated(x, st) if self.track_running_stats else st
         return activated(y, self.activation), st
 
@@ -265,9 +264,8 @@ class InstanceNorm(FeatureNorm):
     def _check_values(self, x: Tensor) -> None:
         if x.shape[2:].numel() < 2:
             raise InputError(
-                "Fewer than two values a channel of a sample have no variance to normalise by.",
-                expected="more than one value along the spatial dimensions",
-                got=f"a tensor of shape {tuple(x.shape)}",
+                "Instance statistics need more than one value along the spatial dimensions.",
+                got=described(x),
                 fix="Use larger inputs, or with track_running_stats=True lt.test_mode(st).",
             )
 
@@ -275,13 +273,9 @@ class InstanceNorm(FeatureNorm):
         """Name the features."""
         return f"a tensor of shape (batch, {self.num_features}, length, ...)"
 
-    def extra_repr(self) -> str:
-        """Return for instance `32, relu, affine=True`."""
-        return shown(self, self.num_features, activation=self.activation)
-
 
 def instance_statistics(x: Tensor, mean: Tensor, var: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Return the running statistics of the samples' moments, in which those of a new batch have the given weight."""
+    """Return the running statistics, updated by the average moments of a batch's samples with the given weight."""
     if x.shape[0] == 0:
         return mean, var
     x, mean, var = x.detach(), mean.detach(), var.detach()
@@ -291,8 +285,8 @@ def instance_statistics(x: Tensor, mean: Tensor, var: Tensor, weight: float) -> 
     return mean, torch.lerp(var, new_var.mean(0).to(var.dtype), weight)
 
 
-def normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise each channel by given moments, in operations that every transform knows."""
+def normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize each channel by given moments, in operations that every transform knows."""
     shape = (-1, *(1,) * (x.ndim - 2))
     factor = torch.rsqrt(var + eps)
     factor = factor if weight is None else factor * weight

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import Any, TypeAlias
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, show_value, suggest
+from luxtorch.core import (
+    ContainerLayer,
+    InputError,
+    Layer,
+    Parameters,
+    States,
+    described,
+    out_of_range,
+    show_value,
+    suggest,
+)
 from luxtorch.core._container import refuse_modules
 
 from ._basic import NoOpLayer, WrappedFunction
@@ -18,60 +29,56 @@ Connection: TypeAlias = Layer | Callable[..., Any]
 
 
 def as_layer(layer: Any) -> Layer:
-    """Return a layer as it is, and a plain function as a `WrappedFunction`."""
+    """Return a layer unchanged, and a plain function as a `WrappedFunction`."""
     if isinstance(layer, Layer):
         return layer
     if isinstance(layer, type) or not callable(layer):
-        raise InputError(
-            "A model is made of layers.",
-            expected="a layer, or a function of the input",
-            got=f"{layer!r:.80}",
-            fix="Call the class to make a layer: lt.Dense(10, 5)." if isinstance(layer, type) else "",
-        )
+        fix = "Call the class to make a layer: lt.Dense(10, 5)." if isinstance(layer, type) else ""
+        raise out_of_range("Each part of a model", layer, "a layer, or a function of the input", fix=fix)
     return WrappedFunction(layer)
 
 
 def named_layers(layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Layer]:
-    """Give layers their names: `layer_1`, `layer_2`, ... or those of keyword arguments.
+    """Return layers by name: `layer_1`, `layer_2`, ... or the names of keyword arguments.
 
-    Lists and tuples among the layers are spliced in; containers are not.
+    Lists and tuples among the layers are flattened; containers are not.
     """
     if layers and named:
         raise InputError(
-            "Layers are named either all or not at all.",
+            "Either all layers must be named, or none.",
             got=f"{len(layers)} without and {len(named)} with a name",
             fix="Give every layer a keyword, or none.",
         )
     for name in named:
         if not name or "." in name:
-            raise InputError("A layer's name has no dots, which separate the names in a path.", got=repr(name))
-    pairs = named.items() if named else ((f"layer_{i}", layer) for i, layer in enumerate(_spliced(layers), 1))
+            raise InputError("A layer's name must not be empty, or contain dots.", got=repr(name))
+    pairs = named.items() if named else ((f"layer_{i}", layer) for i, layer in enumerate(_flattened(layers), 1))
     return {name: as_layer(layer) for name, layer in pairs}
 
 
 def some_layers(container: str, layers: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Layer]:
-    """Give layers their names, for a container that needs at least one."""
+    """Return layers by name, for a container that needs at least one."""
     found = named_layers(layers, named)
     if not found:
-        raise InputError(f"{container} needs layers.", expected=f"{container}(..., layer, ...)", got="none")
+        raise InputError(f"{container} must have at least one layer.", got="none")
     return found
 
 
 def check_combines(name: str, combine: Any) -> None:
-    """Raise unless something can combine values: a function, or a layer."""
+    """Raise unless a value is a function, or a layer, that can combine outputs."""
     if not callable(combine) or isinstance(combine, type):
-        raise InputError(f"The {name} combines values.", expected="a function or a layer", got=f"{combine!r:.80}")
+        raise out_of_range(name, combine, "a function or a layer")
     refuse_modules(combine, f"The {name}")
 
 
-def show_combines(name: str, combine: Any) -> str:
-    """Return how a function that combines values is shown; a layer is shown as a child, and nothing not at all."""
+def combine_text(name: str, combine: Any) -> str:
+    """Return the text of a function that combines values; empty for None and for a layer, shown as a child."""
     return "" if combine is None or isinstance(combine, Layer) else f"{name}{show_value(combine)}"
 
 
-def brought(layer: Layer, x: Any) -> str:
-    """Name what an input brings for a layer, or for the first one inside that the input goes to; "" if nothing."""
-    while not (asked := [what for what in _BROUGHT if hasattr(type(layer), what)]):
+def extra_input(layer: Layer, x: Any) -> str:
+    """Return which extra input (a mask, lengths) a tuple has for a layer, or for the first one inside; "" if none."""
+    while not (asked := [what for what in EXTRA_INPUTS if hasattr(type(layer), what)]):
         inside = layer.layers[0] if isinstance(layer, Chain) else layer.children().get("")
         if inside is None:
             return ""
@@ -79,38 +86,52 @@ def brought(layer: Layer, x: Any) -> str:
     return asked[0] if getattr(layer, asked[0])(x) else ""
 
 
-_BROUGHT = {
+EXTRA_INPUTS = {
     "has_mask": (
-        "A mask goes",
+        "a mask",
         "Stack the layers in a TransformerEncoder or a TransformerDecoder: each of them gets the mask.",
     ),
-    "has_lengths": ("Lengths go", "Stack the cells in a StackedCell, or pass the lengths on in a layer of your own."),
+    "has_lengths": ("lengths", "Stack the cells in a StackedCell, or pass the lengths on in a layer of your own."),
 }
-"""By the methods that tell whether an input brings something: what the errors say."""
-
-
-def no_further(what: str) -> str:
-    """Say that what an input brings goes no further."""
-    return f"{_BROUGHT[what][0]} no further"
+"""Extra inputs, by the method that recognizes them: their name, and what else to do with them."""
 
 
 def _takes(layer: Layer, what: str) -> bool:
     return hasattr(type(layer), what) or any(_takes(child, what) for child in layer.children().values())
 
 
-def _spliced(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
+def _flattened(layers: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
     for layer in layers:
         if isinstance(layer, list | tuple):
-            yield from _spliced(layer)
+            yield from _flattened(layer)
         else:
             yield layer
 
 
-class Chain(ContainerLayer):
+class NamedLayers(ContainerLayer):
+    """Hold layers under names, under which their parameters and states are nested."""
+
+    names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+    def children(self) -> Mapping[str, Layer]:
+        """Return the layers by name."""
+        return dict(zip(self.names, self.layers, strict=True))
+
+    def call_each(self, xs: Iterable[Any], ps: Parameters, st: States) -> tuple[list[Any], dict[str, Any]]:
+        """Return the outputs of all layers, each called on an input of its own, and the states under their names."""
+        ys, new = [], {}
+        for name, layer, x in zip(self.names, self.layers, xs, strict=True):
+            y, new[name] = layer(x, ps[name], st[name])
+            ys.append(y)
+        return ys, new
+
+
+class Chain(NamedLayers):
     """Call layers one after another, each on the output of the one before.
 
     Args:
-        *layers: Layers and plain functions; lists and tuples of them are spliced in, other chains are not.
+        *layers: Layers and plain functions; lists and tuples of them are flattened, other chains are not.
         **named: The same with names of your own.
 
     Parameters:
@@ -139,37 +160,30 @@ class Chain(ContainerLayer):
     Source: Lux's `Chain`, `torch.nn.Sequential`.
     """
 
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
-
     def __init__(self, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike) -> None:
         found = named_layers(layers, named) or {"layer_1": NoOpLayer()}
         self._set(names=tuple(found), layers=tuple(found.values()))
-
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the last layer's output, and each layer's state under its name."""
         new = {}
         for name, layer in zip(self.names, self.layers, strict=True):
-            if isinstance(x, tuple) and (what := brought(layer, x)):
-                self._check_brought(name, what)
+            if isinstance(x, tuple) and (what := extra_input(layer, x)):
+                self._check_extra_input(name, what)
             x, new[name] = layer(x, ps[name], st[name])
         return x, new
 
-    def _check_brought(self, name: str, what: str) -> None:
+    def _check_extra_input(self, name: str, what: str) -> None:
         """Raise if one layer takes a mask or lengths, and another after it would have to do without."""
         layers = self.children()
         after = self.names[self.names.index(name) + 1 :]
         without = [other for other in after if _takes(layers[other], what)]
         if without:
             raise InputError(
-                f"{no_further(what)} in a chain than to the first layer that takes it.",
-                expected="one layer that takes such a thing",
-                got=f"an input for '{name}' that brings it, and '{without[0]}' after it, which has to do without",
-                fix=_BROUGHT[what][1],
+                f"A chain passes {EXTRA_INPUTS[what][0]} only to the first layer that takes it.",
+                expected="one layer that takes it",
+                got=f"an input for '{name}' that has it, and '{without[0]}' after it, which would not get it",
+                fix=EXTRA_INPUTS[what][1],
             )
 
     def __len__(self) -> int:
@@ -198,13 +212,13 @@ class Chain(ContainerLayer):
         raise AttributeError(f"{type(self).__name__} has no attribute or layer '{name}'. {suggest(name, names)}")
 
 
-class Parallel(ContainerLayer):
+class Parallel(NamedLayers):
     """Call layers side by side and combine their outputs.
 
     Args:
         connection: Combines the outputs: a function, called as `connection(y_1, ..., y_n)`; a layer, called on the
             tuple of outputs; or None, to return the tuple.
-        *layers: Layers and plain functions; lists and tuples of them are spliced in.
+        *layers: Layers and plain functions; lists and tuples of them are flattened.
         **named: The same with names of your own.
 
     Parameters:
@@ -232,8 +246,6 @@ class Parallel(ContainerLayer):
     """
 
     connection: Connection | None
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
 
     def __init__(
         self, connection: Connection | None, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike
@@ -245,10 +257,6 @@ class Parallel(ContainerLayer):
             found = {"layers": Parallel(None, **found), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
 
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
-
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the combined outputs, and the states under their names."""
         if isinstance(self.connection, Layer):
@@ -258,19 +266,16 @@ class Parallel(ContainerLayer):
         xs = x if isinstance(x, tuple) else (x,) * len(self.layers)
         if len(xs) != len(self.layers):
             raise InputError(
-                "A tuple is split, an element to each layer.",
-                expected=f"a tuple of {len(self.layers)}",
-                got=f"a tuple of {len(xs)}",
+                "A tuple must have one element for each layer.",
+                expected=f"a tuple of length {len(self.layers)}",
+                got=described(xs),
             )
-        ys, new = [], {}
-        for name, layer, element in zip(self.names, self.layers, xs, strict=True):
-            y, new[name] = layer(element, ps[name], st[name])
-            ys.append(y)
+        ys, new = self.call_each(xs, ps, st)
         return (tuple(ys) if self.connection is None else self.connection(*ys)), new
 
     def extra_repr(self) -> str:
         """Return for instance `add`."""
-        return show_combines("", self.connection)
+        return combine_text("", self.connection)
 
 
 class SkipConnection(ContainerLayer):
@@ -326,14 +331,14 @@ class SkipConnection(ContainerLayer):
 
     def extra_repr(self) -> str:
         """Return for instance `add`."""
-        return show_combines("", self.connection)
+        return combine_text("", self.connection)
 
 
-class BranchLayer(ContainerLayer):
+class BranchLayer(NamedLayers):
     """Call layers on the same input, and combine their outputs.
 
     Args:
-        *layers: Layers and plain functions; lists and tuples of them are spliced in.
+        *layers: Layers and plain functions; lists and tuples of them are flattened.
         fusion: Combines the outputs: a function, called as `fusion(y_1, ..., y_n)`; a layer, called on the tuple of
             outputs; or None, to return the tuple.
         **named: The same as `layers` with names of your own.
@@ -363,8 +368,6 @@ class BranchLayer(ContainerLayer):
     """
 
     fusion: Connection | None
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
 
     def __init__(
         self, *layers: LayerLike | list[Any] | tuple[Any, ...], fusion: Connection | None = None, **named: LayerLike
@@ -376,34 +379,27 @@ class BranchLayer(ContainerLayer):
             found = {"layers": BranchLayer(**found), "fusion": fusion}
         self._set(fusion=fusion, names=tuple(found), layers=tuple(found.values()))
 
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
-
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the combined outputs, and the states under their names."""
         if isinstance(self.fusion, Layer):
             ys, new_layers = self.layers[0](x, ps["layers"], st["layers"])
             y, new_fusion = self.fusion(ys, ps["fusion"], st["fusion"])
             return y, {"layers": new_layers, "fusion": new_fusion}
-        ys, new = [], {}
-        for name, layer in zip(self.names, self.layers, strict=True):
-            y, new[name] = layer(x, ps[name], st[name])
-            ys.append(y)
+        ys, new = self.call_each(repeat(x, len(self.layers)), ps, st)
         return (tuple(ys) if self.fusion is None else self.fusion(*ys)), new
 
     def extra_repr(self) -> str:
         """Return for instance `fusion=add`."""
-        return show_combines("fusion=", self.fusion)
+        return combine_text("fusion=", self.fusion)
 
 
-class PairwiseFusion(ContainerLayer):
+class PairwiseFusion(NamedLayers):
     """Call layers one after another, and combine each output with the next input.
 
     Args:
         connection: Combines both: a function, called as `connection(layer(y), x)`; or a layer, called on the tuple
             `(layer(y), x)`, each time with the same parameters and with the states that the time before left.
-        *layers: Layers and plain functions; lists and tuples of them are spliced in.
+        *layers: Layers and plain functions; lists and tuples of them are flattened.
         **named: The same with names of your own.
 
     Parameters:
@@ -433,8 +429,6 @@ class PairwiseFusion(ContainerLayer):
     """
 
     connection: Connection
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
 
     def __init__(
         self, connection: Connection, *layers: LayerLike | list[Any] | tuple[Any, ...], **named: LayerLike
@@ -444,10 +438,6 @@ class PairwiseFusion(ContainerLayer):
         if isinstance(connection, Layer):
             found = {"layers": Layers(tuple(found), tuple(found.values())), "connection": connection}
         self._set(connection=connection, names=tuple(found), layers=tuple(found.values()))
-
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the last connected output, and the states under their names."""
@@ -471,18 +461,11 @@ class PairwiseFusion(ContainerLayer):
 
     def extra_repr(self) -> str:
         """Return for instance `add`."""
-        return show_combines("", self.connection)
+        return combine_text("", self.connection)
 
 
-class Layers(ContainerLayer):
+class Layers(NamedLayers):
     """Hold layers under their names, and call that one of them whose name comes with the input."""
-
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
-
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
 
     def __call__(self, x: tuple[str, Any], ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the named layer's output, and the states under their names."""
@@ -496,8 +479,8 @@ def _for_each(x: Any, number: int) -> tuple[Any, ...]:
     xs = x if isinstance(x, tuple) else (x,) * (number + 1)
     if len(xs) != number + 1:
         raise InputError(
-            "A tuple has an element for the first layer, and one to connect after each.",
-            expected=f"a tuple of {number + 1}",
-            got=f"a tuple of {len(xs)}",
+            "A tuple must have one element for the first layer, and one to connect after each layer.",
+            expected=f"a tuple of length {number + 1}",
+            got=described(xs),
         )
     return xs

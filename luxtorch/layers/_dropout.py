@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static
+from luxtorch.core import TRAINING, Layer, Parameters, States, Static, out_of_range
 from luxtorch.core._locate import opened
 from luxtorch.random import bernoulli, split, where
 
+from ._shared import unfit
+
 
 class RandomMask(Layer):
-    """Share the probability and the key of the layers below."""
+    """Base class of the dropouts: their probability and key."""
 
     p: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
-            raise InputError(f"{type(self).__name__} takes a probability.", expected="0 <= p <= 1", got=f"p={self.p}")
+            raise out_of_range("p", self.p, "between 0 and 1")
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
         """Return the key of the first mask, and the mode."""
@@ -63,7 +65,7 @@ class Dropout(RandomMask):
             self._set(dims=(self.dims,) if isinstance(self.dims, int) else tuple(self.dims))
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the masked input and the state with the next key; in test mode, both as they are."""
+        """Return the masked input and the state with the next key; in test mode, both unchanged."""
         if self.p == 0 or not st[TRAINING]:
             return x if isinstance(x, Tensor) else opened(self, x), st
         key, rng = split(st["rng"])
@@ -77,12 +79,12 @@ class Dropout(RandomMask):
 
 
 def dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
-    """Zero elements by a mask of the given shape, and scale the others; infinities and NaNs become zeros too."""
+    """Zero elements by a random mask of the given shape, and scale the others; infinities and NaNs become zero too."""
     scale = 1 / (1 - p) if p < 1 else 1.0
     return torch.where(bernoulli(key, 1 - p, shape), x * scale, 0.0)
 
 
-# What a unit of a self-normalising network tends to for a very negative input: -scale * alpha of SELU.
+# The limit of SELU for very negative inputs: -scale * alpha.
 _SATURATION = -1.7580993408473766
 
 
@@ -116,7 +118,7 @@ class AlphaDropout(RandomMask):
     """
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the masked input and the state with the next key; in test mode, both as they are."""
+        """Return the masked input and the state with the next key; in test mode, both unchanged."""
         if self.p == 0 or not st[TRAINING]:
             return x if isinstance(x, Tensor) else opened(self, x), st
         key, rng = split(st["rng"])
@@ -124,7 +126,7 @@ class AlphaDropout(RandomMask):
 
 
 def alpha_dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
-    """Drop elements by a mask of the given shape, and keep mean and variance; with p = 1 return zeros."""
+    """Drop elements by a random mask of the given shape, and keep mean and variance; with p = 1 return zeros."""
     kept = bernoulli(key, 1 - p, shape)
     if p == 1:
         return torch.where(kept, x, 0.0)
@@ -162,11 +164,9 @@ class FeatureDropout(RandomMask):
     """
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the masked input and the state with the next key; in test mode, both as they are."""
+        """Return the masked input and the state with the next key; in test mode, both unchanged."""
         if x.ndim < 2:
-            raise InputError(
-                "The input has no channels.", expected=self.expected_input(), got=f"a tensor of shape {tuple(x.shape)}"
-            )
+            raise unfit(self, x, "The input must have a batch and channels.")
         if self.p == 0 or not st[TRAINING]:
             return x, st
         key, rng = split(st["rng"])
@@ -182,7 +182,7 @@ class VariationalHiddenDropout(Dropout):
     """Drop the same elements at every call, until `update_mask` asks for others: dropout over a recurrence.
 
     The mask is not kept as a tensor but as the key that it is drawn from. So the states keep their shapes whatever the
-    input's is, and inputs of one shape meet one mask. Test mode leaves the states alone.
+    input's is, and inputs of one shape meet one mask. Test mode does not change the states.
 
     Args:
         p: The probability of a zero; with 0 the layer does nothing and has no states.
@@ -226,7 +226,7 @@ class VariationalHiddenDropout(Dropout):
         }
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the masked input and the state with the mask's key; in test mode, both as they are."""
+        """Return the masked input and the state with the mask's key; in test mode, both unchanged."""
         if self.p == 0 or not st[TRAINING]:
             return x, st
         rng, update = st["rng"], st["update_mask"]

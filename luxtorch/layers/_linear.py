@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, Layer, Parameters, States, show_value
+from luxtorch.core import Layer, Parameters, States
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
+from ._shared import arguments_text, require_size, unfit
 
 
 class Dense(Layer):
-    """Multiply by a matrix, add a bias, apply an activation: `activation(x @ weight.T + bias)`.
+    """Fully connected (linear) layer: `activation(x @ weight.T + bias)`.
 
     Args:
         in_features: The size of the input's last dimension.
@@ -79,11 +80,11 @@ class Dense(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `10 -> 5, tanh`."""
-        return _arguments(f"{self.in_features} -> {self.out_features}", self.activation, self.bias)
+        return arguments_text(self, f"{self.in_features} -> {self.out_features}")
 
 
 class Scale(Layer):
-    """Multiply by a tensor elementwise, add a bias, apply an activation: `activation(x * weight + bias)`.
+    """Elementwise scale and bias: `activation(x * weight + bias)`.
 
     Args:
         *shape: The shape of the weight, that of the input's last dimensions.
@@ -100,7 +101,7 @@ class Scale(Layer):
         (..., *shape) to (..., *shape)
 
     Raises:
-        InputError: If the input's last dimensions are others.
+        InputError: If the input has other last dimensions.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -148,16 +149,11 @@ class Scale(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `3, tanh`."""
-        return _arguments(", ".join(map(str, self.shape)), self.activation, self.bias)
-
-
-def _arguments(sizes: str, activation: Activation | str | None, bias: bool) -> str:
-    parts = [sizes, *([show_value(activation)] if activation else []), *([] if bias else ["bias=False"])]
-    return ", ".join(parts)
+        return arguments_text(self, *self.shape)
 
 
 class Bilinear(Layer):
-    """Multiply a matrix by two inputs, for each output: `activation(x1 @ weight[i] @ x2 + bias[i])`.
+    """Bilinear layer of two inputs: `activation(x1 @ weight[i] @ x2 + bias[i])`.
 
     Args:
         in1_features: The size of the first input's last dimension.
@@ -200,9 +196,8 @@ class Bilinear(Layer):
     init_bias: Initializer = zeros
 
     def __post_init__(self) -> None:
-        sizes = (self.in1_features, self.in2_features, self.out_features)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise InputError("Bilinear takes three sizes.", expected="whole numbers of at least 1", got=f"{sizes}")
+        for name in ("in1_features", "in2_features", "out_features"):
+            require_size(name, getattr(self, name))
         self._set(activation=as_activation(self.activation))
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
@@ -219,7 +214,7 @@ class Bilinear(Layer):
         self._check(x1, x2)
         weight, bias = ps["weight"], ps["bias"] if self.bias else None
         if transformed():
-            # torch's kernel has no rule for a batch of them.
+            # torch's kernel has no batching rule for weights.
             y = torch.einsum("...i,oij,...j->...o", x1, weight, x2)
             y = y if bias is None else y + bias
         else:
@@ -229,11 +224,7 @@ class Bilinear(Layer):
     def _check(self, x1: Tensor, x2: Tensor) -> None:
         sizes = (self.in1_features, self.in2_features)
         if x1.shape[:-1] != x2.shape[:-1] or (x1.shape[-1], x2.shape[-1]) != sizes:
-            raise InputError(
-                "The two inputs have the layer's widths, and agree in all other dimensions.",
-                expected=self.expected_input(),
-                got=f"tensors of shape {tuple(x1.shape)} and {tuple(x2.shape)}",
-            )
+            raise unfit(self, (x1, x2), "The inputs must have the layer's widths, and the same other dimensions.")
 
     def expected_input(self) -> str:
         """Name the widths."""
@@ -242,7 +233,4 @@ class Bilinear(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `3 x 4 -> 2, tanh`."""
-        parts = [f"{self.in1_features} x {self.in2_features} -> {self.out_features}"]
-        parts += [show_value(self.activation)] if self.activation else []
-        parts += [] if self.bias else ["bias=False"]
-        return ", ".join(parts)
+        return arguments_text(self, f"{self.in1_features} x {self.in2_features} -> {self.out_features}")

@@ -12,16 +12,17 @@ from torch import Tensor
 from luxtorch._torch import compile_constant
 from luxtorch.core import (
     InputError,
-    KeyNameError,
     Layer,
     LuxtorchError,
     Parameters,
     States,
     WrapperLayer,
-    suggest,
+    described,
+    out_of_range,
     tree_leaves,
     tree_map,
     tree_structure,
+    unknown_name,
 )
 from luxtorch.core._paths import Name, is_glob, places
 from luxtorch.core._replace import replace_children
@@ -31,12 +32,12 @@ from ._containers import Layers, as_layer
 from ._repeated import AlternatePrecision
 from .recurrent._cell import Cell
 
-# In the state of a layer that is perturbed, beside its own: what to add to its output, and what the output was.
+# Names in the state of a perturbed layer: what to add to its output, and what the output was.
 PERTURBATION, OUTPUT = "(perturbation)", "(output)"
 
 
 class Tap(WrapperLayer):
-    """Add the perturbation in the state to what a layer returns, and keep the sum there."""
+    """Add a perturbation from the state to a layer's output, and store the sum in the state."""
 
     layer: Layer
 
@@ -51,27 +52,27 @@ class Tap(WrapperLayer):
         return y, {**new, PERTURBATION: st[PERTURBATION], OUTPUT: (y,)}
 
     def __getattr__(self, name: str) -> Any:
-        # What a container asks its layer for besides its output, such as its width.
+        # Attributes that a container reads from its layer, such as the width.
         if name == "layer" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.layer, name)
 
 
 def with_tap(model: Layer, names: list[str]) -> Layer:
-    """Return a model with a tap at the end of a path."""
+    """Return a model with a `Tap` around the layer at a path."""
     if not names:
         return Tap(model)
     children = model.children()
-    # A single layer inside whose trees are not nested is not named in a path either.
+    # A wrapped layer, whose trees are not nested, is not named in a path either.
     name, rest = ("", names) if "" in children else (names[0], names[1:])
-    if not children and hasattr(type(model), "tapped"):  # it holds something else than layers
+    if not children and hasattr(type(model), "tapped"):  # a module of torch.nn, for instance
         return model.tapped(".".join(names))  # type: ignore[attr-defined,no-any-return]
     child = children.get(name)
     return replace_children(model, {name: model if child is None else with_tap(child, rest)})
 
 
 def added(y: Any, perturbation: Any) -> Any:
-    """Return an output with a perturbation added, unless it is `()`, which is none."""
+    """Return an output with a perturbation added; `()` stands for none."""
     if isinstance(perturbation, tuple) and not perturbation:
         return y
     if tree_structure(perturbation) == tree_structure(y):
@@ -79,7 +80,7 @@ def added(y: Any, perturbation: Any) -> Any:
         if all(_broadcasts(tuple(leaf.shape), tuple(to.shape)) for leaf, to in pairs):
             return tree_map(torch.add, y, perturbation)
     raise InputError(
-        "The perturbation does not fit what the layer returns.",
+        "The perturbation must have the shape of the layer's output.",
         expected=f"{tree_map(_shape, y)}",
         got=f"{tree_map(_shape, perturbation)}",
         fix="Start from torch.zeros_like of what the perturbed model returns for the layer.",
@@ -96,16 +97,16 @@ def _shape(leaf: Any) -> Any:
 
 
 def changed(tree: States, names: list[str], change: Callable[[States], States]) -> States:
-    """Return a tree with a function applied to a part of it; a tree without that part as it is."""
+    """Return a tree with a function applied to the part at a path; a tree without that part is returned unchanged."""
     if not names:
         return change(tree)
-    if names[0] not in tree:  # the layer that misses it will say so
+    if names[0] not in tree:  # the layer that lacks it raises the error
         return tree
     return {**tree, names[0]: changed(tree[names[0]], names[1:], change)}
 
 
 def without_tap(st: States) -> dict[str, Any]:
-    """Return the state of a layer without what a tap has in it."""
+    """Return the state of a layer without the entries of its `Tap`."""
     return {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
 
 
@@ -120,8 +121,7 @@ def without_output(path: str, outputs: dict[str, Any]) -> Callable[[States], Sta
     def without(st: States) -> States:
         if not st[OUTPUT]:
             raise InputError(
-                f"The layer '{path}' returned nothing.",
-                expected="a layer that its container calls as layer(x, ps, st)",
+                f"The layer '{path}' must be called by its container, as layer(x, ps, st).",
                 fix="Perturb the container, or another layer.",
             )
         (outputs[path],) = st[OUTPUT]
@@ -131,7 +131,7 @@ def without_output(path: str, outputs: dict[str, Any]) -> Callable[[States], Sta
 
 
 class Perturbed(WrapperLayer):
-    """Call a model with perturbations, that are added to what some of the layers inside return.
+    """Add perturbations to the outputs of some layers inside a model, and return these outputs too.
 
     A perturbation is an input like any other. So the derivative by one that is zero is the derivative by what the layer
     returned, in forward mode and of any order; `intermediate_gradients` takes the first.
@@ -155,7 +155,7 @@ class Perturbed(WrapperLayer):
     Raises:
         InputError: If no path is given. In a call: if a layer was not called, or was called otherwise than as a layer,
             as a cell is in `Recurrence`; or if a perturbation does not fit.
-        KeyNameError: If a path leads to no layer, or a perturbation has the name of none.
+        KeyNameError: If there is no layer at a path, or a perturbation has another name.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -186,31 +186,21 @@ class Perturbed(WrapperLayer):
         layer = as_layer(layer)
         self._set(layer=layer, paths=layer_paths(layer, paths))
         if not paths or not all(isinstance(path, str) for path in self.paths):
-            raise InputError(
-                "Perturbed takes the paths of layers.",
-                expected='Perturbed(model, "layer_1")',
-                got=", ".join(map(repr, paths)) or "none",
-            )
-        self._tapped  # noqa: B018  # a path that leads nowhere is an error now
+            raise out_of_range("paths", paths, "one or more paths of layers", fix='Perturbed(model, "layer_1")')
+        self._tapped  # noqa: B018  # a path without a layer is an error now
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[tuple[Any, dict[str, Any]], States]:
         """Return the output with what the layers inside return, and the new states."""
         if not (isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping)):
             raise InputError(
-                "The input of a perturbed model has two parts.",
-                expected="a tuple (x, perturbations), the latter a dict by path",
-                got=f"a {type(x).__name__}",
+                "The input of a perturbed model must be a tuple (x, perturbations), the latter a dict by path.",
+                got=described(x),
                 fix="Without perturbations: model((x, {}), ps, st).",
             )
         x, perturbations = x
         for path in perturbations:
             if path not in self.paths:
-                raise KeyNameError(
-                    f"No layer is perturbed under the name '{path}'.",
-                    expected=", ".join(self.paths),
-                    got=path,
-                    fix=suggest(path, self.paths),
-                )
+                raise unknown_name(path, self.paths, "perturbed layer")
         for path in self.paths:
             st = changed(st, path.split("."), with_perturbation(perturbations.get(path, ())))
         y, st = self._tapped(x, ps, st)
@@ -237,12 +227,12 @@ class Perturbed(WrapperLayer):
 
 
 HOLDERS = Group, Layers
-"""Layers that hold others for the one around them, and are taken apart rather than called."""
+"""Layers that only hold others for the container around them, and are not called with an input."""
 
 
 @compile_constant
 def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
-    """Return paths of layers inside, with what globs and predicates find in their place.
+    """Return paths of layers inside, with globs and predicates replaced by the paths that they match.
 
     Raises:
         KeyNameError: If one finds none.
@@ -256,8 +246,8 @@ def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
 
 
 def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the paths of the layers inside that a tap can be put on; and of modules of torch.nn inside of these."""
-    # These do not call what is inside with states that have taps in them.
+    """Yield the paths of the layers inside that can have a `Tap`, and of modules of torch.nn inside these."""
+    # These do not pass states with taps to the layers inside.
     if isinstance(layer, Cell | AlternatePrecision | Perturbed):
         return
     if modules and hasattr(type(layer), "tappable"):
@@ -271,7 +261,7 @@ def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) ->
 def intermediate_gradients(
     loss: Callable[[Any], Tensor], model: Perturbed, x: Any, ps: Parameters, st: States
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute what layers inside a model return, and the gradient of a loss by it.
+    """Compute outputs of layers inside a model, and the gradients of a loss with respect to them.
 
     Args:
         loss: A function of the model's output that returns a scalar.
@@ -302,9 +292,7 @@ def intermediate_gradients(
     """
     if not isinstance(model, Perturbed):
         raise InputError(
-            "The layers to differentiate by are not told.",
-            expected='a perturbed model: lt.Perturbed(model, "layer_1")',
-            got=f"a {type(model).__name__}",
+            "model must be an lt.Perturbed.", got=f"a {type(model).__name__}", fix='lt.Perturbed(model, "layer_1")'
         )
     (_, outputs), _ = model((x, {}), ps, st)
 

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed
-from luxtorch.core import TRAINING, InputError, KeyNameError, Layer, Parameters, States, Static, suggest
+from luxtorch.core import TRAINING, InputError, KeyNameError, Layer, Parameters, States, Static, out_of_range, suggest
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.init import normal
 from luxtorch.random import fold_in
 
 from ._containers import as_layer
+from ._shared import require_size
 
 
 class Reparametrized(Layer):
-    """Hold a layer, the names of the parameters to compute, and the dimension that is not normalised over.
+    """Base class of both: a layer, the names of the parameters to compute, and the dimension not normalized over.
 
-    The trees of a subclass are not those of the layer inside, which is therefore a hyperparameter and no child.
+    The trees of a subclass are not those of the layer inside, which is therefore a hyperparameter, not a child.
     """
 
     layer: Layer
@@ -35,11 +36,7 @@ class Reparametrized(Layer):
         names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
         self._set(layer=as_layer(self.layer), names=names)
         if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"{type(self).__name__} takes the names of parameters.",
-                expected="different names, such as ('weight',)",
-                got=f"names={names}",
-            )
+            raise out_of_range("names", names, "different names of parameters, such as ('weight',)")
         ps = self.layer.initial_parameters(NOWHERE)
         for name in names:
             self._check(name, ps)
@@ -57,20 +54,15 @@ class Reparametrized(Layer):
             )
         if not isinstance(ps[name], Tensor):
             raise InputError(
-                f"'{name}' is not one parameter, but a group of them.",
-                expected="names of tensors",
+                f"'{name}' must be a tensor, not a group of parameters.",
                 got=f"a group with {', '.join(map(repr, ps[name])) or 'nothing in it'}",
                 fix=inside,
                 where=where,
             )
         ndim = ps[name].ndim
         if self.dim is not None and not (isinstance(self.dim, int) and -ndim <= self.dim < ndim):
-            raise InputError(
-                f"The parameter '{name}' has no dimension {self.dim!r}.",
-                expected=f"dim from {-ndim} to {ndim - 1}" if ndim else "a parameter with dimensions",
-                got=f"dim={self.dim!r} for a shape of {tuple(ps[name].shape)}",
-                where=where,
-            )
+            limits = f"from {-ndim} to {ndim - 1}" if ndim else "None, as the parameter has no dimensions"
+            raise out_of_range(f"dim of '{name}', of shape {tuple(ps[name].shape)},", self.dim, limits, where=where)
 
     def expected_input(self) -> str:
         """Say what the layer inside takes."""
@@ -95,9 +87,9 @@ def inline(layer: Layer) -> str:
 
 
 class WeightNorm(Reparametrized):
-    """Replace parameters of a layer by a length and a direction each: `weight = weight_g * weight_v / norm(weight_v)`.
+    """Weight normalization of a layer's parameters: `weight = weight_g * weight_v / norm(weight_v)`.
 
-    It starts as the layer itself would start from the same key: with the weight as direction, and its norm as length.
+    It starts as the layer itself would from the same key: `weight_v` is the weight, and `weight_g` its norm.
 
     Args:
         layer: A layer.
@@ -135,7 +127,7 @@ class WeightNorm(Reparametrized):
     """  # noqa: E501
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return the layer's own, taken apart."""
+        """Return those of the layer, as lengths and directions."""
         return self.taken_apart(self.layer.initial_parameters(key))
 
     def taken_apart(self, ps: Parameters) -> dict[str, Any]:
@@ -190,8 +182,7 @@ class WeightNorm(Reparametrized):
         readable = not transformed() and norm.device.type != "meta"
         if readable and bool((norm == 0).any()):
             raise InputError(
-                f"The parameter '{name}' starts at zero, or a slice of it does, and zero has no direction.",
-                expected="initial values other than zero",
+                f"The initial value of '{name}', and of each slice of it, must have a direction, and not be zero.",
                 got=f"{int((norm == 0).sum())} of {norm.numel()} norms are zero",
                 fix="Leave the parameter out of names, give it another initializer, or choose another dim.",
             )
@@ -206,10 +197,10 @@ def _norm(v: Tensor, dim: int | None) -> Tensor:
 
 
 class SpectralNorm(Reparametrized):
-    """Divide parameters of a layer by their largest singular value, which bounds how far the layer stretches.
+    """Spectral normalization: divide a layer's parameters by their largest singular value.
 
-    The value is estimated by power iteration, some steps in each call in train mode; test mode takes the estimate as
-    it is. The singular vectors are constants of the derivative, as in torch: in train mode finite differences, which
+    The value is estimated by power iteration, some steps in each call in train mode; test mode uses the last
+    estimate. The singular vectors are constants of the derivative, as in torch: in train mode finite differences, which
     move them, agree with the gradient only after they have converged. They start as random directions; `refine`
     brings them near those of given parameters. A parameter of one dimension is divided by its Euclidean norm.
 
@@ -257,21 +248,13 @@ class SpectralNorm(Reparametrized):
 
     def __post_init__(self) -> None:
         if self.dim is None:
-            raise InputError(
-                "SpectralNorm makes a matrix of a parameter.", expected="dim, a whole number", got="dim=None"
-            )
+            raise out_of_range("dim", None, "an integer")
         super().__post_init__()
-        if not (isinstance(self.n_power_iterations, int) and self.n_power_iterations >= 1):
-            raise InputError(
-                "SpectralNorm takes a number of steps.",
-                expected="n_power_iterations, a whole number of at least 1",
-                got=f"n_power_iterations={self.n_power_iterations!r}",
-            )
+        require_size("n_power_iterations", self.n_power_iterations)
         taken = {f"{name}_{part}" for name in self.names for part in "uv"} & self.layer._names[1]
         if taken:
             raise InputError(
-                f"The layer has a state '{min(taken)}' itself.",
-                expected="a layer without it",
+                f"The layer must not have a state '{min(taken)}' itself.",
                 got=repr(self.layer),
                 fix="Wrap a layer only once, with all names.",
             )

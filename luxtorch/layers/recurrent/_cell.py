@@ -10,118 +10,119 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import traced, unwrapped, watched
-from luxtorch.core import DTypeError, InputError, Layer, Parameters, States, tree_map
+from luxtorch.core import (
+    InputError,
+    Layer,
+    Parameters,
+    States,
+    described,
+    out_of_range,
+    tree_map,
+    wrong_shape,
+    wrong_type,
+)
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Say which steps count of sequences (time, ..., features), and bring these to the front.
+class StepMask:
+    """The steps of padded sequences (time, ..., features) that count.
 
     Attributes:
-        lengths: How many steps of each sequence count, (...).
-        mask: Which of them, (time, ...); None where they are the first ones.
+        lengths: The number of steps of each sequence, (...).
+        mask: Which steps, (time, ...); None for the first ones.
     """
 
     lengths: Tensor
     mask: Tensor | None
 
     @staticmethod
-    def of(steps: Any, xs: Tensor, swapped: bool) -> Counted:
-        """Take lengths, or a mask in the order of dimensions of the input; raise if they do not fit."""
+    def of(steps: Any, xs: Tensor, swapped: bool) -> StepMask:
+        """Return the mask for lengths, or for a mask in the input's order of dimensions; raise if they do not fit."""
         kinds = (torch.bool, torch.int32, torch.int64)
         if not isinstance(steps, Tensor) or steps.dtype not in kinds:
-            raise DTypeError(
-                "Lengths are integers, and a mask is of booleans.",
-                expected="a tensor of dtype torch.int64 or torch.bool",
-                got=f"dtype {steps.dtype}" if isinstance(steps, Tensor) else f"a {type(steps).__name__}",
-            )
+            raise wrong_type("lengths", steps, "a tensor of integers, or a mask of booleans")
         masked = steps.dtype == torch.bool
         mask = steps.transpose(0, 1) if masked and swapped and steps.ndim > 1 else steps
         shape = tuple(xs.shape[:-1] if masked else xs.shape[1:-1])
         if mask.shape != shape:
             shape = (shape[1], shape[0], *shape[2:]) if masked and swapped else shape
-            raise InputError(
-                f"The {'mask' if masked else 'lengths'} do not fit the sequences.",
-                expected=f"a tensor of shape {shape}",
-                got=f"a tensor of shape {tuple(steps.shape)}",
-            )
+            raise wrong_shape("mask" if masked else "lengths", steps, shape)
         if masked:
             mask = mask.to(xs.device)
-            return Counted(mask.sum(0), mask)
+            return StepMask(mask.sum(0), mask)
         _require_range(steps, xs.shape[0])
-        return Counted(steps.to(xs.device), None)
+        return StepMask(steps.to(xs.device), None)
 
-    def in_front(self, xs: Tensor) -> Tensor:
-        """Return the steps that count before zeros, which stand for the others."""
+    def pack(self, xs: Tensor) -> Tensor:
+        """Return the steps that count first, then zeros as padding."""
         if self.mask is not None:
             order = self.mask.logical_not().to(torch.uint8).argsort(dim=0, stable=True)
-            xs = xs.take_along_dim(_beside(order, xs), 0)
-        return where_before(self.lengths, xs)
+            xs = xs.take_along_dim(_unsqueezed(order, xs), 0)
+        return zero_padding(self.lengths, xs)
 
-    def in_place(self, ys: Tensor) -> Tensor:
-        """Return what was computed of the steps in front at the places of these, zeros elsewhere."""
+    def unpack(self, ys: Tensor) -> Tensor:
+        """Return outputs of packed steps at their original places, zeros elsewhere."""
         if self.mask is None:
             return ys
         place = (self.mask.cumsum(0) - 1).clamp_min(0)
-        found = ys.take_along_dim(_beside(place, ys), 0)
-        return torch.where(_beside(self.mask, ys), found, 0.0)
+        found = ys.take_along_dim(_unsqueezed(place, ys), 0)
+        return torch.where(_unsqueezed(self.mask, ys), found, 0.0)
 
 
-def before(lengths: Tensor, time: int) -> Tensor:
-    """Return which steps come before the ends of sequences, (time, ...)."""
+def running_steps(lengths: Tensor, time: int) -> Tensor:
+    """Return a mask of the steps before the end of each sequence, (time, ...)."""
     steps = torch.arange(time, device=lengths.device)
     return steps.reshape(-1, *(1,) * lengths.ndim) < lengths
 
 
-def where_before(lengths: Tensor, ys: Tensor) -> Tensor:
-    """Return values of all steps, (time, ..., more), with zeros in the place of those after the ends."""
-    return torch.where(_beside(before(lengths, ys.shape[0]), ys), ys, 0.0)
+def zero_padding(lengths: Tensor, ys: Tensor) -> Tensor:
+    """Return values of all steps, (time, ..., more), with zeros after the end of each sequence."""
+    return torch.where(_unsqueezed(running_steps(lengths, ys.shape[0]), ys), ys, 0.0)
 
 
-def at_ends(lengths: Tensor, ys: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
-    """Return those of the last steps of sequences; something else for sequences without steps."""
-    last = _beside((lengths - 1).clamp_min(0)[None], ys)
-    return torch.where(_beside(lengths > 0, ys[0]), ys.take_along_dim(last, 0).squeeze(0), otherwise)
+def at_last_step(lengths: Tensor, ys: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+    """Return the values at the last step of each sequence; `otherwise` for sequences without steps."""
+    last = _unsqueezed((lengths - 1).clamp_min(0)[None], ys)
+    return torch.where(_unsqueezed(lengths > 0, ys[0]), ys.take_along_dim(last, 0).squeeze(0), otherwise)
 
 
-def held(running: Tensor, new: Any, old: Any) -> Any:
-    """Return the new carry of the sequences that run, and the old one of the others."""
+def where_running(running: Tensor, new: Any, old: Any) -> Any:
+    """Return the new carry of the running sequences, and the old one of the others."""
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         if new.shape[: running.ndim] != running.shape:
             raise InputError(
-                "What sequences of different lengths carry together cannot stop at the end of each.",
+                "With lengths, each sequence must have a carry of its own.",
                 expected=f"a carry of shape {tuple(running.shape)} and more dimensions",
-                got=f"a tensor of shape {tuple(new.shape)}",
-                fix="Give each sequence a carry of its own.",
+                got=described(new),
             )
-        return torch.where(_beside(running, new), new, old)
+        return torch.where(_unsqueezed(running, new), new, old)
 
     return tree_map(chosen, new, old)
 
 
-def _beside(flags: Tensor, values: Tensor) -> Tensor:
-    """Return a tensor with as many dimensions as another has, of which it has the first ones."""
+def _unsqueezed(flags: Tensor, values: Tensor) -> Tensor:
+    """Append dimensions of size 1 to flags, up to the number of dimensions of values."""
     return flags.reshape((*flags.shape, *(1,) * (values.ndim - flags.ndim)))
 
 
 def _require_range(lengths: Tensor, time: int) -> None:
-    """Raise if a length is out of range, where that can be seen and nobody has to wait for a GPU."""
+    """Raise if a length is out of range, where values can be read without waiting for a GPU."""
     if lengths.device.type != "cpu" or traced() or watched():
         return
     seen = unwrapped(lengths)
     if bool(((seen < 0) | (seen > time)).any()):
-        raise InputError("A length is out of range.", expected=f"from 0 to {time}", got=f"{seen.tolist()}")
+        raise out_of_range("lengths", seen.tolist(), f"from 0 to {time}")
 
 
 class Cell(Layer):
-    """Take one step of a sequence: from an input and a carry to an output and the next carry.
+    """Base class of recurrent cells: one step, from an input and a carry to an output and the next carry.
 
-    A cell is called on an input `x`, and starts with the initial carry; or on a tuple `(x, carry)`, and continues. It
+    A cell is called on an input `x`, and starts from the initial carry; or on a tuple `(x, carry)`, and continues. It
     returns `((y, carry), st)`. A carry is a tensor, or a tuple of tensors or of carries, of the same shapes throughout.
 
-    A subclass defines `initial_carry` and `step`, and with that works in `Recurrence` and all the others. A cell in
-    `StatefulRecurrentCell` says its input's width in a field or property `in_features`.
+    A subclass defines `initial_carry` and `step`, and then works in `Recurrence` and the other layers. A cell in
+    `StatefulRecurrentCell` also needs a field or property `in_features`, the width of its input.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -166,10 +167,14 @@ class Cell(Layer):
             carry, st = self.initial_carry(x, ps, st)
         return self.step(x, carry, ps, st)
 
+    def _start(self, xs: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the carry to start a sequence from, the initial one if it is None, and the new state."""
+        return self.initial_carry(_first(xs), ps, st) if carry is None else (carry, st)
+
     def scan(self, xs: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return `((ys, carry), st)`: the outputs of all steps stacked, the last carry, and the new state.
 
-        A subclass may define it anew where a whole sequence takes less than its steps one by one.
+        A subclass may override it with a faster implementation for whole sequences.
 
         Args:
             xs: The inputs, (time, ..., features).
@@ -177,15 +182,14 @@ class Cell(Layer):
             ps: The parameters.
             st: The states.
         """
-        if carry is None:
-            carry, st = self.initial_carry(first_of(xs), ps, st)
+        carry, st = self._start(xs, carry, ps, st)
         outputs = []
         for x in xs.unbind():
             (y, carry), st = self.step(x, carry, ps, st)
             outputs.append(y)
         if not outputs:
-            # Only a step tells what an output looks like.
-            (y, _), _ = self.step(first_of(xs), carry, ps, st)
+            # Only a step shows the shape of an output.
+            (y, _), _ = self.step(_first(xs), carry, ps, st)
             return (tree_map(lambda leaf: leaf[None][:0], y), carry), st
         return (tree_map(lambda *leaves: torch.stack(leaves), *outputs), carry), st
 
@@ -194,26 +198,25 @@ class Cell(Layer):
     ) -> tuple[tuple[Any, Any], States]:
         """Return what `scan` does for sequences of different lengths: each carry stops at the end of its sequence.
 
-        The outputs after it are zeros. A subclass may define it anew, as it may `scan`.
+        The outputs after it are zeros. A subclass may override it, like `scan`.
 
         Args:
             xs: The inputs, (time, ..., features), at least one step.
-            lengths: How many steps of each sequence count, (...).
+            lengths: The number of steps of each sequence, (...).
             carry: The carry of the step before; None for the initial one.
             ps: The parameters.
             st: The states.
         """
-        if carry is None:
-            carry, st = self.initial_carry(first_of(xs), ps, st)
+        carry, st = self._start(xs, carry, ps, st)
         outputs = []
-        for x, running in zip(xs.unbind(), before(lengths, xs.shape[0]).unbind(), strict=True):
+        for x, running in zip(xs.unbind(), running_steps(lengths, xs.shape[0]).unbind(), strict=True):
             (y, after), st = self.step(x, carry, ps, st)
-            carry = held(running, after, carry)
+            carry = where_running(running, after, carry)
             outputs.append(y)
-        ys = tree_map(lambda *leaves: where_before(lengths, torch.stack(leaves)), *outputs)
+        ys = tree_map(lambda *leaves: zero_padding(lengths, torch.stack(leaves)), *outputs)
         return (ys, carry), st
 
 
-def first_of(xs: Tensor) -> Tensor:
+def _first(xs: Tensor) -> Tensor:
     """Return the input of the first step, or one like it if there are none."""
     return xs[0] if xs.shape[0] else xs.new_zeros(xs.shape[1:])

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, Parameters, States, show_value
+from luxtorch.core import InputError, Parameters, States, described, out_of_range
 from luxtorch.init import Initializer, glorot_uniform, zeros
 from luxtorch.layers._activations import Activation, activated, as_activation
+from luxtorch.layers._shared import arguments_text, require_size, unfit
 from luxtorch.random import fold_in, split
 
-from ._cell import Cell, at_ends, before, first_of, where_before
+from ._cell import Cell, at_last_step, running_steps, zero_padding
 from ._fused import Carry, Kernel, add_recurrent, gru_step, lstm_step, project, project_gru, scanned
 
 GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]
@@ -23,7 +24,7 @@ GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]
 
 
 class WeightedCell(Cell):
-    """Hold what the cells share; a subclass says in `advance` how a carry becomes the next one."""
+    """Base class of torch's cells: two weights, two biases, and an initial carry that is zeros, drawn or learned."""
 
     gates: ClassVar[int]
     """How many blocks of `hidden_size` rows the weights have."""
@@ -40,43 +41,35 @@ class WeightedCell(Cell):
 
     def __post_init__(self) -> None:
         for name in ("in_features", "hidden_size"):
-            size = getattr(self, name)
-            if not (isinstance(size, int) and size >= 1):
-                raise InputError(
-                    f"{type(self).__name__} takes sizes.", expected="a whole number of at least 1", got=f"{name}={size}"
-                )
+            require_size(name, getattr(self, name))
         if self.init_recurrent_weight is None:
             self._set(init_recurrent_weight=self.init_weight)
         for name in ("init_weight", "init_recurrent_weight", "init_bias"):
             init = getattr(self, name)
             if isinstance(init, list | tuple):
                 if len(init) != self.gates:
-                    raise InputError(
-                        f"{type(self).__name__} has {self.gates} gates.",
-                        expected=f"{name}, one initializer or a tuple of {self.gates}",
-                        got=f"a tuple of {len(init)}",
-                    )
+                    raise out_of_range(name, init, f"one initializer, or a tuple of {self.gates}, one for each gate")
                 self._set(**{name: tuple(init)})
 
     @property
     @abstractmethod
     def kernel(self) -> Kernel | None:
-        """The function of torch for a whole sequence, if there is one for this cell."""
+        """The fused function of torch for a whole sequence, if there is one for this cell."""
 
     def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Return all that a step adds up before it looks at the carry, for one step or for many at once."""
+        """Return the projection of the input, for one step or for many at once."""
         return project(x, weights)
 
     @abstractmethod
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
         """Return the next carry, from what `project` returns and from the carry."""
 
-    def _starts(self) -> dict[str, tuple[Initializer, bool]]:
-        """Return for each tensor of the carry its initializer, and whether it is learned."""
+    def _carry_parts(self) -> dict[str, tuple[Initializer, bool]]:
+        """Return the initializer of each tensor of the carry, and whether it is learned."""
         return {"hidden_state": (self.init_state, self.train_state)}
 
     def _drawn(self) -> bool:
-        return any(init != zeros and not learned for init, learned in self._starts().values())
+        return any(init != zeros and not learned for init, learned in self._carry_parts().values())
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return the weights, the biases if there are any, and the learned part of the carry."""
@@ -88,7 +81,7 @@ class WeightedCell(Cell):
         }
         if self.bias:
             ps |= {name: self._by_gate(key, name, self.init_bias, (size,)) for name in ("bias_ih", "bias_hh")}
-        starts = self._starts().items()
+        starts = self._carry_parts().items()
         return ps | {name: init(fold_in(key, name), (size,)) for name, (init, learned) in starts if learned}
 
     def _by_gate(self, key: Tensor, name: str, init: GateInitializer, shape: tuple[int, ...]) -> Tensor:
@@ -108,7 +101,7 @@ class WeightedCell(Cell):
             new = {"rng": rng}
         shape = (*x.shape[:-1], self.hidden_size)
         carry = []
-        for name, (init, learned) in self._starts().items():
+        for name, (init, learned) in self._carry_parts().items():
             if learned:
                 carry.append(ps[name].expand(shape))
             elif key is None or init == zeros:
@@ -119,32 +112,30 @@ class WeightedCell(Cell):
 
     def step(self, x: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return the next hidden state as output, the next carry, and `st`."""
-        carry, weights = self._fitted(x, carry, x.shape[:-1]), self._weights(ps)
+        carry, weights = self._check_carry(x, carry, x.shape[:-1]), self._weights(ps)
         carry = self.advance(self.project(x, weights), carry, weights)
         return (carry[0], carry), st
 
     def scan(self, xs: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return the hidden states of all steps, the last carry, and the new state."""
-        if carry is None:
-            carry, st = self.initial_carry(first_of(xs), ps, st)
-        return scanned(self, xs, self._fitted(xs, carry, xs.shape[1:-1]), self._weights(ps)), st
+        carry, st = self._start(xs, carry, ps, st)
+        return scanned(self, xs, self._check_carry(xs, carry, xs.shape[1:-1]), self._weights(ps)), st
 
     def scan_lengths(
         self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
     ) -> tuple[tuple[Any, Any], States]:
         """Return the hidden states, zeros after the ends; the carries at the ends; and the new state.
 
-        All sequences run to the last step, so that a kernel can do it.
+        All sequences run to the last step, so that a fused kernel can be used.
         """
-        if carry is None:
-            carry, st = self.initial_carry(first_of(xs), ps, st)
-        carry = self._fitted(xs, carry, xs.shape[1:-1])
-        xs, weights = self.closed(xs, before(lengths, xs.shape[0]), self._weights(ps))
+        carry, st = self._start(xs, carry, ps, st)
+        carry = self._check_carry(xs, carry, xs.shape[1:-1])
+        xs, weights = self.freeze_padding(xs, running_steps(lengths, xs.shape[0]), self._weights(ps))
         ys, last = scanned(self, xs, carry, weights)
-        return (where_before(lengths, ys), (at_ends(lengths, ys, carry[0]), *last[1:])), st
+        return (zero_padding(lengths, ys), (at_last_step(lengths, ys, carry[0]), *last[1:])), st
 
-    def closed(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return inputs and weights by which what is carried beside the hidden state stays as it is after the ends.
+    def freeze_padding(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return inputs and weights that keep the carry, apart from the hidden state, constant after the ends.
 
         Args:
             xs: The inputs, (time, ..., features).
@@ -157,30 +148,25 @@ class WeightedCell(Cell):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
         return [ps[name] for name in names]
 
-    def _fitted(self, x: Tensor, carry: Any, batch: torch.Size) -> Carry:
-        """Return the carry for a batch; raise if it or the input is of another width."""
+    def _check_carry(self, x: Tensor, carry: Any, batch: torch.Size) -> Carry:
+        """Return the carry for a batch; raise if it or the input has another width."""
         if x.shape[-1:] != (self.in_features,):
-            raise InputError(
-                f"{type(self).__name__} takes inputs of another width.",
-                expected=f"{self.in_features} features in the last dimension",
-                got=f"a tensor of shape {tuple(x.shape)}",
-            )
+            raise unfit(self, x, f"The input must have {self.in_features} features.")
         shape = (*batch, self.hidden_size)
         try:
-            if isinstance(carry, tuple) and len(carry) == len(self._starts()):
+            if isinstance(carry, tuple) and len(carry) == len(self._carry_parts()):
                 return tuple(part if part.shape == shape else part.expand(shape) for part in carry)
         except RuntimeError:
             pass
-        carry = carry if isinstance(carry, tuple) else (carry,)
         raise InputError(
-            f"{type(self).__name__} takes another carry.",
+            "The carry must have the shape of the hidden state.",
             expected=f"{self._carry_text()} of shape {shape}",
-            got=", ".join(map(_described, carry)),
+            got=", ".join(map(described, carry if isinstance(carry, tuple) else (carry,))),
             fix="Pass (x, carry) with the carry that the cell returned: (y, carry), st = cell(x, ps, st).",
         )
 
     def _carry_text(self) -> str:
-        return "(h,)" if len(self._starts()) == 1 else "(h, c)"
+        return "(h,)" if len(self._carry_parts()) == 1 else "(h, c)"
 
     def expected_input(self) -> str:
         """Name the widths of the input and of the carry."""
@@ -191,19 +177,11 @@ class WeightedCell(Cell):
 
     def extra_repr(self) -> str:
         """Return for instance `3 -> 5, bias=False`."""
-        activation = getattr(self, "activation", None)
-        shown = [f"{self.in_features} -> {self.hidden_size}", *([show_value(activation)] if activation else [])]
-        shown += [] if self.bias else ["bias=False"]
-        flags = ("train_state", "train_memory")
-        return ", ".join(shown + [f"{name}=True" for name in flags if getattr(self, name, False)])
-
-
-def _described(part: Any) -> str:
-    return str(tuple(part.shape)) if isinstance(part, Tensor) else f"a {type(part).__name__}"
+        return arguments_text(self, f"{self.in_features} -> {self.hidden_size}")
 
 
 class RNNCell(WeightedCell):
-    """Take one step: `h = activation(x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh)`.
+    """Elman RNN cell: `h = activation(x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh)`.
 
     Args:
         in_features: The size of the input's last dimension.
@@ -214,7 +192,7 @@ class RNNCell(WeightedCell):
         init_weight: The initializer of `weight_ih`.
         init_recurrent_weight: The initializer of `weight_hh`; that of `weight_ih` if None.
         init_bias: The initializer of both biases.
-        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn again for
             each sequence.
 
     Parameters:
@@ -259,18 +237,18 @@ class RNNCell(WeightedCell):
 
     @property
     def kernel(self) -> Kernel | None:
-        """The function of torch for the two activations that it knows."""
+        """The fused function of torch for tanh or relu."""
         if self.activation is torch.tanh:
             return torch.rnn_tanh
         return torch.rnn_relu if self.activation is torch.relu else None
 
 
-# What adds this to a sigmoid's input makes it 0 or 1 exactly, in half precision too.
+# Added to a sigmoid's input, it gives exactly 0 or 1, in half precision too.
 _WIDE = 1e4
 
 
 class LSTMCell(WeightedCell):
-    """Take one step with long short-term memory.
+    """Long short-term memory (LSTM) cell.
 
     With the gates i, f, o (sigmoid) and g (tanh) of input and hidden state, `c = f * c + i * g` and `h = o * tanh(c)`.
 
@@ -283,7 +261,7 @@ class LSTMCell(WeightedCell):
         init_weight: The initializer of each gate's part of `weight_ih`, or a tuple of four, for i, f, g and o.
         init_recurrent_weight: The same for `weight_hh`; that of `weight_ih` if None.
         init_bias: The same for both biases, which are added.
-        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn again for
             each sequence.
         init_memory: The same for the memory.
 
@@ -321,15 +299,15 @@ class LSTMCell(WeightedCell):
     train_memory: bool = False
     init_memory: Initializer = zeros
 
-    def _starts(self) -> dict[str, tuple[Initializer, bool]]:
-        return {**super()._starts(), "memory": (self.init_memory, self.train_memory)}
+    def _carry_parts(self) -> dict[str, tuple[Initializer, bool]]:
+        return {**super()._carry_parts(), "memory": (self.init_memory, self.train_memory)}
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
         """Return the next hidden state and memory."""
         return lstm_step(projected, carry, weights)
 
-    def closed(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return an input more, which shuts the input gate and opens the forget gate: the memory stays, bit for bit."""
+    def freeze_padding(self, xs: Tensor, running: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Append an input that closes the input gate and opens the forget gate: the memory is constant, bit for bit."""
         i, f, *others = torch.zeros_like(weights[0][:, :1]).chunk(self.gates)
         column = torch.cat((i - _WIDE, f + _WIDE, *others))
         ends = running.logical_not().unsqueeze(-1).to(xs.dtype)
@@ -337,12 +315,12 @@ class LSTMCell(WeightedCell):
 
     @property
     def kernel(self) -> Kernel:
-        """The function of torch."""
+        """The fused function of torch."""
         return torch.lstm
 
 
 class GRUCell(WeightedCell):
-    """Take one step of a gated recurrent unit.
+    """Gated recurrent unit (GRU) cell.
 
     With the gates r and z (sigmoid) of input and hidden state,
     `n = tanh(x @ W_n.T + b_n + r * (h @ U_n.T + c_n))` and `h = (1 - z) * n + z * h`.
@@ -355,7 +333,7 @@ class GRUCell(WeightedCell):
         init_weight: The initializer of each gate's part of `weight_ih`, or a tuple of three, for r, z and n.
         init_recurrent_weight: The same for `weight_hh`; that of `weight_ih` if None.
         init_bias: The same for both biases.
-        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn anew for
+        init_state: The initializer of the initial hidden state, which unless it is zeros or learned is drawn again for
             each sequence.
 
     Parameters:
@@ -388,7 +366,7 @@ class GRUCell(WeightedCell):
     gates: ClassVar[int] = 3
 
     def project(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Return the part of the input; `bias_hh` has to wait, as one gate multiplies a part of it."""
+        """Return the projection of the input, without `bias_hh`, part of which the reset gate multiplies."""
         return project_gru(x, weights)
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
@@ -397,5 +375,5 @@ class GRUCell(WeightedCell):
 
     @property
     def kernel(self) -> Kernel:
-        """The function of torch."""
+        """The fused function of torch."""
         return torch.gru

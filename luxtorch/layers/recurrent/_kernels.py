@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-Kept: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""Hidden states of all steps, the last memory, and what the derivative needs; empty where there is none."""
+Saved: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Hidden states of all steps, the last memory, and saved tensors for the derivative; empty where there is none."""
 
-KEPT = {"lstm": 5, "gru": 4, "tanh": 0, "relu": 0}
-"""How many times the hidden size a loop keeps of each step."""
+SAVED_SIZES = {"lstm": 5, "gru": 4, "tanh": 0, "relu": 0}
+"""Size of the saved tensor for each step, in units of the hidden size."""
 
 
-def given(*parts: Tensor | None) -> list[Tensor]:
-    """Return those that are there."""
+def not_none(*parts: Tensor | None) -> list[Tensor]:
+    """Return the tensors that are not None."""
     return [part for part in parts if part is not None]
 
 
-def filled(grads: tuple[Tensor | None, Tensor | None, Tensor | None], ys: Tensor, h: Tensor) -> list[Tensor]:
-    """Return the gradients by all hidden states, the last one, and the last memory, with zeros where there is none."""
+def with_zeros(grads: tuple[Tensor | None, Tensor | None, Tensor | None], ys: Tensor, h: Tensor) -> list[Tensor]:
+    """Return the gradients of all hidden states, the last one and the last memory, with zeros for None."""
     return [torch.zeros_like(like) if g is None else g for g, like in zip(grads, (ys, h, h), strict=True)]
 
 
@@ -62,7 +62,7 @@ def lstm_forward(projected: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> 
 def lstm_backward(
     gy: Tensor, gh: Tensor, gc: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of what the gates add up, of the first hidden state and of the first memory."""
+    """Return the gradients of the gates' preactivations, of the first hidden state and of the first memory."""
     size = h.shape[-1]
     i, f, g, o, memory = torch.split(saved, size, -1)
     tanh = memory.tanh()
@@ -87,7 +87,7 @@ def lstm_backward(
 
 
 def gru_forward(projected: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return hidden states, and (time, batch, 4 * hidden): the three gates and what the reset gate multiplies."""
+    """Return hidden states, and (time, batch, 4 * hidden): the three gates, and the factor of the reset gate."""
     size, weight = h.shape[-1], weight_hh.t()
     saved = projected.new_empty(*projected.shape[:-1], 4 * size)
     saved[..., : 3 * size] = projected
@@ -135,7 +135,7 @@ def gru_backward(
 
 
 def rnn_forward(projected: Tensor, h: Tensor, weight_hh: Tensor, unit: str) -> Tensor:
-    """Return hidden states; it writes over what it gets."""
+    """Return hidden states, in the memory of the projections."""
     weight = weight_hh.t()
     activate = torch.tanh_ if unit == "tanh" else torch.relu_
     for y in projected.unbind():
@@ -144,7 +144,7 @@ def rnn_forward(projected: Tensor, h: Tensor, weight_hh: Tensor, unit: str) -> T
 
 
 def rnn_backward(gy: Tensor, gh: Tensor, weight_hh: Tensor, ys: Tensor, unit: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of what is added up, and of the first hidden state."""
+    """Return the gradients of the preactivations, and of the first hidden state."""
     sums = 1 - ys * ys if unit == "tanh" else (ys > 0).to(ys.dtype)
     gys, steps = gy.unbind(), sums.unbind()
     gh = gh + gys[-1]
@@ -154,8 +154,8 @@ def rnn_backward(gy: Tensor, gh: Tensor, weight_hh: Tensor, ys: Tensor, unit: st
     return sums, gh
 
 
-def loop_forward(unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Kept:
-    """Return hidden states of all steps, the last memory and what the derivative needs."""
+def loop_forward(unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Saved:
+    """Run a loop: return hidden states of all steps, the last memory, and saved tensors for the derivative."""
     weight_ih, weight_hh, *biases = weights
     bias = None if not biases else biases[0] if unit == "gru" else biases[0] + biases[1]
     projected, last, saved = F.linear(xs, weight_ih, bias), xs.new_empty(0), xs.new_empty(0)
@@ -175,12 +175,12 @@ def loop_backward(
     h: Tensor,
     c: Tensor | None,
     weights: list[Tensor],
-    kept: Kept,
+    kept: Saved,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of xs, h, c (empty if there is none), and of the weights."""
     weight_ih, weight_hh, *biases = weights
     ys, _, saved = kept
-    gy, gh, gc = filled(grads, ys, h)
+    gy, gh, gc = with_zeros(grads, ys, h)
     of_memory = xs.new_empty(0)
     if c is not None:
         of_input, gh, of_memory = lstm_backward(gy, gh, gc, h, c, weight_hh, saved)
@@ -198,13 +198,13 @@ def loop_backward(
 
 
 _aten = torch.ops.aten
-_MODES = {"relu": 0, "tanh": 1, "lstm": 2, "gru": 3}  # as torch and cuDNN number the units
+_MODES = {"relu": 0, "tanh": 1, "lstm": 2, "gru": 3}  # the numbers of torch and cuDNN
 _CUDNN_DTYPES = frozenset((torch.float16, torch.float32, torch.float64))
 
 
 def fused(unit: str, xs: Tensor) -> str:
-    """Return the unit by the fused kernel where there is one, else as it is."""
-    # What the kernels keep is known for given sizes alone.
+    """Return the name of the fused kernel for a unit, or the unit where there is none."""
+    # The size of what the kernels save is known for static sizes only.
     if not all(isinstance(size, int) for size in xs.shape) or not xs.numel():
         return unit
     if xs.is_cuda and torch.version.hip is None and xs.dtype in _CUDNN_DTYPES:
@@ -214,18 +214,18 @@ def fused(unit: str, xs: Tensor) -> str:
     return unit
 
 
-def kernel_forward(unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Kept:
-    """Return hidden states of all steps, the last memory and what the derivative needs; empty where there is none."""
+def kernel_forward(unit: str, train: bool, xs: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Saved:
+    """Run a fused kernel: return hidden states of all steps, the last memory, and saved tensors for the derivative."""
     xs, h = xs.contiguous(), h.contiguous()
-    # The kernels keep something only where they believe to be recorded.
+    # The kernels save tensors only in grad mode.
     with torch.set_grad_enabled(train):
         if unit.startswith("mkldnn"):
             assert c is not None, "it is an LSTM"
             states: tuple[Any, ...] = (h, c.contiguous())
             options: tuple[Any, ...] = (False, [], _MODES["lstm"], h.shape[-1], 1, True, False, False, train)
-            ys, _, last, saved = _aten.mkldnn_rnn_layer(xs, *_four(weights), *states, *options)
+            ys, _, last, saved = _aten.mkldnn_rnn_layer(xs, *_with_biases(weights), *states, *options)
         else:
-            pieces, flat = _in_one_piece(_four(weights))
+            pieces, flat = _flattened(_with_biases(weights))
             states = (h[None], None if c is None else c[None].contiguous())
             options = (_MODES[unit.removeprefix("cudnn/")], h.shape[-1], 0, 1, False, 0.0, train, False, [], None)
             ys, _, last, saved, _ = _aten._cudnn_rnn(xs, pieces, len(pieces), flat, *states, *options)
@@ -241,35 +241,35 @@ def kernel_backward(
     h: Tensor,
     c: Tensor | None,
     weights: list[Tensor],
-    kept: Kept,
+    kept: Saved,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of xs, h, c (empty if there is none), and of the weights."""
     ys, last, saved = kept
-    gy, gh, gc = (g.contiguous() for g in filled(grads, ys, h))
+    gy, gh, gc = (g.contiguous() for g in with_zeros(grads, ys, h))
     xs, h = xs.contiguous(), h.contiguous()
     if c is not None and unit.startswith("mkldnn"):
         states: tuple[Any, ...] = (h, c.contiguous(), ys, ys[-1], last, gy, gh, gc)
         options: tuple[Any, ...] = (False, _MODES["lstm"], h.shape[-1], 1, True, True, False, [], False, saved)
-        dxs, *dweights, dh, dc = _aten.mkldnn_rnn_layer_backward(xs, *_four(weights), *states, *options)
+        dxs, *dweights, dh, dc = _aten.mkldnn_rnn_layer_backward(xs, *_with_biases(weights), *states, *options)
         return dxs, dh, dc, *dweights[: len(weights)]
-    pieces, flat = _in_one_piece(_four(weights))
+    pieces, flat = _flattened(_with_biases(weights))
     memory, grad = (None, None) if c is None else (c[None].contiguous(), gc[None])
     states = (h[None], memory, ys, gy, gh[None], grad)
     options = (_MODES[unit.removeprefix("cudnn/")], h.shape[-1], 0, 1, False, 0.0, True, False, [], None)
     mask = [True, True, c is not None, True]
-    used = saved.clone()  # cuDNN writes over it, and there may be another way back
+    used = saved.clone()  # cuDNN overwrites it, and there may be another backward pass
     dxs, dh, dc, dweights = _aten._cudnn_rnn_backward(xs, pieces, len(pieces), flat, *states, *options, used, mask)
-    # They are views of one tensor, which an operator may not return.
+    # These are views of one tensor, which an operator must not return.
     return dxs, dh[0], xs.new_empty(0) if c is None else dc[0], *(part.clone() for part in dweights[: len(weights)])
 
 
-def kept_size(unit: str, xs: Tensor, h: Tensor, weights: list[Tensor]) -> int:
-    """Return how many bytes the kernel keeps for these, of which only the shapes matter."""
-    return _kept_size(unit, *xs.shape, h.shape[-1], len(weights[0]), len(weights) > 2, xs.dtype, xs.device)
+def saved_size(unit: str, xs: Tensor, h: Tensor, weights: list[Tensor]) -> int:
+    """Return the size of what the kernel saves for inputs of these shapes."""
+    return _saved_size(unit, *xs.shape, h.shape[-1], len(weights[0]), len(weights) > 2, xs.dtype, xs.device)
 
 
 @functools.cache
-def _kept_size(
+def _saved_size(
     unit: str,
     time: int,
     batch: int,
@@ -280,7 +280,7 @@ def _kept_size(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    # Nothing but the kernel tells: it is run once.
+    # Only the kernel knows: it is run once.
     with _disable_current_modes(), torch.no_grad():
         shapes = [(rows, features), (rows, size), *([(rows,), (rows,)] if biased else [])]
         weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
@@ -289,14 +289,14 @@ def _kept_size(
         return kernel_forward(unit, True, xs, h, h if unit.endswith("lstm") else None, weights)[-1].numel()
 
 
-def _four(weights: list[Tensor]) -> list[Tensor]:
+def _with_biases(weights: list[Tensor]) -> list[Tensor]:
     if len(weights) == 4:
         return weights
     return [*weights, *(weights[0].new_zeros(len(weights[0])) for _ in range(2))]
 
 
-def _in_one_piece(weights: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return the weights as views of one tensor, as cuDNN wants them, and that tensor."""
+def _flattened(weights: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return the weights as views of one flat tensor, as cuDNN needs them, and that tensor."""
     flat = torch.cat([weight.reshape(-1) for weight in weights])
     pieces = torch.split(flat, [weight.numel() for weight in weights])
     return [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)], flat

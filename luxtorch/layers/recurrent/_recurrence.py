@@ -10,19 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States, WrapperLayer, tree_map
+from luxtorch.core import (
+    ContainerLayer,
+    InputError,
+    Layer,
+    Parameters,
+    States,
+    WrapperLayer,
+    described,
+    out_of_range,
+    tree_map,
+)
 from luxtorch.core._locate import wrong_names
 from luxtorch.layers._dropout import Dropout
+from luxtorch.layers._shared import arguments_text, unfit
 
-from ._cell import Cell, Counted, at_ends, before
+from ._cell import Cell, StepMask, at_last_step, running_steps
 
 
 class Recurrence(WrapperLayer):
     """Run a cell over a sequence, and return its last output, or all of them.
 
-    The cells of luxtorch run in torch's fused kernels, also inside of a gradient of torch.func. In a compiled function
-    a sequence is one operator, however long. Inside of other transforms (vmap, forward mode, a gradient of a gradient)
-    they go step by step, and there a long sequence takes long to compile. All give the same numbers.
+    The cells of luxtorch run in torch's fused kernels, also inside a gradient of torch.func. In a compiled function a
+    sequence is one operator, however long. Inside other transforms (vmap, forward mode, a gradient of a gradient) they
+    run step by step, and there a long sequence takes long to compile. All give the same numbers.
 
     Args:
         cell: The cell.
@@ -41,14 +52,14 @@ class Recurrence(WrapperLayer):
         sequence; or a tuple of one and the carry to start from, or `(x, carry, lengths)`, of which the carry may be
         None. To (batch, hidden), to the input's order of dimensions with `return_sequence=True`.
 
-        Lengths are integers, (batch,): of each sequence only so many steps count, the others are padding. They may as
-        well be a mask of booleans, in the input's order of dimensions, (batch, time): the steps count where it is True,
-        wherever these are. The result is that of each sequence alone, without padding: the carry is the one after its
-        last step, and outputs in the place of padding are zeros, as is the last output of a sequence without steps.
+        Lengths are integers, (batch,): the number of steps of each sequence, the others are padding. Or they are a mask
+        of booleans, in the input's order of dimensions, (batch, time), with True anywhere for the steps that count. The
+        result is that of each sequence alone, without padding: the carry is the one after its last step, and outputs
+        at padded steps are zeros, as is the last output of a sequence without steps.
 
     Raises:
-        InputError: If the input is no sequence, if it has no steps and so no last output, if a length is out of range
-            (on a CPU, outside of compiled functions), or if the cell is none.
+        InputError: If the input is not a sequence, if it has no steps and so no last output, if a length is out of
+            range (on a CPU, outside compiled functions), or if the cell is not a `Cell`.
         DTypeError: If lengths are neither integers nor booleans.
 
     Example:
@@ -82,36 +93,30 @@ class Recurrence(WrapperLayer):
         """Return the output, with the last carry if asked for, and the new state."""
         x, carry, steps = parts_of(x)
         if not isinstance(x, Tensor) or x.ndim < 2:
-            raise InputError(
-                "The input is no sequence.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}",
-                fix="For a single step, call the cell itself.",
-            )
+            raise unfit(self, x, "The input must be a sequence.", fix="For a single step, call the cell itself.")
         swap = self.batch_first and x.ndim > 2
         xs = x.transpose(0, 1) if swap else x
         if not (xs.shape[0] or self.return_sequence):
             raise InputError(
-                "A sequence without steps has no last output.",
-                expected="at least one step",
-                got=f"a tensor of shape {tuple(x.shape)}",
+                "A sequence must have at least one step for a last output.",
+                got=described(x),
                 fix="With return_sequence=True the output is an empty sequence.",
             )
-        counted = None if steps is None else Counted.of(steps, xs, swap)
-        if counted is None or not xs.shape[0]:
+        mask = None if steps is None else StepMask.of(steps, xs, swap)
+        if mask is None or not xs.shape[0]:
             (ys, carry), st = self.cell.scan(xs, carry, ps, st)
             y = ys if self.return_sequence else tree_map(lambda leaf: leaf[-1], ys)
         else:
-            xs, lengths = counted.in_front(xs), counted.lengths
+            xs, lengths = mask.pack(xs), mask.lengths
             (ys, carry), st = self.cell.scan_lengths(xs, lengths, carry, ps, st)
-            y = tree_map(counted.in_place if self.return_sequence else partial(at_ends, lengths), ys)
+            y = tree_map(mask.unpack if self.return_sequence else partial(at_last_step, lengths), ys)
         if swap and self.return_sequence:
             y = tree_map(lambda leaf: leaf.transpose(0, 1), y)
         return ((y, carry) if self.return_carry else y), st
 
     def has_lengths(self, x: Any) -> bool:
-        """Tell whether an input brings lengths."""
-        return brings_lengths(x)
+        """Return whether an input includes lengths."""
+        return has_lengths_in(x)
 
     def expected_input(self) -> str:
         """Name the dimensions."""
@@ -122,36 +127,28 @@ class Recurrence(WrapperLayer):
 
     def extra_repr(self) -> str:
         """Return for instance `return_sequence=True`."""
-        flags = ("return_sequence", "return_carry")
-        shown = [] if self.batch_first else ["batch_first=False"]
-        return ", ".join(shown + [f"{name}=True" for name in flags if getattr(self, name)])
+        return arguments_text(self)
 
 
 def parts_of(x: Any) -> tuple[Any, Any, Any]:
     """Return the sequences, the carry and the lengths of an input, None where there are none."""
     parts = x if isinstance(x, tuple) else (x,)
     if not 1 <= len(parts) <= 3:
-        raise InputError(
-            "The input is a tuple of another length.", expected="(x, carry, lengths)", got=f"a tuple of {len(parts)}"
-        )
+        raise InputError("The input must be x or a tuple (x, carry, lengths).", got=described(parts))
     x, carry, steps = (*parts, None, None)[:3]
     return x, carry, steps
 
 
-def brings_lengths(x: Any) -> bool:
-    """Tell whether there are lengths in an input."""
+def has_lengths_in(x: Any) -> bool:
+    """Return whether an input includes lengths."""
     return isinstance(x, tuple) and len(x) == 3 and x[2] is not None
 
 
 def check_cell(cell: Any) -> None:
-    """Raise unless something is a cell."""
+    """Raise unless a value is a cell."""
     if not isinstance(cell, Cell):
-        raise InputError(
-            "Only a cell can be run over a sequence.",
-            expected="a cell, such as LSTMCell(3, 5)",
-            got=f"{cell!r:.80}",
-            fix="Derive a cell of your own from lt.Cell.",
-        )
+        fix = "Derive a cell of your own from lt.Cell."
+        raise out_of_range("cell", cell, "an lt.Cell, such as LSTMCell(3, 5)", fix=fix)
 
 
 Merge = Callable[[Tensor, Tensor], Any]
@@ -180,10 +177,10 @@ class BidirectionalRNN(ContainerLayer):
         carries may be None. To the same order of dimensions, with the width of both outputs together.
 
         Lengths, or a mask, are those of `Recurrence`: the backward cell starts at the last step that counts, and both
-        outputs are zeros in the place of padding, before they are merged.
+        outputs are zeros at padded steps, before they are merged.
 
     Raises:
-        InputError: If `merge` is something else, or the cells are none.
+        InputError: If `merge` is something else, or the cells are not cells.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -212,11 +209,7 @@ class BidirectionalRNN(ContainerLayer):
         return_carry: bool = False,
     ) -> None:
         if isinstance(merge, type) or not (merge is None or merge == "cat" or callable(merge)):
-            raise InputError(
-                "The outputs cannot be merged so.",
-                expected='"cat", a function of two tensors, or None',
-                got=f"{merge!r}",
-            )
+            raise out_of_range("merge", merge, '"cat", a function of two tensors, or None')
         cells = (cell, cell if backward_cell is None else backward_cell)
         forward, backward = (
             Recurrence(each, batch_first=batch_first, return_sequence=True, return_carry=True) for each in cells
@@ -236,15 +229,15 @@ class BidirectionalRNN(ContainerLayer):
         return ((merged, (last, first)) if self.return_carry else merged), new
 
     def _flipped(self, steps: Tensor, time: int, x: Tensor) -> Tensor:
-        """Return a mask of the steps that count, from the last one on."""
+        """Return the mask of the steps that count, in reverse order."""
         if steps.dtype == torch.bool:
             return steps.flip(time)
-        mask = before(steps, x.shape[time]).flip(0)
+        mask = running_steps(steps, x.shape[time]).flip(0)
         return mask.transpose(0, 1) if time else mask
 
     def has_lengths(self, x: Any) -> bool:
-        """Tell whether an input brings lengths."""
-        return brings_lengths(x)
+        """Return whether an input includes lengths."""
+        return has_lengths_in(x)
 
     def _merged(self, y: Tensor, z: Tensor) -> Any:
         if self.merge is None:
@@ -263,10 +256,10 @@ class BidirectionalRNN(ContainerLayer):
 
 
 class StackedCell(ContainerLayer, Cell):
-    """Put cells on top of each other: each takes the output of the one below as its input.
+    """A stack of cells: each takes the output of the one below as its input.
 
-    Over a whole sequence, one level runs after another, and one key decides what is dropped of all steps; called step
-    by step, each step has a key of its own.
+    Over a whole sequence, one cell runs after another, and one key decides the dropout of all steps; called step by
+    step, each step has a key of its own.
 
     Args:
         *cells: The cells, the one that takes the input first.
@@ -282,7 +275,7 @@ class StackedCell(ContainerLayer, Cell):
         What the first cell takes to what the last one returns; the carry is a tuple of those of the cells.
 
     Raises:
-        InputError: If there are no cells, or something else among them.
+        InputError: If there are no cells, or one of them is not a cell.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -302,7 +295,7 @@ class StackedCell(ContainerLayer, Cell):
 
     def __init__(self, *cells: Cell, dropout: float = 0.0) -> None:
         if not cells:
-            raise InputError("StackedCell needs cells.", expected="StackedCell(cell, ...)", got="none")
+            raise InputError("StackedCell must have at least one cell.", got="none")
         for cell in cells:
             check_cell(cell)
         self._set(cells=cells, dropout=Dropout(dropout))
@@ -318,43 +311,43 @@ class StackedCell(ContainerLayer, Cell):
         return {**named, "dropout": self.dropout} if self.dropout.p > 0 else named
 
     def initial_carry(self, x: Tensor, ps: Parameters, st: States) -> tuple[Any, States]:
-        """Return those of the cells: what they carry after a sequence without steps."""
+        """Return the initial carries of the cells: those after a sequence without steps."""
         (_, carry), st = self.scan(x[None][:0], None, ps, st)
         return carry, st
 
     def step(self, x: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return the last cell's output, the cells' carries, and their states."""
-        return self._upwards(self.cells, x, carry, ps, st)
+        return self._run_levels(self.cells, x, carry, ps, st)
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return the last cell's output, the cells' carries, and their states."""
         x, carry = x if isinstance(x, tuple) else (x, None)
-        return self._upwards(self.cells, x, carry, ps, st)
+        return self._run_levels(self.cells, x, carry, ps, st)
 
     def scan(self, xs: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:
         """Return the last cell's outputs, the cells' carries, and their states."""
-        return self._upwards(self._levels, xs, carry, ps, st)
+        return self._run_levels(self._levels, xs, carry, ps, st)
 
     def scan_lengths(
         self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
     ) -> tuple[tuple[Any, Any], States]:
         """Return the same of sequences of different lengths."""
-        return self._upwards(self._levels, xs, carry, ps, st, lengths)
+        return self._run_levels(self._levels, xs, carry, ps, st, lengths)
 
     @cached_property
     def _levels(self) -> tuple[Recurrence, ...]:
         options = {"batch_first": False, "return_sequence": True, "return_carry": True}
         return tuple(Recurrence(cell, **options) for cell in self.cells)
 
-    def _upwards(
+    def _run_levels(
         self, levels: tuple[Layer, ...], x: Any, carry: Any, ps: Parameters, st: States, lengths: Tensor | None = None
     ) -> tuple[tuple[Any, Any], States]:
         carries = (None,) * len(levels) if carry is None else carry
         if len(carries) != len(levels):
             raise InputError(
-                "The carry of a stack is a tuple, an element to each cell.",
-                expected=f"a tuple of {len(levels)}",
-                got=f"a tuple of {len(carries)}",
+                "The carry of a stack must be a tuple, with one element for each cell.",
+                expected=f"a tuple of length {len(levels)}",
+                got=described(carries),
             )
         new, last = dict(st), []
         for i, (level, start) in enumerate(zip(levels, carries, strict=True), 1):
@@ -370,10 +363,6 @@ class StackedCell(ContainerLayer, Cell):
         """Name the width of the first cell's input."""
         features = getattr(self.cells[0], "in_features", "features")
         return f"a tensor of shape (..., {features}), or a tuple of one and a tuple of the cells' carries"
-
-    def extra_repr(self) -> str:
-        """Return nothing: the children are shown by themselves."""
-        return ""
 
 
 _OWN = ("carry", "started")
@@ -427,9 +416,7 @@ class StatefulRecurrentCell(WrapperLayer):
         check_cell(self.cell)
         if not isinstance(getattr(self.cell, "in_features", None), int):
             raise InputError(
-                "To make its carry, the cell must know the width of its input.",
-                expected="a cell with a field or property in_features",
-                got=type(self.cell).__name__,
+                "The cell must have a field or property in_features, to make its carry.", got=type(self.cell).__name__
             )
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
@@ -437,22 +424,20 @@ class StatefulRecurrentCell(WrapperLayer):
         ps, st = self.cell.initial_parameters(key), self.cell.initial_states(key)
         carry, _ = self.cell.initial_carry(torch.zeros(self._shape(), device=key.device), ps, st)
         started = torch.zeros((), dtype=torch.bool, device=key.device)
-        return {**st, "carry": _as_groups(tree_map(torch.zeros_like, carry)), "started": started}
+        return {**st, "carry": _as_dict(tree_map(torch.zeros_like, carry)), "started": started}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the cell's output, and the state with the new carry."""
         if not isinstance(x, Tensor) or tuple(x.shape) != self._shape():
-            raise InputError(
-                "The input is not of the shape that the state was made for.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}",
-                fix="Make a StatefulRecurrentCell with this batch_size, and its states with lt.initial_states.",
-            )
+            fix = "Make a StatefulRecurrentCell with this batch_size, and its states with lt.initial_states."
+            raise unfit(self, x, "The input must have the shape that the state was made for.", fix=fix)
         own: States = {name: value for name, value in st.items() if name not in _OWN}
         start, own = self.cell.initial_carry(x, ps, own)
-        carry = tree_map(lambda a, b: torch.where(st["started"], a.to(b.dtype), b), _like(start, st["carry"]), start)
+        carry = tree_map(
+            lambda a, b: torch.where(st["started"], a.to(b.dtype), b), _from_dict(start, st["carry"]), start
+        )
         (y, carry), own = self.cell((x, carry), ps, own)
-        carry = tree_map(lambda new, old: new.detach().to(old.dtype), _as_groups(carry), st["carry"])
+        carry = tree_map(lambda new, old: new.detach().to(old.dtype), _as_dict(carry), st["carry"])
         return y, {**own, "carry": carry, "started": torch.ones_like(st["started"])}
 
     def _shape(self) -> tuple[int, ...]:
@@ -468,13 +453,13 @@ class StatefulRecurrentCell(WrapperLayer):
         return "" if self.batch_size is None else f"batch_size={self.batch_size}"
 
 
-def _as_groups(carry: Any) -> Any:
-    """Return a carry as states are: a tuple as a dict."""
-    return {str(i): _as_groups(part) for i, part in enumerate(carry)} if isinstance(carry, tuple) else carry
+def _as_dict(carry: Any) -> Any:
+    """Return a carry in the form of states: a tuple as a dict."""
+    return {str(i): _as_dict(part) for i, part in enumerate(carry)} if isinstance(carry, tuple) else carry
 
 
-def _like(carry: Any, groups: Any, path: tuple[str, ...] = ("carry",)) -> Any:
-    """Return the carry that the groups stand for, given one of its structure."""
+def _from_dict(carry: Any, groups: Any, path: tuple[str, ...] = ("carry",)) -> Any:
+    """Return the carry from its form as states, given one of the same structure."""
     if not isinstance(carry, tuple):
         return groups
     names = [str(i) for i in range(len(carry))]
@@ -482,10 +467,10 @@ def _like(carry: Any, groups: Any, path: tuple[str, ...] = ("carry",)) -> Any:
         groups if isinstance(groups, Mapping) else {},
         frozenset(names),
         "state",
-        "Make them anew with lt.initial_states.",
+        "Make them with lt.initial_states.",
     )
     if error is not None:
         error.inside = path
         raise error
-    parts = [_like(part, groups[name], (*path, name)) for name, part in zip(names, carry, strict=True)]
+    parts = [_from_dict(part, groups[name], (*path, name)) for name, part in zip(names, carry, strict=True)]
     return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
