@@ -2,7 +2,7 @@
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
 `autodiff/_level.py` (levels of torch.func), `jit/` (tracing, Inductor, guards), `random/_philox.py` and
-`layers/_rnn_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is there.
+`layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ LIVE_BY_THE_INSIDES = {
     "core/_tree.py": "torch.utils._pytree",
     "interop/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
-    "layers/_rnn_kernels.py": "kernels of recurrent layers",
+    "layers/recurrent/_kernels.py": "kernels of recurrent layers",
     "optim/": "torch._foreach_*",
     "random/_philox.py": "kernels of random numbers",
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch.core import TRAINING, KeyNameError, Layer, Parameters, States, Static, suggest, tree_map
-from luxtorch.layers._tap import OUTPUT, PERTURBATION, added, changed, without_tap
+from luxtorch.layers._perturbed import OUTPUT, PERTURBATION, added, changed, without_tap
 
 from ._duplicate import Duplicate
 from ._inputs import Inputs, arguments

@@ -12,8 +12,7 @@ from torch import Tensor
 from luxtorch import random as lr
 from luxtorch._transforms import functional
 from luxtorch.core import InputError
-from luxtorch.layers._dropout import dropped
-from luxtorch.layers._dropout_variants import alpha_dropped
+from luxtorch.layers._dropout import alpha_dropped, dropped
 
 from ._keys import Keys
 from ._pure_random import keyed

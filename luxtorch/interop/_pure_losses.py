@@ -13,8 +13,7 @@ from torch import Tensor
 
 from luxtorch._torch import legacy_reduction
 from luxtorch._transforms import reverse_alone, transformed, watched
-from luxtorch.layers._activations import logsigmoid
-from luxtorch.layers._glu import gated
+from luxtorch.layers._activations import gated, logsigmoid
 
 from ._keys import Keys
 

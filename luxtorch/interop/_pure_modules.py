@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from luxtorch._torch import BatchNorms, InstanceNorms
 from luxtorch._transforms import transformed, watched
 from luxtorch.core import InputError
-from luxtorch.layers._batchnorm import batch_normalised, moments
-from luxtorch.layers._instancenorm import instance_statistics
-from luxtorch.layers._normalise import layer_normalised, normalised
+from luxtorch.layers._batchnorm import batch_normalized, instance_statistics, moments, normalized
+from luxtorch.layers._layernorm import layer_normalized
 
 from ._branch import Branch
 from ._keys import Keys
 from ._pure_mode import PureMode
-from ._pure_norms import instance_normalised
+from ._pure_norms import instance_normalized
 
 
 class Pure(nn.Module):
@@ -29,7 +28,7 @@ class Pure(nn.Module):
 
 
 class PureNorm(Pure):
-    """Declare what a normalisation of torch.nn has."""
+    """Declare what a normalization of torch.nn has."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -46,23 +45,23 @@ class PureBatchNorm(PureNorm):
     """Compute new running statistics, also where torch.nn reads a number off a tensor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input."""
+        """Return the normalized input."""
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if not self.training and mean is not None and var is not None:
-            return normalised(input, mean, var, self.weight, self.bias, self.eps)
+            return normalized(input, mean, var, self.weight, self.bias, self.eps)
         if input.numel() == input.shape[1]:
-            raise InputError("A single value a feature has no variance to normalise by.")
+            raise InputError("A single value a feature has no variance to normalize by.")
         if input.numel() == 0:  # it counts, and leaves the statistics alone
             if self.track_running_stats and mean is not None:
                 self._buffers.update(num_batches_tracked=self.num_batches_tracked + 1)
             nothing = input.new_zeros(input.shape[1])
-            return normalised(input, nothing, nothing, self.weight, self.bias, self.eps)
+            return normalized(input, nothing, nothing, self.weight, self.bias, self.eps)
         if not self.track_running_stats or mean is None or var is None:
-            return normalised(input, *moments(input), self.weight, self.bias, self.eps)
+            return normalized(input, *moments(input), self.weight, self.bias, self.eps)
         count = self.num_batches_tracked + 1
         weight = 1 / count.to(mean.dtype) if self.momentum is None else float(self.momentum)
-        y, mean, var = batch_normalised(input, mean, var, self.weight, self.bias, weight, self.eps)
+        y, mean, var = batch_normalized(input, mean, var, self.weight, self.bias, weight, self.eps)
         self._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=count)
         return y
 
@@ -74,10 +73,10 @@ class PureInstanceNorm(PureNorm):
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None:
             if not self.training:
-                return normalised(input, mean, var, self.weight, self.bias, self.eps)
+                return normalized(input, mean, var, self.weight, self.bias, self.eps)
             mean, var = instance_statistics(input, mean, var, float(self.momentum or 0.0))
             self._buffers.update(running_mean=mean, running_var=var)
-        return instance_normalised(input, self.weight, self.bias, self.eps)
+        return instance_normalized(input, self.weight, self.bias, self.eps)
 
 
 class PureLayerNorm(Pure):
@@ -89,8 +88,8 @@ class PureLayerNorm(Pure):
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input."""
-        return layer_normalised(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        """Return the normalized input."""
+        return layer_normalized(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class PureRNN(Pure):

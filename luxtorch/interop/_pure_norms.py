@@ -1,4 +1,4 @@
-"""Normalisations, norms and distances whose derivatives of higher order torch gets wrong, or does not take."""
+"""Normalizations, norms and distances whose derivatives of higher order torch gets wrong, or does not take."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from luxtorch._torch import weight_norm
 from luxtorch._transforms import functional, reverse_alone
-from luxtorch.layers._batchnorm import batch_normalised, moments
-from luxtorch.layers._instancenorm import instance_statistics
-from luxtorch.layers._normalise import euclidean_norm, group_normalised, layer_normalised, normalised
+from luxtorch.layers._batchnorm import batch_normalized, instance_statistics, moments, normalized
+from luxtorch.layers._layernorm import group_normalized, layer_normalized
+from luxtorch.layers._weight_norms import euclidean_norm
 
 from ._keys import Keys
 
@@ -27,7 +27,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    return layer_normalised(input, tuple(normalized_shape), weight, bias, eps)
+    return layer_normalized(input, tuple(normalized_shape), weight, bias, eps)
 
 
 def _batch_norm(
@@ -42,13 +42,13 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training and running_mean is not None and running_var is not None:
-        return normalised(input, running_mean, running_var, weight, bias, eps)
+        return normalized(input, running_mean, running_var, weight, bias, eps)
     # For one sample the kernel's derivative is wrong where the gradient comes transposed.
     if not (functional() or input.shape[0] == 1) or input.numel() <= input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None or running_var is None:
-        return normalised(input, *moments(input), weight, bias, eps)
-    y, mean, var = batch_normalised(input, running_mean, running_var, weight, bias, momentum, eps)
+        return normalized(input, *moments(input), weight, bias, eps)
+    y, mean, var = batch_normalized(input, running_mean, running_var, weight, bias, momentum, eps)
     running_mean.copy_(mean)
     running_var.copy_(var)
     return y
@@ -67,18 +67,18 @@ def _instance_norm(
 ) -> Tensor:
     if running_mean is not None and running_var is not None:
         if not use_input_stats:
-            return normalised(input, running_mean, running_var, weight, bias, eps)
+            return normalized(input, running_mean, running_var, weight, bias, eps)
         mean, var = instance_statistics(input, running_mean, running_var, momentum)
         running_mean.copy_(mean)
         running_var.copy_(var)
-    return instance_normalised(input, weight, bias, eps)
+    return instance_normalized(input, weight, bias, eps)
 
 
-def instance_normalised(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise each channel of each sample, which torch does as one sample by the kernel of a batch normalisation."""
+def instance_normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize each channel of each sample, which torch does as one sample by the kernel of a batch normalization."""
     if input.shape[2:].numel() < 2 or input.numel() == 0:
         return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
-    return group_normalised(input, input.shape[1], weight, bias, eps)
+    return group_normalized(input, input.shape[1], weight, bias, eps)
 
 
 def _normalize(

@@ -14,8 +14,8 @@ from torch import Tensor
 from luxtorch._transforms import functional, transformed
 from luxtorch.layers import GRUCell, LSTMCell, RNNCell
 from luxtorch.layers._dropout import dropped
-from luxtorch.layers._fused_rnn import Carry, scanned
-from luxtorch.layers._weighted_cell import WeightedCell
+from luxtorch.layers.recurrent._cells import WeightedCell
+from luxtorch.layers.recurrent._fused import Carry, scanned
 
 from ._keys import Keys
 from ._pure_packed import numbers

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as a function, by torch's kernel where that is safe and by the formula elsewhere."""
+"""Attention: `scaled_dot_product_attention` and `MultiHeadAttention`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, kernel_with_formula
-from luxtorch.core import DTypeError, InputError
+from luxtorch.core import (
+    TRAINING,
+    ContainerLayer,
+    InputError,
+    Parameters,
+    States,
+    out_of_range,
+    wrong_shape,
+    wrong_type,
+)
+from luxtorch.init import Initializer, glorot_uniform, zeros
 
-from ._dropout import dropped
-from ._normalise import HALVES
+from ._dropout import Dropout, dropped
+from ._linear import Dense
+from ._shared import HALVES, require_size, unfit
 
 
 def scaled_dot_product_attention(
@@ -28,10 +39,10 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     key: Tensor | None = None,
 ) -> Tensor:
-    """Return the average of the values, weighted by how well their keys match each query.
+    """Scaled dot-product attention: `softmax(q @ k.T * scale + mask) @ v`.
 
-    A query that may attend to no key gets zeros, and so do its derivatives. With fewer key heads than query heads,
-    each of the former serves a group of the latter.
+    A fully masked query gets zeros, and zero gradients. With fewer key heads than query heads, each key head serves a
+    group of query heads (grouped-query attention).
 
     Args:
         q: The queries, (..., heads, q_len, qk_features).
@@ -62,14 +73,11 @@ def scaled_dot_product_attention(
     "Attention is all you need", 2017.
     """
     check_shapes(q, k, v, mask)
-    if not 0 <= dropout_p <= 1 or (dropout_p > 0 and key is None):
-        raise InputError(
-            "Dropout takes a probability and a key.",
-            expected="0 <= dropout_p <= 1, and a key if it is not 0",
-            got=f"dropout_p={dropout_p}, key={key}",
-            fix="Pass key=lt.random.key(0), a new one at each call.",
-        )
-    # The kernel knows an autograd tape, and the compiler knows the kernel.
+    if not 0 <= dropout_p <= 1:
+        raise out_of_range("dropout_p", dropout_p, "between 0 and 1")
+    if dropout_p > 0 and key is None:
+        raise InputError("Dropout needs a key.", fix="Pass key=lt.random.key(0), a new one at each call.")
+    # The fused kernel is differentiable by plain autograd, and known to the compiler.
     if dropout_p == 0 and not functional() and not (mask is not None and mask.requires_grad):
         return _by_kernel(q, k, v, mask, is_causal, scale)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, scale=scale)
@@ -82,13 +90,13 @@ def attention_weights(
     q: Tensor, k: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Return the weight of each key for each query, (..., heads, q_len, kv_len); arguments as above, unchecked."""
-    opened, attends = _opened(mask, is_causal, q, k)
-    weights = _softmax_of_scores(q, k, opened, scale)
+    combined, attends = _combined_mask(mask, is_causal, q, k)
+    weights = _softmax_of_scores(q, k, combined, scale)
     return weights if attends is None else weights.masked_fill(~attends, 0.0)
 
 
 def attended(weights: Tensor, v: Tensor) -> Tensor:
-    """Return the weighted averages of the values."""
+    """Return the averages of the values by attention weights."""
     return weights @ _for_each_head(v, weights)
 
 
@@ -108,11 +116,11 @@ def _for_each_head(x: Tensor, heads_of: Tensor) -> Tensor:
     return x.repeat_interleave(heads_of.shape[-3] // x.shape[-3], -3)
 
 
-def _opened(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return one mask for all that applies, and which queries attend to anything at all (None: all of them).
+def _combined_mask(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask combined with the causal one, and which queries are not fully masked (None: all of them).
 
-    In the mask a query that attends to nothing attends to everything: its softmax is finite, and so is all that
-    is computed from it before the result is set to zero.
+    In the combined mask a fully masked query attends to everything: so its softmax and the derivatives are finite,
+    before the result is set to zero.
     """
     causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril() if is_causal else None
     if mask is None:
@@ -128,7 +136,7 @@ def _opened(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     attends = None
     if mask is not None:
-        mask, attends = _opened(mask, is_causal, q, k)
+        mask, attends = _combined_mask(mask, is_causal, q, k)
         is_causal = False
     kernel = partial(_kernel, mask=mask, is_causal=is_causal, scale=scale)
     if torch.compiler.is_compiling():
@@ -157,7 +165,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         fits = q.shape[:-3] == k.shape[:-3] and (heads == kv_heads or (kv_heads > 0 and heads % kv_heads == 0))
     if not fits:
         raise InputError(
-            "Queries, keys and values do not fit each other.",
+            "The shapes of queries, keys and values must match.",
             expected="q (..., heads, q_len, qk_features), k (..., kv_heads, kv_len, qk_features) and "
             "v (..., kv_heads, kv_len, v_features), with heads a multiple of kv_heads",
             got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
@@ -168,17 +176,180 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
 
 def _check_mask(mask: Tensor, wanted: tuple[int, ...]) -> None:
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise DTypeError(
-            "A mask is a tensor of booleans or real numbers.",
-            expected="torch.bool, True where a query may attend to a key, or numbers to add to the scores",
-            got=f"{mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}",
-            fix="Pass mask.bool() if 1 means attend, mask == 0 if 1 means ignore.",
-        )
+        kinds = "a tensor of booleans, True where a query may attend to a key, or of numbers to add to the scores"
+        raise wrong_type("mask", mask, kinds, fix="Pass mask.bool() if 1 means attend, mask == 0 if 1 means ignore.")
     pairs = zip(reversed(mask.shape), reversed(wanted), strict=False)
     if mask.ndim > len(wanted) or any(size not in (1, full) for size, full in pairs):
-        raise InputError(
-            "The mask does not fit the queries and keys.",
-            expected=f"a shape that broadcasts to {wanted}, the last two being queries and keys",
-            got=f"{tuple(mask.shape)}",
-            fix="Give a mask of keys, (batch, kv_len), as mask[:, None, None, :].",
+        fix = "Give a mask of keys, (batch, kv_len), as mask[:, None, None, :]."
+        raise wrong_shape("mask", mask, f"a shape that broadcasts to {wanted}, (..., queries, keys)", fix=fix)
+
+
+class MultiHeadAttention(ContainerLayer):
+    """Multi-head attention: project queries, keys and values, attend in each head, and project the result.
+
+    A boolean mask is True where a query may attend to a key, as in Lux and in torch's functional form;
+    `torch.nn.MultiheadAttention` has it the other way round. A fully masked query gets zeros from the
+    attention, and so the bias of the last projection.
+
+    Args:
+        embed_dim: The width of the queries.
+        num_heads: The number of heads.
+        num_kv_heads: The number of heads of keys and values, each shared by as many heads of queries; `num_heads`
+            if None.
+        kdim: The width of the keys; `embed_dim` if None.
+        vdim: The width of the values; `embed_dim` if None.
+        qk_features: The width of all heads' projected queries; `embed_dim` if None.
+        v_features: The width of all heads' projected values; `embed_dim` if None.
+        out_features: The width of the output; `embed_dim` if None.
+        bias: Whether the projections have biases.
+        dropout: The probability with which each weight is dropped while training.
+        is_causal: Whether query i attends to the keys 0 to i only; a mask applies as well.
+        return_weights: Whether the output is a tuple, the weights its second element.
+        init_weight: The initializer of the projections' weights.
+        init_bias: The initializer of the projections' biases.
+
+    Parameters:
+        q_proj: Those of `Dense(embed_dim, qk_features)`.
+        k_proj: Those of `Dense(kdim, qk_features * num_kv_heads / num_heads)`.
+        v_proj: Those of `Dense(vdim, v_features * num_kv_heads / num_heads)`.
+        attention_dropout: None.
+        out_proj: Those of `Dense(v_features, out_features)`.
+
+    States:
+        attention_dropout: Those of `Dropout(dropout)`. The others have none.
+
+    Shape:
+        A tensor x (..., length, embed_dim), which attends to itself, or a tuple: `(q, kv)`, `(q, k, v)` or
+        `(q, k, v, mask)`, so `(x, x, x, mask)` for self-attention with a mask; to (..., q_len, out_features).
+        Weights are (..., num_heads, q_len, kv_len), to which a mask broadcasts: (q_len, kv_len) for all samples, or
+        (batch, 1, 1, kv_len), written `mask[:, None, None, :]`, for keys that are padding.
+
+    Raises:
+        InputError: If the heads do not divide the widths, or an input or the mask has another shape.
+        DTypeError: If the mask holds integers, or an input's dtype is not that of the parameters.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.MultiHeadAttention(8, num_heads=2, is_causal=True, return_weights=True)
+        >>> ps, st = lt.setup(0, model)
+        >>> (y, weights), st = model(torch.ones(5, 3, 8), ps, st)
+        >>> y.shape, weights.shape
+        (torch.Size([5, 3, 8]), torch.Size([5, 2, 3, 3]))
+        >>> weights[0, 0]
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+
+    Source: Lux's `MultiHeadAttention`, `torch.nn.MultiheadAttention`; Ainslie et al., "GQA", 2023, for shared heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    is_causal: bool
+    return_weights: bool
+    q_proj: Dense
+    k_proj: Dense
+    v_proj: Dense
+    attention_dropout: Dropout
+    out_proj: Dense
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 1,
+        *,
+        num_kv_heads: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        qk_features: int | None = None,
+        v_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        return_weights: bool = False,
+        init_weight: Initializer = glorot_uniform,
+        init_bias: Initializer = zeros,
+    ) -> None:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        given = {"kdim": kdim, "vdim": vdim, "qk_features": qk_features, "v_features": v_features}
+        widths = {name: embed_dim if width is None else width for name, width in given.items()}
+        qk, values = widths["qk_features"], widths["v_features"]
+        _check(embed_dim, num_heads, kv_heads, widths)
+
+        def dense(width: int, features: int) -> Dense:
+            return Dense(width, features, bias=bias, init_weight=init_weight, init_bias=init_bias)
+
+        self._set(
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            is_causal=is_causal,
+            return_weights=return_weights,
+            q_proj=dense(embed_dim, qk),
+            k_proj=dense(widths["kdim"], qk // num_heads * kv_heads),
+            v_proj=dense(widths["vdim"], values // num_heads * kv_heads),
+            attention_dropout=Dropout(dropout),
+            out_proj=dense(values, embed_dim if out_features is None else out_features),
         )
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the output, with the weights if asked for, and the state of the dropout."""
+        q, k, v, mask = self._inputs(x)
+        new = dict(st)
+        q, new["q_proj"] = self.q_proj(q, ps["q_proj"], st["q_proj"])
+        k, new["k_proj"] = self.k_proj(k, ps["k_proj"], st["k_proj"])
+        v, new["v_proj"] = self.v_proj(v, ps["v_proj"], st["v_proj"])
+        q, k, v = _heads(q, self.num_heads), _heads(k, self.num_kv_heads), _heads(v, self.num_kv_heads)
+        dropout_ps, dropout_st = ps["attention_dropout"], st["attention_dropout"]
+        if self.return_weights or (self.attention_dropout.p > 0 and dropout_st.get(TRAINING)):
+            check_shapes(q, k, v, mask)
+            weights = attention_weights(q, k, mask=mask, is_causal=self.is_causal)
+            weights, new["attention_dropout"] = self.attention_dropout(weights, dropout_ps, dropout_st)
+            y = attended(weights, v)
+        else:
+            y = scaled_dot_product_attention(q, k, v, mask=mask, is_causal=self.is_causal)
+            # It drops nothing here, but checks the names in its trees.
+            y, new["attention_dropout"] = self.attention_dropout(y, dropout_ps, dropout_st)
+        y, new["out_proj"] = self.out_proj(y.transpose(-3, -2).flatten(-2), ps["out_proj"], st["out_proj"])
+        return ((y, weights) if self.return_weights else y), new
+
+    def _inputs(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        parts = x if isinstance(x, tuple) else (x, x, x)
+        parts = (*parts, parts[1]) if len(parts) == 2 else parts
+        if not 3 <= len(parts) <= 4 or any(not isinstance(part, Tensor) or part.ndim < 2 for part in parts[:3]):
+            fix = "Self-attention with a mask is (x, x, x, mask)."
+            raise unfit(self, parts, "The inputs must be sequences of features.", fix=fix)
+        q, k, v, mask = (*parts, None)[:4]
+        return q, k, v, mask
+
+    def has_mask(self, x: Any) -> bool:
+        """Return whether an input includes a mask."""
+        return isinstance(x, tuple) and len(x) == 4 and x[3] is not None
+
+    def expected_input(self) -> str:
+        """Name the widths, and the forms of a tuple."""
+        widths = (self.q_proj.in_features, self.k_proj.in_features, self.v_proj.in_features)
+        q, k, v = (f"{name} (..., length, {width})" for name, width in zip("qkv", widths, strict=True))
+        return f"x (..., length, {widths[0]}), or a tuple (q, kv), (q, k, v) or (q, k, v, mask) of {q}, {k}, {v}"
+
+    def extra_repr(self) -> str:
+        """Return for instance `num_heads=8, is_causal=True`."""
+        shown = [f"num_heads={self.num_heads}"]
+        shown += [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads != self.num_heads else []
+        return ", ".join(shown + [f"{name}=True" for name in ("is_causal", "return_weights") if getattr(self, name)])
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Reshape (..., length, features) to (..., heads, length, features of a head)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def _check(embed_dim: int, heads: int, kv_heads: int, widths: dict[str, int]) -> None:
+    sizes = {"embed_dim": embed_dim, "num_heads": heads, "num_kv_heads": kv_heads, **widths}
+    for name, size in sizes.items():
+        require_size(name, size)
+    if heads % kv_heads:
+        raise out_of_range("num_heads", heads, f"a multiple of num_kv_heads={kv_heads}")
+    for name in ("qk_features", "v_features"):
+        if widths[name] % heads:
+            raise out_of_range(f"{name} (by default, embed_dim)", widths[name], f"a multiple of num_heads={heads}")

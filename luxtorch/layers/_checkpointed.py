@@ -1,4 +1,4 @@
-"""Checkpointing: what a layer computes inside is not kept for the backward pass, but computed again."""
+"""Activation checkpointing (rematerialization): `Checkpointed`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 
 
 class Checkpointed(WrapperLayer):
-    """Call a layer so that its backward pass computes anew what lies inside, instead of keeping it in memory.
+    """Recompute a layer in the backward pass, instead of keeping its activations in memory.
 
     The numbers are those of the layer itself. Randomness is the same in both computations, since it comes from the
-    keys in the states. In forward mode there is nothing to save, and the layer is called as it is; so it is under
-    `torch.compile`, which decides by itself what to compute again.
+    keys in the states. In forward mode there is nothing to save, and the layer is called directly; so it is under
+    `torch.compile`, which decides by itself what to recompute.
 
     Under the transforms of torch.func, derivatives are those with respect to input, parameters and states: a layer
     that closes over another tensor which is being differentiated should take it as an input.
@@ -57,9 +57,9 @@ class Checkpointed(WrapperLayer):
         """Return the output and the state of the layer."""
         if torch.compiler.is_compiling() or forward_level() >= 0:
             return self.layer(x, ps, st)
-        # torch.func switches these hooks off, also where it goes down to plain tensors.
+        # torch.func disables these hooks.
         if not functional() and saved_tensors_hooks_enabled():
-            # The keys are all the randomness there is: no generator has to be put back.
+            # All randomness comes from keys: no generator has to be restored.
             output: tuple[Any, States] = checkpoint(
                 self.layer, x, ps, st, use_reentrant=False, preserve_rng_state=False
             )
@@ -67,11 +67,11 @@ class Checkpointed(WrapperLayer):
         arguments = _Packed.of((x, ps, st))
         call = _Call(self.layer, arguments)
         outputs = _Recomputed.apply(call, *arguments.tensors)
-        return call.result.filled(outputs)  # type: ignore[no-any-return]
+        return call.result.rebuild(outputs)  # type: ignore[no-any-return]
 
 
 class _Packed(NamedTuple):
-    """Hold the tensors of a tree apart from the rest of it."""
+    """The tensors of a tree, separated from the rest of it."""
 
     tensors: Sequence[Tensor]
     others: dict[int, Any]
@@ -83,8 +83,8 @@ class _Packed(NamedTuple):
         others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         return _Packed([leaf for leaf in leaves if isinstance(leaf, Tensor)], others, spec)
 
-    def filled(self, tensors: Iterable[Tensor]) -> Any:
-        """Return the tree with other tensors."""
+    def rebuild(self, tensors: Iterable[Tensor]) -> Any:
+        """Return the tree with other tensors in it."""
         given = iter(tensors)
         leaves = [self.others[i] if i in self.others else next(given) for i in range(self.spec.num_leaves)]
         return tree_unflatten(leaves, self.spec)
@@ -104,7 +104,7 @@ class _Call:
         self.differentiable = 0
 
     def __call__(self, *tensors: Tensor) -> Tensors:
-        y, st = self.layer(*self.arguments.filled(tensors))
+        y, st = self.layer(*self.arguments.rebuild(tensors))
         result = _Packed.of((y, st))
         self.result = result._replace(tensors=())
         self.differentiable = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(y))
@@ -134,7 +134,7 @@ class _Pullback:
             vjp: Callable[..., Any] = torch.func.vjp
             _, pullback = vjp(smooth, *chosen)
             return pullback(grads)  # type: ignore[no-any-return]
-        # Nobody looks on: the plain tape lets the layer use the same fused kernels as before.
+        # Without a transform: with plain autograd the layer uses the same fused kernels as in the forward pass.
         with torch.enable_grad():
             own = tuple(tensor.detach().requires_grad_() for tensor in chosen)
             outputs = smooth(*own)
@@ -147,10 +147,10 @@ class _Pullback:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A call of which only the inputs are kept.
+    """A call that saves only its inputs.
 
-    Its backward pass is such a call again. So under torch.func, which records every backward pass, what is computed
-    anew is not kept either; and derivatives of any order are there.
+    Its backward pass is such a call again. So under torch.func, which records every backward pass, the recomputed
+    activations are not kept either, and there are derivatives of any order.
     """
 
     generate_vmap_rule = True
@@ -158,7 +158,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call | _Pullback, *inputs: Tensor) -> Tensors:
         outputs = call(*inputs)
-        # torch forbids that an output is an input as it is, as states often are.
+        # torch forbids that an output is the same tensor as an input, as states often are.
         return tuple(y.view_as(y) if any(y is x for x in inputs) else y for y in outputs)
 
     @staticmethod

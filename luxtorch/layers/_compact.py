@@ -1,4 +1,4 @@
-"""Models written as one function, with their parts beside it: `compact`."""
+"""Models written as one function: `compact`, `init_fn` and `non_trainable`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,104 @@ import inspect
 from collections.abc import Callable
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from luxtorch import init as initializers
-from luxtorch.core import InputError, Layer, show_value
+from luxtorch.core import InputError, Layer, StatefulLayer, Static, described, out_of_range, show_value, wrong_type
+from luxtorch.core._container import refuse_modules
 
-from ._compact_kinds import as_part, as_state, check_name
-from ._compact_layer import Body, Compact
-from ._compact_parts import Drawn, Leaf
+from ._compact_parts import Body, Compact, Constant, Content, Drawn, Group, Leaf, Part
+
+
+def as_part(value: Any, what: str, *, trainable: bool = True) -> Part:
+    """Return the part that a value stands for.
+
+    Args:
+        value: The value.
+        what: What the value is, for errors.
+        trainable: Whether tensors become parameters; otherwise, states.
+    """
+    kind = _kind(value, what)
+    if isinstance(value, Layer):
+        return value
+    if isinstance(value, Leaf):
+        return Leaf(value.start, trainable and value.trainable)
+    if isinstance(value, Tensor):
+        if trainable and not (value.is_floating_point() or value.is_complex()):
+            fix = "Make it a state, lt.non_trainable(...), or convert it, .float()."
+            raise wrong_type(what, value, "a floating point or complex tensor, as it is a parameter", fix=fix)
+        return Leaf(Content.of(value), trainable)
+    if kind is None:
+        return Constant(_static(value, what))
+    stem, first = ("layer_", 1) if kind == "a layer" else ("", 0)
+    named = value if isinstance(value, dict) else {f"{stem}{i}": item for i, item in enumerate(value, first)}
+    for name in named:
+        check_name(name, what)
+    parts = tuple(as_part(item, f"{what}, '{name}',", trainable=trainable) for name, item in named.items())
+    return Group(tuple(named), parts, isinstance(value, dict))
+
+
+def as_state(value: Any, what: str) -> Part:
+    """Return the part that a value stands for, as a state."""
+    if isinstance(value, Static):
+        return Leaf(value, trainable=False)
+    if _kind(value, what) not in ("a tensor", "a state"):
+        kinds = "a tensor, lt.init_fn(...), a list or dict of these, or an lt.Static"
+        raise out_of_range(what, value, kinds, fix="Write torch.tensor(...). What never changes needs no wrapper.")
+    return as_part(value, what, trainable=False)
+
+
+def check_name(name: Any, what: str) -> None:
+    """Raise unless a name can be read as an attribute, or stand in a path."""
+    if not isinstance(name, str) or not name or "." in name or name.startswith("_"):
+        raise InputError(
+            f"{what} has an invalid name.", expected="a string without dots or a leading underscore", got=repr(name)
+        )
+
+
+def _kind(value: Any, what: str) -> str | None:
+    """Return the kind of a value, or of all items of a list or dict; None for anything but layers and tensors."""
+    if isinstance(value, Group) or (isinstance(value, Leaf) and not value.trainable):
+        return "a state"
+    if isinstance(value, Tensor | Leaf):
+        return "a tensor"
+    if isinstance(value, Layer):
+        return "a layer"
+    if not isinstance(value, list | tuple | dict):
+        return None
+    kinds = {_kind(item, what): item for item in (value.values() if isinstance(value, dict) else value)}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{what} mixes kinds.",
+            expected="layers only, tensors only, or neither",
+            got=" and ".join(kind or f"{item!r:.40}" for kind, item in kinds.items()),
+            fix="Make separate parts of them; a function among layers becomes one by lt.WrappedFunction(function).",
+        )
+    return next(iter(kinds), None)
+
+
+def _static(value: Any, what: str) -> Any:
+    """Return a value that is part of the model's description, made hashable."""
+    if isinstance(value, list | tuple):
+        return tuple(_static(item, what) for item in value)
+    if isinstance(value, type) and issubclass(value, Layer):
+        raise out_of_range(what, value, "a layer, not a class", fix=f"{value.__name__}(...)")
+    problem = "holds tensors of its own" if isinstance(value, torch.nn.Module | StatefulLayer) else ""
+    try:
+        hash(value)
+    except TypeError:
+        problem = "cannot be hashed"
+    if problem:
+        raise InputError(
+            f"{what} {problem}, and is neither a layer nor a tensor.",
+            expected="a layer, a tensor, a list or dict of these, or a plain hashable value",
+            got=described(value),
+            fix="Arrays become tensors by torch.as_tensor; the layer of a StatefulLayer is its attribute layer."
+            + " A module becomes a layer by lt.from_torch." * isinstance(value, torch.nn.Module),
+        )
+    refuse_modules(value, what)
+    return value
 
 
 @overload
@@ -29,16 +119,16 @@ def compact(function: Body | None = None, /, **parts: Any) -> Compact | Callable
 
     The function is called as `function(m, x)`, where `m` has the parts as attributes, see `Parts`; it returns the
     output alone. Layers are called as `m.dense(x)`: their parameters and states are passed on behind the scenes, also
-    where one is called twice. With a third argument, `function(m, x, ps)`, it gets all parameters as they came.
+    where one is called twice. With a third argument, `function(m, x, ps)`, it gets all parameters, unchanged.
 
     As a decorator, `compact` makes the one model that the function's name then stands for. As a call on a function, it
     makes models of several sizes that share a body: see the second example. Two models are equal if their functions are
     the same one and their parts are equal; so define the function at the top of a module, where pickle finds it too,
-    rather than anew in a function that makes models. To pass `ps` and `st` by hand, write a class of `ContainerLayer`.
+    rather than inside a function that makes models. To pass `ps` and `st` by hand, write a class of `ContainerLayer`.
 
     Args:
         function: The body. Without it, a decorator is returned.
-        **parts: By name, each of the kind that its value tells:
+        **parts: By name; the value decides the kind:
 
             - a layer: a layer inside;
             - a tensor: a parameter, which starts with these numbers;
@@ -135,7 +225,7 @@ def init_fn(init: Callable[..., Tensor], shape: tuple[int, ...] | int | None = N
         shape: The shape.
 
     Raises:
-        InputError: If `init` is no function, or an initializer of luxtorch comes without a shape.
+        InputError: If `init` is not a function, or an initializer of luxtorch comes without a shape.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -154,12 +244,12 @@ def init_fn(init: Callable[..., Tensor], shape: tuple[int, ...] | int | None = N
     Source: Lux's `@init_fn`.
     """
     if not callable(init) or isinstance(init, Layer):
-        raise InputError(
-            "init_fn takes a function that makes a tensor.",
-            expected="lt.init_fn(lt.init.ones, (3,))",
-            got=f"{init!r:.80}",
-            fix="A tensor with given numbers is passed to compact as it is." * isinstance(init, Tensor),
+        fix = (
+            "Pass a tensor to compact directly."
+            if isinstance(init, Tensor)
+            else "Write lt.init_fn(lt.init.ones, (3,))."
         )
+        raise out_of_range("init", init, "a function that makes a tensor", fix=fix)
     if shape is None and _is_initializer(init):
         raise InputError(
             f"The initializer {show_value(init)} needs a shape.", fix=f"lt.init_fn({show_value(init)}, (3,))"
@@ -186,11 +276,11 @@ def _compact(function: Any, parts: dict[str, Any]) -> Compact:
 def _checked(function: Any, parts: dict[str, Any]) -> str:
     """Return a function's name, or raise if it cannot be the body of a model."""
     if not callable(function) or isinstance(function, type | Layer):
-        raise InputError(
-            "compact makes a layer of a function.",
-            expected="@lt.compact(name=part, ...) above a function, or lt.compact(function, name=part, ...)",
-            got=f"{function!r:.80}",
-            fix="Parts are keyword arguments: lt.compact(dense=lt.Dense(3, 4)).",
+        raise out_of_range(
+            "The body of a compact model",
+            function,
+            "a function",
+            fix="Parts are keyword arguments: lt.compact(function, name=part, ...).",
         )
     title = show_value(function)
     if not parts:
@@ -217,7 +307,7 @@ def _checked(function: Any, parts: dict[str, Any]) -> str:
 
 
 def _is_initializer(value: Any) -> bool:
-    """Tell whether something is one of luxtorch's initializers, with or without options."""
+    """Return whether a value is one of luxtorch's initializers, with or without options."""
     return isinstance(value, initializers.BoundInitializer) or any(
         value is each for each in vars(initializers).values() if hasattr(each, "__wrapped__")
     )

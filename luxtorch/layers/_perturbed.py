@@ -1,4 +1,4 @@
-"""What a model computes inside, to look at, to perturb and to differentiate by: `Perturbed`."""
+"""Outputs of layers inside a model, to read, perturb and differentiate by: `Perturbed`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,126 @@ from torch import Tensor
 from luxtorch._torch import compile_constant
 from luxtorch.core import (
     InputError,
-    KeyNameError,
     Layer,
     LuxtorchError,
     Parameters,
     States,
     WrapperLayer,
-    suggest,
+    described,
+    out_of_range,
+    tree_leaves,
     tree_map,
+    tree_structure,
+    unknown_name,
 )
 from luxtorch.core._paths import Name, is_glob, places
+from luxtorch.core._replace import replace_children
 
-from ._branches import Layers
-from ._cell import Cell
-from ._chain import as_layer
 from ._compact_parts import Group
+from ._containers import Layers, as_layer
 from ._repeated import AlternatePrecision
-from ._tap import changed, with_perturbation, with_tap, without_output
+from .recurrent._cell import Cell
+
+# Names in the state of a perturbed layer: what to add to its output, and what the output was.
+PERTURBATION, OUTPUT = "(perturbation)", "(output)"
+
+
+class Tap(WrapperLayer):
+    """Add a perturbation from the state to a layer's output, and store the sum in the state."""
+
+    layer: Layer
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return those of the layer, and no perturbation."""
+        return {**self.layer.initial_states(key), PERTURBATION: (), OUTPUT: ()}
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the perturbed output."""
+        y, new = self.layer(x, ps, without_tap(st))
+        y = added(y, st[PERTURBATION])
+        return y, {**new, PERTURBATION: st[PERTURBATION], OUTPUT: (y,)}
+
+    def __getattr__(self, name: str) -> Any:
+        # Attributes that a container reads from its layer, such as the width.
+        if name == "layer" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+
+def with_tap(model: Layer, names: list[str]) -> Layer:
+    """Return a model with a `Tap` around the layer at a path."""
+    if not names:
+        return Tap(model)
+    children = model.children()
+    # A wrapped layer, whose trees are not nested, is not named in a path either.
+    name, rest = ("", names) if "" in children else (names[0], names[1:])
+    if not children and hasattr(type(model), "tapped"):  # a module of torch.nn, for instance
+        return model.tapped(".".join(names))  # type: ignore[attr-defined,no-any-return]
+    child = children.get(name)
+    return replace_children(model, {name: model if child is None else with_tap(child, rest)})
+
+
+def added(y: Any, perturbation: Any) -> Any:
+    """Return an output with a perturbation added; `()` stands for none."""
+    if isinstance(perturbation, tuple) and not perturbation:
+        return y
+    if tree_structure(perturbation) == tree_structure(y):
+        pairs = zip(tree_leaves(perturbation), tree_leaves(y), strict=True)
+        if all(_broadcasts(tuple(leaf.shape), tuple(to.shape)) for leaf, to in pairs):
+            return tree_map(torch.add, y, perturbation)
+    raise InputError(
+        "The perturbation must have the shape of the layer's output.",
+        expected=f"{tree_map(_shape, y)}",
+        got=f"{tree_map(_shape, perturbation)}",
+        fix="Start from torch.zeros_like of what the perturbed model returns for the layer.",
+    )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    ends = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in ends)
+
+
+def _shape(leaf: Any) -> Any:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+
+def changed(tree: States, names: list[str], change: Callable[[States], States]) -> States:
+    """Return a tree with a function applied to the part at a path; a tree without that part is returned unchanged."""
+    if not names:
+        return change(tree)
+    if names[0] not in tree:  # the layer that lacks it raises the error
+        return tree
+    return {**tree, names[0]: changed(tree[names[0]], names[1:], change)}
+
+
+def without_tap(st: States) -> dict[str, Any]:
+    """Return the state of a layer without the entries of its `Tap`."""
+    return {name: value for name, value in st.items() if name not in (PERTURBATION, OUTPUT)}
+
+
+def with_perturbation(perturbation: Any) -> Callable[[States], States]:
+    """Return a function that puts a perturbation into the state of a layer."""
+    return lambda st: {**st, PERTURBATION: perturbation, OUTPUT: ()}
+
+
+def without_output(path: str, outputs: dict[str, Any]) -> Callable[[States], States]:
+    """Return a function that takes a layer's output out of its state, and puts it into a dict."""
+
+    def without(st: States) -> States:
+        if not st[OUTPUT]:
+            raise InputError(
+                f"The layer '{path}' must be called by its container, as layer(x, ps, st).",
+                fix="Perturb the container, or another layer.",
+            )
+        (outputs[path],) = st[OUTPUT]
+        return without_tap(st)
+
+    return without
 
 
 class Perturbed(WrapperLayer):
-    """Call a model with perturbations, that are added to what some of the layers inside return.
+    """Add perturbations to the outputs of some layers inside a model, and return these outputs too.
 
     A perturbation is an input like any other. So the derivative by one that is zero is the derivative by what the layer
     returned, in forward mode and of any order; `intermediate_gradients` takes the first.
@@ -56,7 +155,7 @@ class Perturbed(WrapperLayer):
     Raises:
         InputError: If no path is given. In a call: if a layer was not called, or was called otherwise than as a layer,
             as a cell is in `Recurrence`; or if a perturbation does not fit.
-        KeyNameError: If a path leads to no layer, or a perturbation has the name of none.
+        KeyNameError: If there is no layer at a path, or a perturbation has another name.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -87,31 +186,21 @@ class Perturbed(WrapperLayer):
         layer = as_layer(layer)
         self._set(layer=layer, paths=layer_paths(layer, paths))
         if not paths or not all(isinstance(path, str) for path in self.paths):
-            raise InputError(
-                "Perturbed takes the paths of layers.",
-                expected='Perturbed(model, "layer_1")',
-                got=", ".join(map(repr, paths)) or "none",
-            )
-        self._tapped  # noqa: B018  # a path that leads nowhere is an error now
+            raise out_of_range("paths", paths, "one or more paths of layers", fix='Perturbed(model, "layer_1")')
+        self._tapped  # noqa: B018  # a path without a layer is an error now
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[tuple[Any, dict[str, Any]], States]:
         """Return the output with what the layers inside return, and the new states."""
         if not (isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping)):
             raise InputError(
-                "The input of a perturbed model has two parts.",
-                expected="a tuple (x, perturbations), the latter a dict by path",
-                got=f"a {type(x).__name__}",
+                "The input of a perturbed model must be a tuple (x, perturbations), the latter a dict by path.",
+                got=described(x),
                 fix="Without perturbations: model((x, {}), ps, st).",
             )
         x, perturbations = x
         for path in perturbations:
             if path not in self.paths:
-                raise KeyNameError(
-                    f"No layer is perturbed under the name '{path}'.",
-                    expected=", ".join(self.paths),
-                    got=path,
-                    fix=suggest(path, self.paths),
-                )
+                raise unknown_name(path, self.paths, "perturbed layer")
         for path in self.paths:
             st = changed(st, path.split("."), with_perturbation(perturbations.get(path, ())))
         y, st = self._tapped(x, ps, st)
@@ -138,12 +227,12 @@ class Perturbed(WrapperLayer):
 
 
 HOLDERS = Group, Layers
-"""Layers that hold others for the one around them, and are taken apart rather than called."""
+"""Layers that only hold others for the container around them, and are not called with an input."""
 
 
 @compile_constant
 def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
-    """Return paths of layers inside, with what globs and predicates find in their place.
+    """Return paths of layers inside, with globs and predicates replaced by the paths that they match.
 
     Raises:
         KeyNameError: If one finds none.
@@ -157,8 +246,8 @@ def layer_paths(layer: Layer, paths: Sequence[Name]) -> tuple[str, ...]:
 
 
 def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the paths of the layers inside that a tap can be put on; and of modules of torch.nn inside of these."""
-    # These do not call what is inside with states that have taps in them.
+    """Yield the paths of the layers inside that can have a `Tap`, and of modules of torch.nn inside these."""
+    # These do not pass states with taps to the layers inside.
     if isinstance(layer, Cell | AlternatePrecision | Perturbed):
         return
     if modules and hasattr(type(layer), "tappable"):
@@ -172,7 +261,7 @@ def tappable(layer: Layer, modules: bool = False, path: tuple[str, ...] = ()) ->
 def intermediate_gradients(
     loss: Callable[[Any], Tensor], model: Perturbed, x: Any, ps: Parameters, st: States
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute what layers inside a model return, and the gradient of a loss by it.
+    """Compute outputs of layers inside a model, and the gradients of a loss with respect to them.
 
     Args:
         loss: A function of the model's output that returns a scalar.
@@ -203,9 +292,7 @@ def intermediate_gradients(
     """
     if not isinstance(model, Perturbed):
         raise InputError(
-            "The layers to differentiate by are not told.",
-            expected='a perturbed model: lt.Perturbed(model, "layer_1")',
-            got=f"a {type(model).__name__}",
+            "model must be an lt.Perturbed.", got=f"a {type(model).__name__}", fix='lt.Perturbed(model, "layer_1")'
         )
     (_, outputs), _ = model((x, {}), ps, st)
 

@@ -1,18 +1,20 @@
-"""Pooling over windows, in one to three dimensions: `MaxPool`, `MeanPool` and `LPPool`."""
+"""Pooling over windows, to a given size, and over everything."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import KW_ONLY, fields
+from dataclasses import KW_ONLY
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States
+from luxtorch.core import Layer, Parameters, States, out_of_range
 
-from ._spatial import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, shown, sizes, symmetric, widened
+from ._conv import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, sizes, symmetric
+from ._shared import arguments_text, unfit, widened
 
 PoolByDims = dict[int, Callable[..., Tensor]]
 _MAX: PoolByDims = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -21,7 +23,7 @@ _LP: PoolByDims = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
 
 
 class _WindowPool(Layer):
-    """Hold what all poolings over windows have in common."""
+    """Base class of the poolings over windows."""
 
     kernel_size: tuple[int, ...]
     _: KW_ONLY
@@ -36,10 +38,10 @@ class _WindowPool(Layer):
         extent = tuple(d * (k - 1) for d, k in zip(self._dilations(), kernel, strict=True))
         padding = pairs(self.padding, extent)
         if any(max(pair) > (reach + 1) // 2 for pair, reach in zip(padding, extent, strict=True)):
-            raise InputError(
-                "A window could lie in the padding alone.",
-                expected="a padding of at most half of the kernel, its dilation included",
-                got=f"kernel_size={kernel}, padding={self.padding!r}",
+            raise out_of_range(
+                "padding",
+                self.padding,
+                f"at most half of kernel_size={kernel}, dilation included",
             )
         self._set(padding=padding)
 
@@ -59,7 +61,7 @@ class _WindowPool(Layer):
         return self.stride  # type: ignore[return-value]
 
     def _without_late_windows(self, y: Tensor, x: Tensor) -> Tensor:
-        """Leave out the windows of an explicitly padded input that `ceil_mode` lets start after the input's end."""
+        """Drop the windows of an explicitly padded input that with `ceil_mode` start after the end of the input."""
         if self.ceil_mode:
             for dim, (low, _), stride in zip(range(-self._dims, 0), self._pairs, self._strides, strict=True):
                 y = y.narrow(dim, 0, min(y.shape[dim], -(-(x.shape[dim] + low) // stride)))
@@ -71,17 +73,14 @@ class _WindowPool(Layer):
 
     def extra_repr(self) -> str:
         """Return for instance `(2, 2), padding=1`."""
-        _, *options = fields(self)
-        defaults = {item.name: item.default for item in options} | {"stride": self.kernel_size}
-        texts = [text for name, default in defaults.items() for text in shown(name, getattr(self, name), default)]
-        return ", ".join([str(self.kernel_size), *texts])
+        return arguments_text(self, self.kernel_size, stride=self.kernel_size)
 
 
 class MaxPool(_WindowPool):
-    """Take the maximum over each window.
+    """Max pooling over windows.
 
-    The length of `kernel_size` says in how many dimensions, one to three. What is given per dimension may be a single
-    number for all.
+    The length of `kernel_size` is the number of spatial dimensions, one to three. Arguments per dimension may be a
+    single number for all.
 
     Args:
         kernel_size: The window's size in each dimension, a tuple.
@@ -125,14 +124,14 @@ class MaxPool(_WindowPool):
 
 
 class MeanPool(_WindowPool):
-    """Take the mean over each window.
+    """Average pooling over windows.
 
     Args:
         kernel_size: As in `MaxPool`, like the three below.
         stride: The step.
         padding: The padding, which is zeros.
         ceil_mode: Whether a last window may reach over the end; what lies beyond the padding never counts.
-        count_include_pad: Whether the padding counts as elements; otherwise the mean is over the input's alone.
+        count_include_pad: Whether the padding counts; otherwise the mean is over elements of the input alone.
         divisor_override: What the sum over each window is divided by, instead of the number of elements.
 
     Shape:
@@ -157,9 +156,7 @@ class MeanPool(_WindowPool):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.divisor_override == 0:
-            raise InputError(
-                "Nothing can be divided by zero.", expected="a divisor_override that is not zero, or None", got="0"
-            )
+            raise out_of_range("divisor_override", 0, "other than 0")
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the means and `st`."""
@@ -168,7 +165,7 @@ class MeanPool(_WindowPool):
             return self._mean(wide, both_sides).to(x.dtype), st
         y = self._mean(padded(wide, self._pairs))
         if not self.count_include_pad and self.divisor_override is None:
-            # The mean of zeros and ones is the share of each window that lies in the input.
+            # The mean of zeros and ones is the fraction of each window inside the input.
             y = y / self._mean(padded(torch.ones_like(wide), self._pairs))
         return self._without_late_windows(y, x).to(x.dtype), st
 
@@ -179,14 +176,14 @@ class MeanPool(_WindowPool):
             return _MEAN[self._dims](x, kernel, stride, padding, *options)
         if self._dims > 1:
             return _MEAN[self._dims](x, kernel, stride, padding, *options, divisor)
-        # torch's function of one dimension has no divisor.
+        # torch's avg_pool1d has no divisor_override.
         return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *padding), *options, divisor).squeeze(-2)
 
 
 class LPPool(_WindowPool):
-    """Take the power mean without its factor over each window: `sum(x ** p) ** (1 / p)`.
+    """Power-average pooling over windows: `sum(x ** p) ** (1 / p)`.
 
-    As in torch, `x` is not made positive, and where a window's sum is zero there is no gradient.
+    As in torch, there is no absolute value in it, and no gradient where the sum of a window is zero.
 
     Args:
         kernel_size: As in `MaxPool`, like the three below.
@@ -220,13 +217,223 @@ class LPPool(_WindowPool):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the norms and `st`."""
         y = padded(widened(x) if self._dims == 3 else x, self._pairs)
-        # torch's functions take these as tuples, but in one dimension as numbers.
+        # torch's functions take tuples, but in one dimension numbers.
         kernel, stride = (v if self._dims > 1 else v[0] for v in (self.kernel_size, self._strides))
         y = _LP[self._dims](y, float(self.p), kernel, stride, self.ceil_mode)
         return self._without_late_windows(y, x).to(x.dtype), st
 
 
 def check_power(p: Any) -> None:
-    """Raise unless the power of a pooling is positive and finite."""
+    """Raise unless the power of an LP pooling is positive and finite."""
     if not 0 < p < torch.inf:
-        raise InputError("The power is a positive number.", expected="0 < p < inf", got=f"p={p}")
+        raise out_of_range("p", p, "positive and finite")
+
+
+_ADAPTIVE_MAX: PoolByDims = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_ADAPTIVE_MEAN: PoolByDims = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+class _AdaptivePool(Layer):
+    """Base class of the adaptive poolings, to a given output size."""
+
+    output_size: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        self._set(output_size=sizes("output_size", self.output_size, optional=True))
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the pooled input and `st`."""
+        # torch accepts None in two and three dimensions only.
+        present = x.shape[x.ndim - len(self.output_size) :]
+        return self._pool(x, tuple(s or n for s, n in zip(self.output_size, present, strict=True))), st
+
+    @abstractmethod
+    def _pool(self, x: Tensor, size: tuple[int, ...]) -> Tensor: ...
+
+    def expected_input(self) -> str:
+        """Name the dimensions."""
+        return f"a tensor of shape (batch, channels, {SPATIAL[len(self.output_size)]})"
+
+
+class AdaptiveMaxPool(_AdaptivePool):
+    """Max pooling to a given output size.
+
+    Window i of o in a dimension of n elements reaches from `floor(i * n / o)` to `ceil((i + 1) * n / o)`, as in torch.
+
+    Args:
+        output_size: The output's size in each dimension, one to three of them, a tuple; None keeps the input's.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, *output_size); the batch may be missing.
+
+    Raises:
+        InputError: If the input has too few dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.AdaptiveMaxPool((2,))(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
+        >>> y
+        tensor([[[2., 4.]]])
+
+    Source: `torch.nn.AdaptiveMaxPool2d`; Lux's `AdaptiveMaxPool` chooses other windows where sizes do not divide.
+    """
+
+    def _pool(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        return _ADAPTIVE_MAX[len(size)](x, size)
+
+
+class AdaptiveMeanPool(_AdaptivePool):
+    """Average pooling to a given output size.
+
+    Args:
+        output_size: As in `AdaptiveMaxPool`; so are the windows.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, *output_size); the batch may be missing.
+
+    Raises:
+        InputError: If the input has too few dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.AdaptiveMeanPool((2,))(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
+        >>> y
+        tensor([[[1.5000, 3.5000]]])
+
+    Source: Lux's `AdaptiveMeanPool`, `torch.nn.AdaptiveAvgPool2d`.
+    """
+
+    def _pool(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        return _ADAPTIVE_MEAN[len(size)](x, size)
+
+
+class AdaptiveLPPool(_AdaptivePool):
+    """Power-average pooling to a given output size: `sum(x ** p) ** (1 / p)`.
+
+    As in `LPPool`, there is no absolute value in it, and no gradient where the sum of a window is zero.
+
+    Args:
+        output_size: As in `AdaptiveMaxPool`; so are the windows.
+        p: The power.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, *output_size); the batch may be missing.
+
+    Raises:
+        InputError: If the power is not positive, or the input has too few dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.AdaptiveLPPool((2,))(torch.tensor([[[3.0, 4.0, 5.0, 12.0]]]), {}, {})
+        >>> y
+        tensor([[[ 5., 13.]]])
+
+    Source: Lux's `AdaptiveLPPool`.
+    """
+
+    _: KW_ONLY
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_power(self.p)
+
+    def _pool(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        powers = _ADAPTIVE_MEAN[len(size)](x.pow(self.p), size)
+        for dim, number in zip(range(-len(size), 0), size, strict=True):
+            window = torch.arange(number, device=x.device)
+            ends, starts = -(-(window + 1) * x.shape[dim] // number), window * x.shape[dim] // number
+            powers = powers * (ends - starts).to(x.dtype).view(-1, *(1,) * (-1 - dim))
+        return powers.pow(1 / self.p)
+
+
+class _GlobalPool(Layer):
+    """Base class of the global poolings."""
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the pooled input and `st`."""
+        if x.ndim < 3:
+            raise unfit(self, x, "The input must have dimensions after batch and channels.")
+        return self._pool(x, tuple(range(2, x.ndim))), st
+
+    @abstractmethod
+    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor: ...
+
+    def expected_input(self) -> str:
+        """Name the dimensions."""
+        return "a tensor of shape (batch, channels, ...)"
+
+
+class GlobalMaxPool(_GlobalPool):
+    """Global max pooling: over all dimensions but batch and channels, which are kept with size one.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, 1, ...)
+
+    Raises:
+        InputError: If the input has fewer than three dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.GlobalMaxPool()(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
+        >>> y
+        tensor([[[4.]]])
+
+    Source: Lux's `GlobalMaxPool`; `torch.amax`, which shares the gradient between equal maxima.
+    """
+
+    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        return x.amax(dims, keepdim=True)
+
+
+class GlobalMeanPool(_GlobalPool):
+    """Global average pooling: over all dimensions but batch and channels, which are kept with size one.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, 1, ...)
+
+    Raises:
+        InputError: If the input has fewer than three dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.GlobalMeanPool()(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]), {}, {})
+        >>> y
+        tensor([[[2.5000]]])
+
+    Source: Lux's `GlobalMeanPool`.
+    """
+
+    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        return x.mean(dims, keepdim=True)
+
+
+class GlobalLPPool(_GlobalPool):
+    """Global power-average pooling, `sum(x ** p) ** (1 / p)`, over all dimensions but batch and channels.
+
+    Args:
+        p: The power.
+
+    Shape:
+        (batch, channels, *dims) to (batch, channels, 1, ...)
+
+    Raises:
+        InputError: If the input has fewer than three dimensions.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> y, st = lt.GlobalLPPool()(torch.tensor([[[3.0, 4.0]]]), {}, {})
+        >>> y
+        tensor([[[5.]]])
+
+    Source: Lux's `GlobalLPPool`.
+    """
+
+    _: KW_ONLY
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_power(self.p)
+
+    def _pool(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        return x.pow(self.p).sum(dims, keepdim=True).pow(1 / self.p)

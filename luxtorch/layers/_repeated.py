@@ -1,38 +1,45 @@
-"""Layers called many times, or in another precision: `Maxout`, `RepeatedLayer`, `AlternatePrecision`."""
+"""Layers called many times or in another precision: `Maxout`, `RepeatedLayer`, `Ensemble`, `AlternatePrecision`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from functools import reduce
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luxtorch.core import (
-    ContainerLayer,
     InputError,
+    KeyNameError,
     Layer,
+    LuxtorchError,
     Parameters,
     States,
     WrapperLayer,
+    named_leaves,
+    nested_dicts,
+    out_of_range,
     show_value,
     tree_leaves,
     tree_map,
 )
+from luxtorch.core._nowhere import NOWHERE
+from luxtorch.random import split
 
-from ._chain import LayerLike, as_layer, brought, no_further, some_layers
+from ._containers import EXTRA_INPUTS, LayerLike, NamedLayers, as_layer, extra_input, some_layers
+from ._shared import require_size
 
 
-class Maxout(ContainerLayer):
-    """Call layers on the same input, and return the elementwise maximum of their outputs.
+class Maxout(NamedLayers):
+    """Maxout: the elementwise maximum of the outputs of several layers on the same input.
 
-    `Maxout(make, n)` calls the function `make`, without arguments, for a layer, and uses it n times with initial
-    values of its own for each.
+    `Maxout(make, n)` calls the function `make`, without arguments, for a layer, and uses it n times, each with its own
+    initial values.
 
     Args:
-        *layers: Layers and plain functions; lists and tuples of them are spliced in. Or a function that makes a
+        *layers: Layers and plain functions; lists and tuples of them are flattened. Or a function that makes a
             layer, and a number.
         **named: Layers with names of your own.
 
@@ -61,34 +68,24 @@ class Maxout(ContainerLayer):
     Source: Lux's `Maxout`; Goodfellow et al., "Maxout networks", 2013.
     """
 
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
-
     def __init__(self, *layers: LayerLike | list[Any] | tuple[Any, ...] | int, **named: LayerLike) -> None:
         if len(layers) == 2 and isinstance(layers[1], int):
             layers = _copies(layers[0], layers[1])
         found = some_layers(type(self).__name__, layers, named)
         self._set(names=tuple(found), layers=tuple(found.values()))
 
-    def children(self) -> Mapping[str, Layer]:
-        """Return the layers by name."""
-        return dict(zip(self.names, self.layers, strict=True))
-
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the largest outputs, and the states under their names."""
-        ys, new = [], {}
-        for name, layer in zip(self.names, self.layers, strict=True):
-            y, new[name] = layer(x, ps[name], st[name])
-            ys.append(y)
+        ys, new = self.call_each(repeat(x, len(self.layers)), ps, st)
         return reduce(torch.maximum, ys), new
 
 
 class RepeatedLayer(WrapperLayer):
-    """Call one layer again and again on its own output: deep, with the parameters of one.
+    """Call one layer repeatedly on its own output, with shared parameters.
 
     Args:
         layer: A layer or a plain function.
-        repeats: How often it is called.
+        repeats: The number of calls.
         input_injection: Whether each call is on the tuple `(y, x)` of the output so far, at first x itself, and the
             input x.
 
@@ -120,20 +117,15 @@ class RepeatedLayer(WrapperLayer):
     input_injection: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.repeats, int) and self.repeats >= 1):
-            raise InputError(
-                "RepeatedLayer takes a number of repeats.",
-                expected="a whole number of at least 1",
-                got=f"{self.repeats!r}",
-            )
+        require_size("repeats", self.repeats)
         self._set(layer=as_layer(self.layer))
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the last output and the last states."""
         several = isinstance(x, tuple) and self.repeats > 1 and not self.input_injection
-        if several and (what := brought(self.layer, x)):
+        if several and (what := extra_input(self.layer, x)):
             raise InputError(
-                f"{no_further(what)} than to the first call of a repeated layer.",
+                f"A repeated layer passes {EXTRA_INPUTS[what][0]} only to its first call.",
                 expected="an input without it",
                 got=f"one with it, and {self.repeats} calls",
                 fix="Write a layer that passes it to the one inside each time.",
@@ -185,11 +177,7 @@ class AlternatePrecision(WrapperLayer):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise InputError(
-                "AlternatePrecision takes a precision first.",
-                expected="a floating point dtype, such as torch.bfloat16",
-                got=f"{self.dtype!r:.80}",
-            )
+            raise out_of_range("dtype", self.dtype, "a floating point dtype, such as torch.bfloat16")
         self._set(layer=as_layer(self.layer))
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
@@ -197,7 +185,7 @@ class AlternatePrecision(WrapperLayer):
         own = next((leaf.dtype for leaf in tree_leaves(x) if _is_real(leaf)), None)
         low_x, low_ps, low_st = (_all_cast(tree, self.dtype) for tree in (x, ps, st))
         y, new = self.layer(low_x, low_ps, low_st)
-        # What the layer has left alone, such as frozen parameters, keeps its digits.
+        # Leaves that the layer returned unchanged, such as frozen parameters, keep their precision.
         new = tree_map(lambda leaf, low, old: old if leaf is low else _cast(leaf, old.dtype), new, low_st, st)
         return (y if own is None else _all_cast(y, own)), new
 
@@ -209,9 +197,9 @@ class AlternatePrecision(WrapperLayer):
 def _copies(make: Any, number: int) -> tuple[Layer, ...]:
     if isinstance(make, Layer) or not callable(make):
         raise InputError(
-            "Before a number comes a function that makes a layer.",
-            expected="Maxout(lambda: Dense(10, 5), 4)",
+            "With a number of copies, Maxout needs a function that makes a layer.",
             got=f"Maxout({make!r:.80}, {number})",
+            fix="Maxout(lambda: Dense(10, 5), 4)",
         )
     return (as_layer(make()),) * number
 
@@ -226,3 +214,121 @@ def _cast(leaf: Any, dtype: torch.dtype) -> Any:
 
 def _all_cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda leaf: _cast(leaf, dtype), tree)
+
+
+class Ensemble(WrapperLayer):
+    """Call n models of the same architecture at once (vmap), each with its own parameters, states and random numbers.
+
+    The members are what `lt.setup` makes of n keys, and their trees are those of the layer, stacked: `lt.unstack(ps)`
+    lists them, and `lt.stack` makes an ensemble's parameters out of those of models trained apart.
+
+    In a training, take the *sum* of the members' losses, so that the gradient of each is its own, and an optimizer that
+    looks at more than one number at a time, such as `ClipNorm`, `LAMB`, `Adafactor`, `Muon` or `LBFGS`, as
+    `optim.per_member(rule, n)`: by itself it would take the stack for one large model, and couple the members.
+
+    Args:
+        layer: A layer or a plain function.
+        n: The number of members.
+        same_input: Whether all members see the same input. If False, the input is a stack of n, one for each.
+
+    Parameters:
+        Those of the layer, not nested, each with a first dimension of n.
+
+    States:
+        Likewise.
+
+    Shape:
+        What the layer takes to a stack (n, ...) of what it returns; with `same_input=False`, a stack to a stack.
+
+    Raises:
+        InputError: If there is not at least one member.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.Ensemble(lt.Chain(lt.Dense(2, 8, torch.tanh), lt.Dropout(0.1), lt.Dense(8, 1)), 16)
+        >>> ps, st = lt.setup(0, model)
+        >>> ps["layer_1"]["weight"].shape
+        torch.Size([16, 8, 2])
+        >>> y, st = model(torch.ones(4, 2), ps, st)
+        >>> y.shape
+        torch.Size([16, 4, 1])
+        >>> mean, uncertainty = y.mean(0), y.std(0)
+
+    Source: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles", 2017.
+    """
+
+    layer: Layer
+    n: int
+    _: KW_ONLY
+    same_input: bool = True
+
+    def __post_init__(self) -> None:
+        self._set(layer=as_layer(self.layer))
+        require_size("n", self.n, fix="The order is lt.Ensemble(layer, 8).")
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return the members' parameters, drawn from keys of their own."""
+        return _members(self.layer.initial_parameters, key, self.n)
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return the members' states, drawn from keys of their own."""
+        return _members(self.layer.initial_states, key, self.n)
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the members' outputs and states, stacked."""
+
+        def member(_: Tensor, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+            return self.layer(x, ps, st)
+
+        # A tensor of its own sets the batch size, as the trees may have none; and the single leaf of a ComponentVector
+        # has no dimension for the members.
+        dims = (0, None if self.same_input else 0, 0, 0)
+        many = torch.vmap(member, dims)
+        try:
+            result: tuple[Any, States] = many(torch.arange(self.n), x, nested_dicts(ps), st)
+        except ValueError as error:
+            # vmap has found a tensor that is not a stack of n, unless the error is a member's own.
+            unstacked = None if isinstance(error, LuxtorchError) else self._unstacked(ps, st)
+            if unstacked is None:
+                raise
+            raise unstacked from error
+        return result
+
+    def _unstacked(self, ps: Parameters, st: States) -> LuxtorchError | None:
+        """Return the error for a tensor in the trees that is not a stack of n; None if there is no such tensor."""
+        for kind, tree, initial in (
+            ("parameter", nested_dicts(ps), self.initial_parameters),
+            ("state", st, self.initial_states),
+        ):
+            wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(NOWHERE))}
+            for path, leaf in named_leaves(tree):
+                shape = tuple(getattr(leaf, "shape", ()))
+                if shape[:1] == (self.n,):
+                    continue
+                if path in wanted:
+                    return InputError(
+                        f"The {kind} '{path}' must be a stack of {self.n}, one for each member.",
+                        expected=f"a tensor of shape {wanted[path]}",
+                        got=f"a tensor of shape {shape}",
+                        fix=f"Set the ensemble up with lt.setup, or stack the trees of {self.n} models with lt.stack.",
+                    )
+                *inside, name = path.split(".")
+                error = KeyNameError(f"The layer has no {kind} '{name}'.", fix="Use the trees that lt.setup makes.")
+                error.inside = tuple(inside)
+                return error
+        return None
+
+    def expected_input(self) -> str:
+        """Say that the input is a stack, if it is one."""
+        return "" if self.same_input else f"a stack of {self.n} inputs, one for each member: tensors ({self.n}, ...)"
+
+    def extra_repr(self) -> str:
+        """Return for instance `n=16`."""
+        return f"n={self.n}" + ("" if self.same_input else ", same_input=False")
+
+
+def _members(initial: Any, key: Tensor, number: int) -> dict[str, Any]:
+    """Return the stacked results of `initial` for a number of keys."""
+    made = torch.vmap(initial)(split(key, number))
+    # vmap returns a value that is equal for all members as an expanded view; each member needs its own.
+    return tree_map(lambda leaf: leaf.contiguous(), made)  # type: ignore[no-any-return]

@@ -7,20 +7,22 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from luxtorch.core import ContainerLayer, InputError, Layer, Parameters, States
+from luxtorch.core import ContainerLayer, Layer, Parameters, States, out_of_range
 
 from ._activations import Activation
+from ._attention import MultiHeadAttention
+from ._containers import NamedLayers
 from ._dropout import Dropout
 from ._layernorm import LayerNorm
 from ._linear import Dense
-from ._multihead import MultiHeadAttention
+from ._shared import require_size, unfit
 
 _Call: TypeAlias = Callable[[str, Any], Tensor]
-"""Calls one of the layers inside by its name."""
+"""A function that calls one of the layers inside by name."""
 
 
 class _TransformerLayer(ContainerLayer):
-    """Share what both layers are made of: steps, to whose output their input is added."""
+    """Base class of both layers: residual steps with normalization and dropout."""
 
     norm_first: bool
 
@@ -42,14 +44,10 @@ class _TransformerLayer(ContainerLayer):
         return call(norm, x + call(dropout, step(x)))
 
     def _parts(self, x: Any, most: int, least: int) -> tuple[Any, ...]:
-        """Return the parts of an input, None for those left out."""
+        """Return the parts of an input, None for those that are missing."""
         parts = x if isinstance(x, tuple) else (x,)
         if not least <= len(parts) <= most:
-            raise InputError(
-                f"{type(self).__name__} takes another number of inputs.",
-                expected=self.expected_input(),
-                got=f"{len(parts)}",
-            )
+            raise unfit(self, parts, f"The input must have {least} to {most} parts.")
         return (*parts, *(None,) * (most - len(parts)))
 
     def extra_repr(self) -> str:
@@ -58,7 +56,7 @@ class _TransformerLayer(ContainerLayer):
 
 
 class TransformerEncoderLayer(_TransformerLayer):
-    """Let a sequence attend to itself, then pass each element through two dense layers.
+    """Transformer encoder layer: self-attention, then a feed-forward network.
 
     Args:
         embed_dim: The width of the sequence.
@@ -66,9 +64,9 @@ class TransformerEncoderLayer(_TransformerLayer):
         dim_feedforward: The width between the two dense layers.
         dropout: The probability of a zero, in the attention's weights and after each step, while training.
         activation: A function of a tensor, or the name of one, between the dense layers.
-        norm_first: Whether each step's input is normalised, instead of the sum of its input and output.
-        eps: Added to the variance where it is normalised.
-        bias: Whether the dense layers, projections and normalisations have biases.
+        norm_first: Whether each step's input is normalized, instead of the sum of its input and output.
+        eps: Added to the variance where it is normalized.
+        bias: Whether the dense layers, projections and normalizations have biases.
         is_causal: Whether an element attends to itself and those before it only; a mask applies as well.
 
     Parameters:
@@ -143,7 +141,7 @@ class TransformerEncoderLayer(_TransformerLayer):
         return x, new
 
     def has_mask(self, x: Any) -> bool:
-        """Tell whether an input brings a mask."""
+        """Return whether an input includes a mask."""
         return isinstance(x, tuple) and len(x) == 2 and x[1] is not None
 
     def expected_input(self) -> str:
@@ -152,7 +150,7 @@ class TransformerEncoderLayer(_TransformerLayer):
 
 
 class TransformerDecoderLayer(_TransformerLayer):
-    """Let a sequence attend to itself, then to another, then pass each element through two dense layers.
+    """Transformer decoder layer: self-attention, cross-attention to a memory, then a feed-forward network.
 
     Args:
         embed_dim: The width of both sequences.
@@ -160,9 +158,9 @@ class TransformerDecoderLayer(_TransformerLayer):
         dim_feedforward: The width between the two dense layers.
         dropout: The probability of a zero, in the attentions' weights and after each step, while training.
         activation: A function of a tensor, or the name of one, between the dense layers.
-        norm_first: Whether each step's input is normalised, instead of the sum of its input and output.
-        eps: Added to the variance where it is normalised.
-        bias: Whether the dense layers, projections and normalisations have biases.
+        norm_first: Whether each step's input is normalized, instead of the sum of its input and output.
+        eps: Added to the variance where it is normalized.
+        bias: Whether the dense layers, projections and normalizations have biases.
         is_causal: Whether an element attends to itself and those before it only; the mask applies as well. All of
             them attend to the whole memory.
 
@@ -246,7 +244,7 @@ class TransformerDecoderLayer(_TransformerLayer):
         return x, new
 
     def has_mask(self, x: Any) -> bool:
-        """Tell whether an input brings a mask."""
+        """Return whether an input includes a mask."""
         return isinstance(x, tuple) and any(mask is not None for mask in x[2:])
 
     def expected_input(self) -> str:
@@ -258,30 +256,22 @@ class TransformerDecoderLayer(_TransformerLayer):
         )
 
 
-class _Stack(ContainerLayer):
-    """Call layers one after another on their output, and on whatever comes with the first input."""
+class _Stack(NamedLayers):
+    """Base class of the stacks: layers one after another, each with the same masks and memory."""
 
-    names: tuple[str, ...]
-    layers: tuple[Layer, ...]
     norm: Layer | None
 
     def _hold(self, layer: Any, kind: type[_TransformerLayer], num_layers: int, norm: Layer | None) -> None:
-        name = type(self).__name__
-        if not isinstance(layer, kind) or (norm is not None and not isinstance(norm, Layer)):
-            raise InputError(
-                f"{name} repeats a {kind.__name__}, and ends with a layer or none.",
-                expected=f"{name}({kind.__name__}(...), num_layers, norm)",
-                got=f"{name}({layer!r:.80}, {num_layers!r}, {norm!r:.80})",
-            )
-        if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-            raise InputError(
-                f"{name} takes a number of layers.", expected="a whole number of at least 1", got=f"{num_layers!r}"
-            )
+        if not isinstance(layer, kind):
+            raise out_of_range("layer", layer, f"a {kind.__name__}")
+        if norm is not None and not isinstance(norm, Layer):
+            raise out_of_range("norm", norm, "a layer, or None")
+        require_size("num_layers", num_layers)
         self._set(names=tuple(f"layer_{i}" for i in range(1, num_layers + 1)), layers=(layer,) * num_layers, norm=norm)
 
     def children(self) -> Mapping[str, Layer]:
         """Return the layers by name, and the last one, if there is one."""
-        layers = dict(zip(self.names, self.layers, strict=True))
+        layers = super().children()
         return layers if self.norm is None else {**layers, "norm": self.norm}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Tensor, States]:
@@ -295,7 +285,7 @@ class _Stack(ContainerLayer):
         return y, new
 
     def has_mask(self, x: Any) -> bool:
-        """Tell whether an input brings a mask."""
+        """Return whether an input includes a mask."""
         return self.layers[0].has_mask(x)  # type: ignore[attr-defined,no-any-return]
 
     def expected_input(self) -> str:
@@ -304,12 +294,12 @@ class _Stack(ContainerLayer):
 
 
 class TransformerEncoder(_Stack):
-    """Call several encoder layers one after another, all of them with the same mask.
+    """A stack of encoder layers, all with the same mask.
 
     Args:
         layer: The layer; each of the stack has initial values of its own.
         num_layers: How many there are.
-        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalise first; or None.
+        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalize first; or None.
 
     Parameters:
         layer_1, layer_2, ...: Those of the layers.
@@ -342,12 +332,12 @@ class TransformerEncoder(_Stack):
 
 
 class TransformerDecoder(_Stack):
-    """Call several decoder layers one after another, all of them with the same memory and masks.
+    """A stack of decoder layers, all with the same memory and masks.
 
     Args:
         layer: The layer; each of the stack has initial values of its own.
         num_layers: How many there are.
-        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalise first; or None.
+        norm: A layer after the last one, such as `LayerNorm(embed_dim)` where the layers normalize first; or None.
 
     Parameters:
         layer_1, layer_2, ...: Those of the layers.

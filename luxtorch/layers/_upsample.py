@@ -1,4 +1,4 @@
-"""Layers that change how fine the grid is: `Upsample`, `PixelShuffle` and `PixelUnshuffle`."""
+"""Layers that change the resolution: `Upsample`, `PixelShuffle` and `PixelUnshuffle`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, Layer, Parameters, States, suggest
+from luxtorch.core import InputError, Layer, Parameters, States, out_of_range, suggest
 
-from ._spatial import widened
+from ._shared import require_size, unfit, widened
 
 _MODES = {
     "nearest": (1, 2, 3),
@@ -28,12 +28,12 @@ _ANTIALIASED = ("bilinear", "bicubic")
 
 
 class Upsample(Layer):
-    """Enlarge, or shrink, all dimensions but batch and channels by interpolation.
+    """Resize all dimensions but batch and channels by interpolation.
 
     Args:
         mode: "nearest", "nearest-exact" or "area", for one to three dimensions; "linear" for one; "bilinear" or
-            "bicubic" for two; "trilinear" for three. Of the nearest modes, the exact one measures from the elements'
-            centres, as image libraries do, and the other from their starts.
+            "bicubic" for two; "trilinear" for three. Of the nearest modes, the exact one measures from the centers of
+            elements, as image libraries do, and the other from their starts.
         scale_factor: The factor, one for all dimensions or one for each. Either this or `size` is given.
         size: The output's size, one for all dimensions or one for each.
         align_corners: Whether the corner elements keep their values, in the modes that are linear or cubic.
@@ -67,36 +67,24 @@ class Upsample(Layer):
                 f"There is no mode '{self.mode}'.", expected=", ".join(_MODES), fix=suggest(str(self.mode), _MODES)
             )
         if (self.scale_factor is None) == (self.size is None):
-            raise InputError(
-                "Upsample takes either a factor or a size.",
-                expected="scale_factor or size",
-                got="neither" if self.size is None else "both",
-            )
+            got = "neither" if self.size is None else "both"
+            raise InputError("Upsample needs exactly one of scale_factor and size.", got=got)
         for name, modes in (("align_corners", _ALIGNED), ("antialias", _ANTIALIASED)):
             if getattr(self, name) and self.mode not in modes:
-                raise InputError(
-                    f"The mode '{self.mode}' has no {name}.",
-                    expected=f"{name}=False, or one of the modes " + ", ".join(modes),
-                    got=f"{name}=True",
-                )
+                raise out_of_range(name, True, f"False with mode={self.mode!r}, or the mode one of {', '.join(modes)}")
         for name, value in (("scale_factor", self.scale_factor), ("size", self.size)):
             if value is None:
                 continue
             numbers = tuple(value) if isinstance(value, Sequence) else (value,)
             if not all(number > 0 for number in numbers):
-                raise InputError(f"The {name} is positive.", expected="positive numbers", got=f"{name}={value!r}")
+                raise out_of_range(name, value, "above 0")
             if isinstance(value, Sequence):
                 self._set(**{name: numbers})
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the interpolated input and `st`."""
         if x.ndim - 2 not in _MODES[self.mode]:
-            raise InputError(
-                "The mode does not fit the input's dimensions.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}",
-                fix="The first two dimensions are batch and channels.",
-            )
+            raise unfit(self, x, "The input must have a batch, channels and the dimensions of the mode.")
         if self.mode == "nearest-exact" and transformed():
             return self._picked(x), st
         corners = self.align_corners if self.mode in _ALIGNED else None
@@ -105,7 +93,7 @@ class Upsample(Layer):
         return y.to(x.dtype), st
 
     def _picked(self, x: Tensor) -> Tensor:
-        """Interpolate the positions instead of the input: for "nearest-exact" torch's kernel has no batching rule."""
+        """Interpolate indices instead of the input: torch's kernel for "nearest-exact" has no batching rule."""
         dtype = torch.promote_types(x.dtype, torch.float32)  # positions are rounded as for this input
         for dim in range(2, x.ndim):
             size = self.size[dim - 2] if isinstance(self.size, tuple) else self.size
@@ -121,7 +109,7 @@ class Upsample(Layer):
 
 
 class PixelShuffle(Layer):
-    """Turn channels into a finer grid: a channel for each place in a block becomes that block.
+    """Rearrange channels into space: factor ** n channels become a block of n dimensions.
 
     Args:
         upscale_factor: The factor by which each dimension but batch and channels grows.
@@ -152,14 +140,10 @@ class PixelShuffle(Layer):
         """Return the rearranged input and `st`."""
         dims, factor = x.ndim - 2, self.upscale_factor
         if dims < 1 or x.shape[1] % factor**dims:
-            raise InputError(
-                "The channels do not fill the blocks.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}",
-            )
+            raise unfit(self, x, "The channels must be a multiple of the block size.")
         channels = x.shape[1] // factor**dims
         blocks = x.reshape(x.shape[0], channels, *(factor,) * dims, *x.shape[2:])
-        # Each place within a block goes behind the dimension that it refines.
+        # Each dimension of a block goes after the spatial dimension that it refines.
         order = [axis for dim in range(dims) for axis in (2 + dims + dim, 2 + dim)]
         sizes = [factor * size for size in x.shape[2:]]
         return blocks.permute(0, 1, *order).reshape(x.shape[0], channels, *sizes), st
@@ -170,7 +154,7 @@ class PixelShuffle(Layer):
 
 
 class PixelUnshuffle(Layer):
-    """Turn blocks of the grid into channels, one for each place in a block: the inverse of `PixelShuffle`.
+    """Rearrange blocks of space into channels: the inverse of `PixelShuffle`.
 
     Args:
         downscale_factor: The factor by which each dimension but batch and channels shrinks.
@@ -199,11 +183,7 @@ class PixelUnshuffle(Layer):
         """Return the rearranged input and `st`."""
         dims, factor = x.ndim - 2, self.downscale_factor
         if dims < 1 or any(size % factor for size in x.shape[2:]):
-            raise InputError(
-                "The blocks do not fill the grid.",
-                expected=self.expected_input(),
-                got=f"a tensor of shape {tuple(x.shape)}",
-            )
+            raise unfit(self, x, f"Each spatial dimension must be a multiple of {factor}.")
         sizes = [size // factor for size in x.shape[2:]]
         blocks = x.reshape(*x.shape[:2], *(number for size in sizes for number in (size, factor)))
         places, grid = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
@@ -216,5 +196,4 @@ class PixelUnshuffle(Layer):
 
 
 def _check_factor(name: str, factor: int) -> None:
-    if factor < 1:
-        raise InputError("The factor is positive.", expected="a positive integer", got=f"{name}={factor}")
+    require_size(name, factor)

@@ -8,8 +8,15 @@ from luxtorch._torch import compile_constant
 from luxtorch.core import Layer, Parameters, States
 from luxtorch.core._paths import Path
 from luxtorch.layers import Perturbed
-from luxtorch.layers._perturbed import layer_paths, tappable
-from luxtorch.layers._tap import OUTPUT, changed, with_perturbation, without_output, without_tap
+from luxtorch.layers._perturbed import (
+    OUTPUT,
+    changed,
+    layer_paths,
+    tappable,
+    with_perturbation,
+    without_output,
+    without_tap,
+)
 
 
 def capture(

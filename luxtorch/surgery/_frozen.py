@@ -11,7 +11,7 @@ from torch import Tensor
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path, select_any
-from luxtorch.layers._chain import as_layer
+from luxtorch.layers._containers import as_layer
 
 from ._rewired import Rewired, Triple, everywhere, layers_of
 from ._trees import closed, join, merged, names_of, opened, ordered, pruned, taken

@@ -13,7 +13,7 @@ from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, 
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path
 from luxtorch.init import Initializer, kaiming_uniform
-from luxtorch.layers._chain import as_layer
+from luxtorch.layers._containers import as_layer
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._frozen import frozen_names, thawed, with_frozen

@@ -10,7 +10,7 @@ import torch
 
 from luxtorch.core import InputError, Layer, Parameters, States, WrapperLayer
 from luxtorch.core._replace import replace_children
-from luxtorch.layers._tap import Tap
+from luxtorch.layers._perturbed import Tap
 
 from ._trees import join, misfit
 

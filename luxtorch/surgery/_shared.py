@@ -13,7 +13,7 @@ from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, 
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Name, places
 from luxtorch.core._values import physical
-from luxtorch.layers._chain import as_layer
+from luxtorch.layers._containers import as_layer
 
 from ._rewired import Rewired, Triple, everywhere
 from ._trees import closed, merged, names_of, opened, ordered, taken

@@ -10,8 +10,7 @@ from torch import Tensor
 from luxtorch.core import Layer, Parameters, States, WrapperLayer
 from luxtorch.core._replace import replace_children
 from luxtorch.layers import Cell, Perturbed
-from luxtorch.layers._perturbed import HOLDERS
-from luxtorch.layers._tap import Tap
+from luxtorch.layers._perturbed import HOLDERS, Tap
 
 Path: TypeAlias = tuple[str, ...]
 """Names that lead to a layer; an empty one stands for the layer inside a wrapper, whose trees are not nested."""

@@ -65,5 +65,5 @@ def test_a_name_and_its_function_are_the_same_layer():
 def test_what_is_no_activation_is_refused(build):
     with pytest.raises(InputError, match="'rellu'[\\s\\S]*Did you mean 'relu'"):
         build("rellu")
-    with pytest.raises(InputError, match="no function[\\s\\S]*got:      3"):
+    with pytest.raises(InputError, match="must be a function[\\s\\S]*got:      3"):
         build(3)

@@ -91,7 +91,7 @@ def test_batch_norm_without_statistics_uses_the_batch_in_both_modes(make_key):
 
 def test_batch_norm_refuses_a_feature_without_variance(make_key):
     ps, st = lt.setup(make_key(), BatchNorm(3))
-    with pytest.raises(lt.InputError, match="no variance[\\s\\S]*test_mode"):
+    with pytest.raises(lt.InputError, match="more than one value[\\s\\S]*test_mode"):
         BatchNorm(3)(torch.ones(1, 3), ps, st)
     assert BatchNorm(3)(torch.ones(1, 3), ps, lt.test_mode(st))[0].shape == (1, 3)
     with pytest.raises(lt.InputError, match="\\(batch, 3, ...\\)[\\s\\S]*second"):
@@ -130,5 +130,5 @@ def test_dropout_varies_along_dims_alone(make_key, dims, shape):
 
 @pytest.mark.parametrize("p", [-0.1, 1.1])
 def test_dropout_takes_a_probability(p):
-    with pytest.raises(lt.InputError, match="0 <= p <= 1"):
+    with pytest.raises(lt.InputError, match="between 0 and 1"):
         Dropout(p)

@@ -476,12 +476,12 @@ def test_inputs_need_not_be_contiguous(make_key):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"embed_dim": 4, "num_heads": 3}, "divide among the heads[\\s\\S]*qk_features=4, num_heads=3"),
-        ({"embed_dim": 4, "num_heads": 2, "v_features": 5}, "v_features[\\s\\S]*v_features=5, num_heads=2"),
-        ({"embed_dim": 8, "num_heads": 4, "num_kv_heads": 3}, "multiple of num_kv_heads[\\s\\S]*num_kv_heads=3"),
-        ({"embed_dim": 0}, "at least 1[\\s\\S]*embed_dim=0"),
-        ({"embed_dim": 4, "num_heads": 2, "kdim": 0}, "at least 1[\\s\\S]*'kdim': 0"),
-        ({"embed_dim": 4, "dropout": 1.5}, "probability"),
+        ({"embed_dim": 4, "num_heads": 3}, "qk_features[\\s\\S]*multiple of num_heads=3"),
+        ({"embed_dim": 4, "num_heads": 2, "v_features": 5}, "v_features[\\s\\S]*multiple of num_heads=2"),
+        ({"embed_dim": 8, "num_heads": 4, "num_kv_heads": 3}, "multiple of num_kv_heads=3"),
+        ({"embed_dim": 0}, "embed_dim must be at least 1"),
+        ({"embed_dim": 4, "num_heads": 2, "kdim": 0}, "kdim must be at least 1"),
+        ({"embed_dim": 4, "dropout": 1.5}, "between 0 and 1"),
     ],
 )
 def test_wrong_sizes_are_explained(options, text):
@@ -499,14 +499,18 @@ ONES = torch.ones(2, 3, 4)
         (torch.ones(2, 3, 5), lt.InputError, "model.q_proj[\\s\\S]*\\(..., 4\\)[\\s\\S]*\\(2, 3, 5\\)"),
         ((ONES, torch.ones(2, 3, 5)), lt.InputError, "model.k_proj[\\s\\S]*\\(2, 3, 5\\)"),
         ((ONES, ONES, torch.ones(2, 3, 5)), lt.InputError, "model.v_proj[\\s\\S]*\\(2, 3, 5\\)"),
-        ((ONES, ONES, torch.ones(2, 5, 4)), lt.InputError, "model \\(Multi[\\s\\S]*do not fit each other"),
-        ((ONES, torch.ones(3, 3, 4)), lt.InputError, "do not fit each other"),
-        ((ONES, torch.ones(1, 3, 4)), lt.InputError, "do not fit each other"),
-        ((ONES, torch.ones(3, 4)), lt.InputError, "do not fit each other"),
-        (torch.ones(4), lt.InputError, "no sequences[\\s\\S]*length, 4"),
-        ((ONES,), lt.InputError, "no sequences[\\s\\S]*x, x, x, mask"),
-        ((ONES,) * 5, lt.InputError, "no sequences"),
-        ((ONES, ONES, None), lt.InputError, "no sequences[\\s\\S]*None"),
+        (
+            (ONES, ONES, torch.ones(2, 5, 4)),
+            lt.InputError,
+            "model \\(Multi[\\s\\S]*shapes of queries, keys and values must match",
+        ),
+        ((ONES, torch.ones(3, 3, 4)), lt.InputError, "shapes of queries, keys and values must match"),
+        ((ONES, torch.ones(1, 3, 4)), lt.InputError, "shapes of queries, keys and values must match"),
+        ((ONES, torch.ones(3, 4)), lt.InputError, "shapes of queries, keys and values must match"),
+        (torch.ones(4), lt.InputError, "must be sequences[\\s\\S]*length, 4"),
+        ((ONES,), lt.InputError, "must be sequences[\\s\\S]*x, x, x, mask"),
+        ((ONES,) * 5, lt.InputError, "must be sequences"),
+        ((ONES, ONES, None), lt.InputError, "must be sequences[\\s\\S]*None"),
         ((ONES, ONES, ONES, torch.ones(2, 4).bool()), lt.InputError, "mask[\\s\\S]*\\(2, 2, 3, 3\\)"),
         ((ONES, ONES, ONES, torch.ones(2, 3).bool()), lt.InputError, "\\[:, None, None, :\\]"),
         ((ONES, ONES, ONES, torch.ones(3, 3).int()), lt.DTypeError, "int32[\\s\\S]*mask.bool\\(\\)"),
@@ -525,8 +529,8 @@ def test_a_wrong_input_is_explained(x, error, text, weights):
     ("options", "text"),
     [
         ({"dropout_p": 0.5}, "key=lt.random.key"),
-        ({"dropout_p": 1.5, "key": lt.random.key(0)}, "0 <= dropout_p <= 1"),
-        ({"mask": torch.ones(1, 2, 2, 3, 3).bool()}, "does not fit"),
+        ({"dropout_p": 1.5, "key": lt.random.key(0)}, "dropout_p must be between 0 and 1"),
+        ({"mask": torch.ones(1, 2, 2, 3, 3).bool()}, "mask has the wrong shape"),
     ],
 )
 def test_wrong_options_of_the_function_are_explained(options, text):

@@ -14,7 +14,7 @@ from .test_orders import FORMS_OF_ALL
 
 ONE_EACH = {type(layer).__name__: name for name, (layer, *_) in reversed(FORMS_OF_ALL.items())}
 # Two forms of one class that take different paths.
-CHOSEN = sorted({*ONE_EACH.values(), *(name for name in FORMS_OF_ALL if name.startswith("normalisation"))})
+CHOSEN = sorted({*ONE_EACH.values(), *(name for name in FORMS_OF_ALL if name.startswith("normalization"))})
 
 
 def low(function):

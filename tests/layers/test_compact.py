@@ -15,7 +15,7 @@ from luxtorch.core import named_leaves, tree_map
 
 
 @compact(dense=lt.Dense(3, 2), norm=lt.BatchNorm(2), dropout=lt.Dropout(0.5))
-def normalised(m, x):
+def normalized(m, x):
     return m.dropout(m.norm(m.dense(x)))
 
 
@@ -66,7 +66,7 @@ def with_states(m, x):
     return (x - m.mean) * m.scale
 
 
-@compact(inner=normalised, outer=lt.Dense(2, 2))
+@compact(inner=normalized, outer=lt.Dense(2, 2))
 def nested(m, x):
     return m.outer(m.inner(x))
 
@@ -91,7 +91,7 @@ def block(width):
 
 
 FORMS = {
-    "layers": (normalised, [(4, 3)]),
+    "layers": (normalized, [(4, 3)]),
     "layers called twice": (twice, [(4, 3)]),
     "groups of layers": (grouped, [(2, 3)]),
     "parameters": (parameters_only, [(2, 3)]),
@@ -99,7 +99,7 @@ FORMS = {
     "nested": (nested, [(4, 3)]),
     "raw parameters": (raw, [(2, 3)]),
     "a derivative inside": (with_a_derivative, [(2, 3)]),
-    "in a chain": (lt.Chain(block(3), normalised, lt.Dense(2, 2)), [(4, 3)]),
+    "in a chain": (lt.Chain(block(3), normalized, lt.Dense(2, 2)), [(4, 3)]),
     "in a container that repeats": (lt.RepeatedLayer(block(3), repeats=2), [(2, 3)]),
 }
 
@@ -304,7 +304,7 @@ def test_the_print_names_the_function_and_its_parts():
     assert "layer_(1-2) = Dense(3 -> 3, tanh),    " in str(grouped) and "24 parameters, 2 states" not in str(grouped)
     assert "weights = Group(),    " in str(parameters_only) and "4 parameters: 0 (3,), 1 (1,)" in str(parameters_only)
     assert "mean=state zeros (3,)" in str(with_states) and "training=state Static(True)" in str(with_states)
-    assert "inner = Compact(normalised," in str(nested)
+    assert "inner = Compact(normalized," in str(nested)
 
 
 # Errors
@@ -321,7 +321,7 @@ def body(m, x):
 @pytest.mark.parametrize(
     ("model", "where"),
     [
-        (normalised, "model.dense (Dense 3 -> 2)"),
+        (normalized, "model.dense (Dense 3 -> 2)"),
         (nested, "model.inner.dense (Dense 3 -> 2)"),
         (grouped, "model.layers.layer_1 (Dense 3 -> 3, tanh)"),
         (lt.Chain(lt.NoOpLayer(), nested), "model.layer_2.inner.dense (Dense 3 -> 2)"),
@@ -444,12 +444,12 @@ def returns_nothing(m, x):
         (assigns_another_dtype, lt.InputError, "'count'[\\s\\S]*int64 tensor of shape \\(\\)[\\s\\S]*float32"),
         (assigns_another_shape, lt.InputError, "'count'[\\s\\S]*shape \\(\\)[\\s\\S]*shape \\(3,\\)"),
         (assigns_a_number, lt.InputError, "got:      0 of type int"),
-        (assigns_fewer, lt.InputError, "a tuple of 2[\\s\\S]*a tuple of 1"),
-        (assigns_a_list, lt.InputError, "a tuple of 2[\\s\\S]*a list of 2"),
+        (assigns_fewer, lt.InputError, "tuple of length 2[\\s\\S]*tuple of length 1"),
+        (assigns_a_list, lt.InputError, "tuple of length 2[\\s\\S]*list of length 2"),
         (assigns_inside, lt.InputError, "float32[\\s\\S]*float64"),
         (assigns_a_switch, lt.InputError, "Static\\(True\\), which no call changes[\\s\\S]*False"),
         (assigns_under_a_transform, lt.InputError, "inside a transform[\\s\\S]*has_aux"),
-        (returns_nothing, lt.InputError, "returns_nothing returns nothing"),
+        (returns_nothing, lt.InputError, "returns_nothing must return a value"),
     ],
 )
 def test_a_mistake_in_the_body_is_explained(function, error, text):
@@ -475,8 +475,8 @@ DENSE = lt.Dense(1, 1)
     [
         (lambda: compact(body), "body has no parts[\\s\\S]*WrappedFunction"),
         (lambda: compact()(body), "body has no parts"),
-        (lambda: compact(DENSE), "a layer of a function[\\s\\S]*keyword"),
-        (lambda: compact(lt.Dense, inner=DENSE), "a layer of a function"),
+        (lambda: compact(DENSE), "must be a function[\\s\\S]*keyword"),
+        (lambda: compact(lt.Dense, inner=DENSE), "must be a function"),
         (lambda: compact(lambda x: x, dense=DENSE), "signature[\\s\\S]*\\(m, x\\)[\\s\\S]*got: +\\(x\\)"),
         (lambda: compact(lambda m, x, ps, st: x, dense=DENSE), "behind the scenes"),
         (lambda: compact(lambda m, x, st: x, dense=DENSE), "signature"),
@@ -488,21 +488,21 @@ DENSE = lt.Dense(1, 1)
         (lambda: compact(body, layers={"a": [DENSE, 3]}), "'layers' of body mixes"),
         (lambda: compact(body, weights=[torch.ones(2), 3.0]), "'weights' of body mixes[\\s\\S]*3.0"),
         (lambda: compact(body, both=[torch.ones(2), non_trainable(torch.ones(2))]), "a tensor and a state"),
-        (lambda: compact(body, layer=lt.Dense), "is a class[\\s\\S]*fix: +Dense\\(...\\)"),
+        (lambda: compact(body, layer=lt.Dense), "not a class[\\s\\S]*fix: +Dense\\(...\\)"),
         (lambda: compact(body, module=torch.nn.Linear(1, 1)), "tensors of its own"),
         (lambda: compact(body, box=StatefulLayer(DENSE, {}, {})), "tensors of its own[\\s\\S]*attribute layer"),
         (lambda: compact(body, options={"a": 1}), "'options' of body cannot be hashed"),
-        (lambda: compact(body, count=torch.tensor(0)), "trained[\\s\\S]*int64[\\s\\S]*non_trainable"),
-        (lambda: compact(body, weights=[torch.tensor(0)]), "'weights' of body, '0', would be a parameter"),
+        (lambda: compact(body, count=torch.tensor(0)), "floating point[\\s\\S]*int64[\\s\\S]*non_trainable"),
+        (lambda: compact(body, weights=[torch.tensor(0)]), "'weights' of body, '0', must be a floating point"),
         (lambda: compact(body, scale=lt.init.ones), "without a shape[\\s\\S]*scale=lt.init_fn\\(ones, \\(3,\\)\\)"),
         (lambda: compact(body, scale=lt.init.normal(std=2.0)), "without a shape"),
         (lambda: compact(body, _x=DENSE), "underscore"),
         (lambda: compact(body, layers={"a.b": DENSE}), "dots"),
-        (lambda: compact(body, scale=torch.ones(2, device="meta")), "has to have values"),
-        (lambda: non_trainable(DENSE), "no tensor"),
-        (lambda: non_trainable(3), "no tensor[\\s\\S]*3 of type int[\\s\\S]*torch.tensor"),
+        (lambda: compact(body, scale=torch.ones(2, device="meta")), "must have values"),
+        (lambda: non_trainable(DENSE), "must be a tensor"),
+        (lambda: non_trainable(3), "must be a tensor[\\s\\S]*3[\\s\\S]*torch.tensor"),
         (lambda: init_fn(lt.init.ones), "needs a shape"),
-        (lambda: init_fn(torch.ones(2)), "takes a function[\\s\\S]*as it is"),
+        (lambda: init_fn(torch.ones(2)), "init must be a function[\\s\\S]*to compact directly"),
     ],
 )
 def test_a_mistake_in_the_parts_is_explained(make, text):

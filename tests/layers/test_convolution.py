@@ -189,7 +189,7 @@ def test_prints_show_what_is_not_the_default():
     assert Conv((3, 3), 1, 2).extra_repr() == "(3, 3), 1 -> 2"
     layer = Conv((2, 3), 2, 4, torch.relu, stride=2, padding="same", padding_mode="circular", groups=2, bias=False)
     assert layer.extra_repr() == (
-        "(2, 3), 2 -> 4, relu, stride=2, padding=((0, 1), 1), padding_mode='circular', groups=2, bias=False"
+        "(2, 3), 2 -> 4, relu, stride=2, padding=((0, 1), 1), groups=2, bias=False, padding_mode='circular'"
     )
     assert Conv((2, 2), 1, 2, padding="same", dilation=(2, 1)).extra_repr() == (
         "(2, 2), 1 -> 2, padding=(1, (0, 1)), dilation=(2, 1)"
@@ -200,18 +200,18 @@ def test_prints_show_what_is_not_the_default():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 3}, "length of kernel_size[\\s\\S]*kernel_size=\\(3, 3\\)"),
+        ({"kernel_size": 3}, "kernel_size must be a tuple[\\s\\S]*kernel_size=\\(3, 3\\)"),
         ({"kernel_size": (1, 1, 1, 1)}, "1, 2 or 3"),
-        ({"kernel_size": (0, 3)}, "positive"),
+        ({"kernel_size": (0, 3)}, "at least 1"),
         ({"stride": 0}, "stride[\\s\\S]*none below 1"),
         ({"stride": (1, 1, 1)}, "tuple of 2"),
-        ({"dilation": "2"}, "dilation does not fit"),
+        ({"dilation": "2"}, "dilation must be"),
         ({"padding": "Same"}, "'same' or 'valid'"),
         ({"padding": -1}, "pairs \\(before, after\\)"),
         ({"padding": ((1, 2, 3), 1)}, "pairs \\(before, after\\)"),
         ({"padding": (1, 1, 1)}, "tuple of 2"),
-        ({"groups": 2, "out_channels": 3}, "groups do not divide"),
-        ({"groups": 0}, "groups do not divide"),
+        ({"groups": 2, "out_channels": 3}, "groups must be a divisor"),
+        ({"groups": 0}, "groups must be at least 1"),
         ({"padding_mode": "reflection"}, "Did you mean 'reflect'"),
     ],
 )
@@ -234,5 +234,5 @@ def test_wrong_inputs_are_explained(make_key):
 
 @pytest.mark.parametrize("padding", [1, ((0, 1),)])
 def test_conv_transpose_checks_the_output_padding(padding):
-    with pytest.raises(lt.InputError, match="not smaller than the stride"):
+    with pytest.raises(lt.InputError, match="must be less than"):
         ConvTranspose((3,), 1, 1, stride=2, padding=padding, output_padding=2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 
 import luxtorch as lt
 from luxtorch import Embedding, SinusoidalPositionalEmbedding
-from luxtorch.layers._rotary import (
+from luxtorch.layers._embedding import (
     RotaryPositionalEmbedding,
     apply_rotary_embedding,
     compute_rotary_embedding_params,
@@ -184,7 +184,10 @@ def test_parameters_of_many_models_are_explained(layer, x):
         layer(x, {"weight": torch.stack([ps["weight"]] * 3)}, st)
 
 
-@pytest.mark.parametrize(("x", "got"), [(TOKENS, "a Tensor"), ((TOKENS,), "1 of them"), ((TOKENS,) * 3, "3 of them")])
+@pytest.mark.parametrize(
+    ("x", "got"),
+    [(TOKENS, "got: +a torch.int64"), ((TOKENS,), "got: +\\(a torch"), ((TOKENS,) * 3, "tensor.*, a torch.*, a torch")],
+)
 def test_a_table_of_two_dimensions_wants_two_indices(x, got):
     ps, st = lt.setup(0, Embedding((5, 6), 2))
     with pytest.raises(lt.InputError, match=f"a tuple of 2 tensors[\\s\\S]*{got}"):
@@ -201,7 +204,7 @@ def test_sizes_are_positive_whole_numbers(sizes):
 def test_the_padding_row_is_in_the_table(padding_idx):
     with pytest.raises(lt.InputError, match="from -5 to 4"):
         Embedding(5, 2, padding_idx=padding_idx)
-    with pytest.raises(lt.InputError, match="no padding row"):
+    with pytest.raises(lt.InputError, match="must be None"):
         Embedding((5, 5), 2, padding_idx=padding_idx)
 
 
@@ -242,14 +245,14 @@ def test_one_pair_has_the_highest_frequency():
 
 def test_sinusoidal_checks_its_arguments():
     for size in (0, 3, -2, 2.0):
-        with pytest.raises(lt.InputError, match="even size"):
+        with pytest.raises(lt.InputError, match="even number"):
             SinusoidalPositionalEmbedding(size)
     for options in ({"min_freq": 0.0}, {"max_freq": -1.0}):
-        with pytest.raises(lt.InputError, match="positive"):
+        with pytest.raises(lt.InputError, match="must be above 0"):
             SinusoidalPositionalEmbedding(4, **options)
     _, st = lt.setup(0, SinusoidalPositionalEmbedding(4))
     for x in (torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.complex64), [1, 2]):
-        with pytest.raises(lt.DTypeError, match="real numbers[\\s\\S]*positions, of any shape"):
+        with pytest.raises(lt.DTypeError, match="Positions must be a tensor of real numbers"):
             SinusoidalPositionalEmbedding(4)(x, {}, st)
 
 
@@ -365,7 +368,7 @@ def test_positions_fit_the_input(shape):
 
 @pytest.mark.parametrize("options", [{"dim": 3}, {"dim": 0}, {"max_sequence_length": 0}, {"base": -1.0}])
 def test_rotary_checks_its_arguments(options):
-    with pytest.raises(lt.InputError, match="even size|max_sequence_length >= 1"):
+    with pytest.raises(lt.InputError, match="even number|at least 1|above 0"):
         RotaryPositionalEmbedding(**{"dim": 4, **options})
 
 

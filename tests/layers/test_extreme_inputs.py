@@ -1,4 +1,4 @@
-"""Convolution, pooling, normalisation and dropout at the edges: layouts, empty batches, single samples, every dtype."""
+"""Convolution, pooling, normalization and dropout at the edges: layouts, empty batches, single samples, every dtype."""
 
 from __future__ import annotations
 

@@ -260,13 +260,13 @@ class Counter(Cell):
 
 X = torch.ones(2, 3, 2)
 WRONG = {
-    "too long": ((X, None, torch.tensor([2, 4])), "A length is out of range"),
-    "negative": ((X, None, torch.tensor([2, -1])), "A length is out of range"),
-    "too many": ((X, None, torch.tensor([2, 2, 2])), "lengths do not fit[\\s\\S]*\\(2,\\)[\\s\\S]*\\(3,\\)"),
-    "mask": ((X, None, torch.ones(3, 2).bool()), "mask do(es)? not fit[\\s\\S]*\\(2, 3\\)[\\s\\S]*\\(3, 2\\)"),
-    "floats": ((X, None, torch.ones(2)), "Lengths are integers[\\s\\S]*float32"),
-    "a list": ((X, None, [2, 3]), "Lengths are integers[\\s\\S]*a list"),
-    "four parts": ((X, None, None, None), "a tuple of 4"),
+    "too long": ((X, None, torch.tensor([2, 4])), "lengths must be from 0 to 3"),
+    "negative": ((X, None, torch.tensor([2, -1])), "lengths must be from 0 to 3"),
+    "too many": ((X, None, torch.tensor([2, 2, 2])), "lengths has the wrong shape[\\s\\S]*\\(2,\\)[\\s\\S]*\\(3,\\)"),
+    "mask": ((X, None, torch.ones(3, 2).bool()), "mask has the wrong shape[\\s\\S]*\\(2, 3\\)[\\s\\S]*\\(3, 2\\)"),
+    "floats": ((X, None, torch.ones(2)), "lengths must be a tensor of integers[\\s\\S]*float32"),
+    "a list": ((X, None, [2, 3]), "lengths must be a tensor of integers[\\s\\S]*a list"),
+    "four parts": ((X, None, None, None), "length 4"),
 }
 
 
@@ -283,7 +283,7 @@ def test_wrong_lengths_are_explained(layer, name):
 
 
 def test_a_carry_that_sequences_share_is_explained():
-    with pytest.raises(lt.LuxtorchError, match="carry together[\\s\\S]*a carry of its own"):
+    with pytest.raises(lt.LuxtorchError, match="each sequence must have a carry of its own"):
         Recurrence(Counter())((X, None, torch.tensor([1, 2])), {}, {})
 
 
@@ -297,7 +297,7 @@ def test_a_carry_that_sequences_share_is_explained():
 )
 def test_lengths_are_not_lost(model):
     ps, st = lt.setup(0, model)
-    with pytest.raises(lt.InputError, match="Lengths go no further"):
+    with pytest.raises(lt.InputError, match="passes lengths only"):
         model((X, None, torch.tensor([1, 2])), ps, st)
     model((X, None), ps, st)
     model((X, None, None), ps, st)

@@ -79,7 +79,7 @@ def test_third_derivatives_are_those_of_the_formula(rng, around, layer, shape):
     def formula(x):
         return (x - x.mean(dims, keepdim=True)) / (x.var(dims, correction=0, keepdim=True) + eps).sqrt()
 
-    def normalised(x):
+    def normalized(x):
         if around == "a checkpoint":
             return torch.utils.checkpoint.checkpoint(lambda x: layer(x, ps, st)[0], x, use_reentrant=False)
         return layer(x, ps, st)[0]
@@ -96,7 +96,7 @@ def test_third_derivatives_are_those_of_the_formula(rng, around, layer, shape):
             y = slope.sin().sum()
         return slope.detach()
 
-    torch.testing.assert_close(third(normalised), third(formula))
+    torch.testing.assert_close(third(normalized), third(formula))
 
 
 def test_a_formula_that_torch_gets_wrong_is_caught():

@@ -135,7 +135,7 @@ def test_prints_show_what_is_not_the_default(layer, text):
     ("make", "message"),
     [
         (lambda: Pad(1, "reflection"), "Did you mean 'reflect'"),
-        (lambda: Pad(1, value=2.0), "takes no value[\\s\\S]*mode='constant'"),
+        (lambda: Pad(1, value=2.0), "value must be 0 unless mode is 'constant'"),
         (lambda: Pad((1, 1, 1, 1)), "1, 2 or 3 numbers or pairs"),
         (lambda: Pad(()), "1, 2 or 3 numbers or pairs"),
         (lambda: Pad("same"), "1, 2 or 3 numbers or pairs"),
@@ -144,11 +144,11 @@ def test_prints_show_what_is_not_the_default(layer, text):
         (lambda: Pad(1)(torch.ones(2, 3), {}, {}), "\\(batch, channels, ...\\)[\\s\\S]*\\(2, 3\\)"),
         (lambda: Pad(1)(torch.ones(1, 1, 1, 1, 1, 1), {}, {}), "one to three"),
         (lambda: Pad((1, 1))(torch.ones(3), {}, {}), "last 2 dimensions"),
-        (lambda: Pad(3, "reflect")(torch.ones(1, 1, 3), {}, {}), "bear the padding[\\s\\S]*\\(1, 1, 3\\)"),
-        (lambda: Pad(4, "circular")(torch.ones(1, 1, 3), {}, {}), "bear the padding[\\s\\S]*\\(1, 1, 3\\)"),
+        (lambda: Pad(3, "reflect")(torch.ones(1, 1, 3), {}, {}), "large enough for the padding[\\s\\S]*\\(1, 1, 3\\)"),
+        (lambda: Pad(4, "circular")(torch.ones(1, 1, 3), {}, {}), "large enough for the padding[\\s\\S]*\\(1, 1, 3\\)"),
         (lambda: Pad(4, "symmetric")(torch.ones(1, 1, 3), {}, {}), "at least 4 elements[\\s\\S]*got:      3"),
         (lambda: Pad(((-3, 1),), "symmetric")(torch.ones(1, 1, 3), {}, {}), "at least 1 elements"),
-        (lambda: Pad(((-2, -2),))(torch.ones(1, 1, 3), {}, {}), "bear the padding"),
+        (lambda: Pad(((-2, -2),))(torch.ones(1, 1, 3), {}, {}), "large enough for the padding"),
     ],
 )
 def test_wrong_arguments_are_explained(make, message):

@@ -244,8 +244,8 @@ def test_replacing_tells_equal_layers_apart():
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ((), InputError, "takes the paths.*none"),
-        ((1,), InputError, "takes the paths.*1"),
+        ((), InputError, "paths must be.*\\(\\)"),
+        ((1,), InputError, "paths must be.*1"),
         (("layer_5",), KeyNameError, "the path 'layer_5': Chain has no layer 'layer_5'.*Did you mean 'layer_4'"),
         (("layer_4.layer_3",), KeyNameError, "the path 'layer_4.layer_3'.*layer_1, layer_2"),
         (("layer_1.weight",), KeyNameError, "Dense has no layer 'weight'"),
@@ -260,12 +260,16 @@ def test_paths_that_lead_nowhere(given, error, words):
 @pytest.mark.parametrize(
     ("x", "error", "words"),
     [
-        (torch.ones(5, 3), InputError, "two parts.*a Tensor"),
-        ((torch.ones(5, 3), torch.ones(5, 4)), InputError, "two parts"),
-        ((torch.ones(5, 3), {"layer_2": torch.ones(4)}), KeyNameError, "No layer is perturbed.*'layer_2'.*layer_1"),
+        (torch.ones(5, 3), InputError, "must be a tuple.*a torch.float32 tensor"),
+        ((torch.ones(5, 3), torch.ones(5, 4)), InputError, "must be a tuple"),
+        ((torch.ones(5, 3), {"layer_2": torch.ones(4)}), KeyNameError, "no perturbed layer 'layer_2'.*layer_1"),
         ((torch.ones(5, 3), {"layer_1": torch.ones(3)}), InputError, r"model.layer_1.*\(5, 4\).*\(3,\)"),
-        ((torch.ones(5, 3), {"layer_1": torch.ones(1, 5, 4)}), InputError, r"does not fit.*\(5, 4\).*\(1, 5, 4\)"),
-        ((torch.ones(5, 3), {"layer_1": {"a": torch.ones(4)}}), InputError, "does not fit"),
+        (
+            (torch.ones(5, 3), {"layer_1": torch.ones(1, 5, 4)}),
+            InputError,
+            r"must have the shape.*\(5, 4\).*\(1, 5, 4\)",
+        ),
+        ((torch.ones(5, 3), {"layer_1": {"a": torch.ones(4)}}), InputError, "must have the shape"),
         ((torch.ones(5, 4), {}), InputError, r"model.layer_1 \(Dense 3 -> 4, tanh\)"),
     ],
 )
@@ -288,10 +292,10 @@ class Unused(lt.ContainerLayer):
 
 def test_a_layer_that_is_not_called_says_so():
     model = Perturbed(Unused(Dense(3, 2), Dense(3, 2)), "unused")
-    with pytest.raises(InputError, match="(?s)'unused' returned nothing.*Perturb the container"):
+    with pytest.raises(InputError, match="(?s)'unused' must be called by its container.*Perturb the container"):
         model((torch.ones(5, 3), {}), *lt.setup(0, model))
 
 
 def test_the_gradients_are_of_a_perturbed_model():
-    with pytest.raises(InputError, match="(?s)not told.*lt.Perturbed.*a Chain"):
+    with pytest.raises(InputError, match="(?s)must be an lt.Perturbed.*a Chain.*lt.Perturbed"):
         intermediate_gradients(loss, MODEL, torch.ones(5, 3), *lt.setup(0, MODEL))

@@ -11,10 +11,9 @@ from torch import nn
 import luxtorch as lt
 from luxtorch import BidirectionalRNN, GRUCell, LSTMCell, Recurrence, RNNCell, StackedCell, optim, training
 from luxtorch.core import tree_map
-from luxtorch.layers import _rnn_loops
-from luxtorch.layers._fused_rnn import stepwise
-from luxtorch.layers._rnn_kernels import fused
-from luxtorch.layers._rnn_ops import recurrent, recurrent_backward
+from luxtorch.layers.recurrent._fused import stepwise
+from luxtorch.layers.recurrent._kernels import fused, loop_backward, loop_forward
+from luxtorch.layers.recurrent._operators import recurrent, recurrent_backward
 
 replayed = partial(lt.jit, backend="replay")
 compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
@@ -62,7 +61,7 @@ def by_steps(layer):
 
     def call(x, ps, st):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("luxtorch.layers._weighted_cell.scanned", stepwise)
+            patch.setattr("luxtorch.layers.recurrent._cells.scanned", stepwise)
             return layer(x, ps, st)
 
     return call
@@ -299,11 +298,11 @@ def test_the_loops_are_differentiated_as_autograd_would(make_key, kind):
 
     def f(x, h, *rest):
         memory = None if c is None else rest[0]
-        return _rnn_loops.forward(kind, True, x, h, memory, list(rest[c is not None :]))
+        return loop_forward(kind, True, x, h, memory, list(rest[c is not None :]))
 
     kept = f(x, *start, *weights)
     grads = tuple(lt.random.normal(make_key(), size).double() for size in ((4, 2, 4), (2, 4), (2, 4)))
-    got = _rnn_loops.backward(kind, grads, x, h, c, weights, kept)
+    got = loop_backward(kind, grads, x, h, c, weights, kept)
     given = [x, *start, *weights]
 
     def scalar(*tensors):

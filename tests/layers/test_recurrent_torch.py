@@ -7,7 +7,7 @@ import torch
 
 import luxtorch as lt
 from luxtorch import BidirectionalRNN, GRUCell, LSTMCell, Recurrence, RNNCell, StackedCell
-from luxtorch.layers._fused_rnn import stepwise
+from luxtorch.layers.recurrent._fused import stepwise
 
 ENDS = {"forward": "", "backward": "_reverse"}
 HALVES = [torch.float16, torch.bfloat16]

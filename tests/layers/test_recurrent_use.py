@@ -8,7 +8,7 @@ import torch
 import luxtorch as lt
 from luxtorch import BidirectionalRNN, Cell, GRUCell, LSTMCell, Recurrence, RNNCell, StackedCell, StatefulRecurrentCell
 from luxtorch.init import glorot_uniform, normal, ones, zeros
-from luxtorch.layers._fused_rnn import stepwise
+from luxtorch.layers.recurrent._fused import stepwise
 
 
 class Counter(Cell):
@@ -124,7 +124,7 @@ def test_a_sequence_without_steps_has_no_last_output(make_key, name, batch):
     torch.testing.assert_close(carry, cell.initial_carry(torch.ones(*batch, 2), ps, st)[0])
     again = layer((xs, carry), ps, st)[0][1]
     torch.testing.assert_close(carry, again)
-    with pytest.raises(lt.InputError, match="no last output[\\s\\S]*return_sequence=True"):
+    with pytest.raises(lt.InputError, match="at least one step[\\s\\S]*return_sequence=True"):
         Recurrence(cell)(xs, ps, st)
 
 
@@ -250,15 +250,15 @@ def test_both_directions_continue_from_carries(make_key):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: LSTMCell(0, 3), "in_features=0"),
-        (lambda: GRUCell(2, 2.5), "hidden_size=2.5"),
-        (lambda: GRUCell(2, 3, init_bias=(zeros, zeros)), "3 gates[\\s\\S]*init_bias[\\s\\S]*a tuple of 2"),
-        (lambda: RNNCell(2, 3, "tan"), "No activation is called 'tan'"),
-        (lambda: Recurrence(lt.Dense(2, 3)), "Only a cell[\\s\\S]*LSTMCell[\\s\\S]*lt.Cell"),
-        (lambda: Recurrence(LSTMCell), "Only a cell"),
-        (lambda: StackedCell(), "StackedCell needs cells"),
-        (lambda: StackedCell(GRUCell(2, 3), lt.Dense(3, 3)), "Only a cell"),
-        (lambda: StackedCell(GRUCell(2, 3), dropout=1.5), "0 <= p <= 1"),
+        (lambda: LSTMCell(0, 3), "in_features must be at least 1"),
+        (lambda: GRUCell(2, 2.5), "hidden_size must be an integer"),
+        (lambda: GRUCell(2, 3, init_bias=(zeros, zeros)), "init_bias must be one initializer, or a tuple of 3"),
+        (lambda: RNNCell(2, 3, "tan"), "no activation 'tan'"),
+        (lambda: Recurrence(lt.Dense(2, 3)), "cell must be an lt.Cell[\\s\\S]*LSTMCell[\\s\\S]*lt.Cell"),
+        (lambda: Recurrence(LSTMCell), "cell must be an lt.Cell"),
+        (lambda: StackedCell(), "at least one cell"),
+        (lambda: StackedCell(GRUCell(2, 3), lt.Dense(3, 3)), "cell must be an lt.Cell"),
+        (lambda: StackedCell(GRUCell(2, 3), dropout=1.5), "between 0 and 1"),
         (lambda: StatefulRecurrentCell(Counter()), "in_features"),
         (lambda: BidirectionalRNN(GRUCell(2, 3), merge="add"), '"cat", a function'),
     ],
@@ -279,8 +279,8 @@ ONE = torch.ones(4, 3)
         (GRUCell(2, 3), (torch.ones(4, 2), ONE), "\\(h,\\) of shape \\(4, 3\\)"),
         (GRUCell(2, 3), (torch.ones(4, 2), (torch.ones(5, 3),)), "of shape \\(4, 3\\)[\\s\\S]*\\(5, 3\\)"),
         (GRUCell(2, 3), 3.0, "model \\(GRUCell"),
-        (Recurrence(LSTMCell(2, 3)), torch.ones(4), "no sequence[\\s\\S]*call the cell itself"),
-        (Recurrence(LSTMCell(2, 3)), [torch.ones(4, 2)], "no sequence[\\s\\S]*list"),
+        (Recurrence(LSTMCell(2, 3)), torch.ones(4), "must be a sequence[\\s\\S]*call the cell itself"),
+        (Recurrence(LSTMCell(2, 3)), [torch.ones(4, 2)], "must be a sequence[\\s\\S]*list"),
         (Recurrence(LSTMCell(2, 3)), torch.ones(4, 5, 6), "2 features[\\s\\S]*\\(5, 4, 6\\)"),
         (Recurrence(GRUCell(2, 3)), (torch.ones(4, 5, 2), (torch.ones(5, 3),)), "\\(h,\\) of shape \\(4, 3\\)"),
         (
@@ -289,7 +289,11 @@ ONE = torch.ones(4, 3)
             "model.layer_2[\\s\\S]*4 features",
         ),
         (StackedCell(GRUCell(2, 3), GRUCell(4, 3)), torch.ones(4, 2), "model.layer_2 \\(GRUCell 4 -> 3\\)"),
-        (StackedCell(GRUCell(2, 3)), (torch.ones(4, 2), ((ONE,), (ONE,))), "a tuple of 1[\\s\\S]*a tuple of 2"),
+        (
+            StackedCell(GRUCell(2, 3)),
+            (torch.ones(4, 2), ((ONE,), (ONE,))),
+            "tuple of length 1[\\s\\S]*tuple of length 2",
+        ),
         (StatefulRecurrentCell(GRUCell(2, 3), 4), torch.ones(5, 2), "\\(4, 2\\)[\\s\\S]*\\(5, 2\\)[\\s\\S]*batch_size"),
         (BidirectionalRNN(GRUCell(2, 3)), torch.ones(4, 5, 6), "model.forward_rnn[\\s\\S]*2 features"),
     ],

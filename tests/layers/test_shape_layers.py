@@ -73,11 +73,11 @@ def test_bilinear_takes_one_tensor_for_both(make_key, draw):
 @pytest.mark.parametrize(
     ("shape", "pattern"),
     [
-        (((5, 3), (4, 4)), "\\(5, 3\\) and \\(4, 4\\)"),
-        (((5, 3), (4,)), "\\(5, 3\\) and \\(4,\\)"),
-        (((5, 3), (5, 1)), "\\(5, 3\\) and \\(5, 1\\)"),
+        (((5, 3), (4, 4)), "\\(5, 3\\).*\\(4, 4\\)"),
+        (((5, 3), (4,)), "\\(5, 3\\).*\\(4,\\)"),
+        (((5, 3), (5, 1)), "\\(5, 3\\).*\\(5, 1\\)"),
         (((5, 3), (5, 4), (5, 4)), "too many values to unpack"),
-        ((5, 3), "\\(5, 3\\) and \\(5, 3\\)"),
+        ((5, 3), "\\(5, 3\\).*\\(5, 3\\)"),
     ],
 )
 def test_bilinear_names_what_it_takes(make_key, draw, shape, pattern):
@@ -173,13 +173,13 @@ def test_an_input_that_does_not_fit_is_an_error_that_names_the_layer(layer, x, p
 @pytest.mark.parametrize(
     ("build", "pattern"),
     [
-        (lambda: ReshapeLayer(), "sizes of a sample"),
+        (lambda: ReshapeLayer(), "sizes of at least 1"),
         (lambda: ReshapeLayer(-1, -1), "once -1"),
         (lambda: ReshapeLayer(0, 3), "at least 1"),
-        (lambda: ReshapeLayer((2, 3)), "ReshapeLayer\\(size, ...\\)"),
-        (lambda: SelectDim(0, []), "takes an index"),
-        (lambda: SelectDim(0, [0.5]), "takes an index"),
-        (lambda: Bilinear(3, 0, 2), "three sizes[\\s\\S]*at least 1[\\s\\S]*\\(3, 0, 2\\)"),
+        (lambda: ReshapeLayer((2, 3)), "sizes of at least 1"),
+        (lambda: SelectDim(0, []), "index must be"),
+        (lambda: SelectDim(0, [0.5]), "index must be"),
+        (lambda: Bilinear(3, 0, 2), "in2_features must be at least 1"),
         (lambda: PReLU(0), "at least 1"),
     ],
 )

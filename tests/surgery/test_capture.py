@@ -160,7 +160,7 @@ def test_wrong_paths(make_key):
     assert "the path 'steam'" in str(caught.value)
     with pytest.raises(InputError, match="paths of layers"):
         capture(MODEL, x, ps, st, [3])
-    with pytest.raises(InputError, match="returned nothing"):
+    with pytest.raises(InputError, match="must be called by its container"):
         unused = Unused(lt.Dense(3, 3))
         capture(unused, x, *lt.setup(0, unused), "inner")
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.layers import _fused_rnn
+from luxtorch.layers.recurrent import _fused
 from luxtorch.training import _gradients
 
 RULES = {
@@ -125,19 +125,14 @@ def test_the_tape_gives_the_numbers_of_torch_func(new, tree, data, objective, eq
 
 
 def test_fused_kernels_are_used(new, data, monkeypatch, equal):
-    if not hasattr(lt, "LSTMCell"):
-        from luxtorch.layers._lstm_cell import LSTMCell
-        from luxtorch.layers._recurrence import Recurrence
-    else:
-        LSTMCell, Recurrence = lt.LSTMCell, lt.Recurrence
-    ts = new(model=Recurrence(LSTMCell(3, 2)))
+    ts = new(model=lt.Recurrence(lt.LSTMCell(3, 2)))
     batch = data[0].reshape(2, 4, 3), data[1][:2]
     slow = torch.func.grad(lambda ps: lt.MSELoss()(ts.model, ps, ts.states, batch)[0])(ts.parameters)
 
     def refuse(*args):
         raise AssertionError("step by step")
 
-    monkeypatch.setattr(_fused_rnn, "stepwise", refuse)
+    monkeypatch.setattr(_fused, "stepwise", refuse)
     equal(training.compute_gradients(lt.MSELoss(), batch, ts)[0], slow, rtol=1e-10, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""A cell over a whole sequence: by a fused kernel or one operator where these may be used, step by step elsewhere."""
+"""A recurrent layer over a whole sequence: by a fused kernel or operator where possible, else step by step."""
 
 from __future__ import annotations
 
@@ -6,17 +6,67 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
 
-from ._rnn_steps import Carry as Carry
+Carry: TypeAlias = tuple[Tensor, ...]
+
+
+def add_recurrent(projected: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """Add the projection of the hidden state."""
+    # One fused operation where possible: a step spends its time here.
+    return torch.addmm(projected, h, weight.t()) if h.ndim == 2 else projected + F.linear(h, weight)
+
+
+def project(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return the projection of the input, for one step or for many at once."""
+    return F.linear(x, weights[0], weights[2] + weights[3] if len(weights) >= 4 else None)
+
+
+def project_gru(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return the projection of the input, without `bias_hh`, part of which the reset gate multiplies."""
+    return F.linear(x, weights[0], weights[2] if len(weights) >= 4 else None)
+
+
+def lstm_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+    """Return the next hidden state and memory."""
+    i, f, g, o = add_recurrent(projected, carry[0], weights[1]).chunk(4, -1)
+    c = f.sigmoid() * carry[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
+    """Return the next hidden state."""
+    size = carry[0].shape[-1]
+    recurrent = F.linear(carry[0], weights[1], weights[3] if len(weights) >= 4 else None)
+    r, z = (projected[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
+    n = (projected[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
+    return (n + z * (carry[0] - n),)
+
+
+def run(unit: str, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the hidden states of all steps and the last carry, of "lstm", "gru", "tanh" or "relu"."""
+    ys = []
+    # Indexing step by step would take time quadratic in the length when differentiated.
+    for step in (project_gru if unit == "gru" else project)(xs, weights).unbind():
+        if unit == "lstm":
+            carry = lstm_step(step, carry, weights)
+        elif unit == "gru":
+            carry = gru_step(step, carry, weights)
+        else:
+            h = add_recurrent(step, carry[0], weights[1])
+            carry = (h.tanh() if unit == "tanh" else h.relu(),)
+        ys.append(carry[0])
+    return [torch.stack(ys), *carry]
+
 
 Kernel: TypeAlias = Callable[..., Any]
 
 
 class Steps(Protocol):
-    """What a cell knows of its steps; `WeightedCell` documents it."""
+    """The methods of `WeightedCell` that are used here."""
 
     gates: ClassVar[int]
 
@@ -38,7 +88,7 @@ def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) ->
     kernel, tensors = cell.kernel, (xs, *carry, *weights)
     if kernel is None or not _fits(cell.gates, xs, carry, weights):
         return stepwise(cell, xs, carry, weights)
-    # An exported program is to run where there is no luxtorch, and no operator of it.
+    # An exported program must run without luxtorch and its operators.
     if (traced() or functional()) and reverse_alone() and not torch.compiler.is_exporting():
         return _operator(kernel, xs, carry, weights)
     if transformed():
@@ -50,7 +100,7 @@ def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) ->
 
 
 def _fits(gates: int, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> bool:
-    """Tell whether the kernel takes these tensors: it believes what it gets, and what is wrong must not reach it."""
+    """Return whether the fused kernel accepts these tensors; it does not check them itself."""
     hidden = carry[0].shape[-1]
     rows = gates * hidden
     shapes = [(rows, xs.shape[-1]), (rows, hidden), (rows,), (rows,)]
@@ -61,18 +111,18 @@ def _fits(gates: int, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> bo
         and all(tensor.device == xs.device for tensor in weights)
         and (
             all(tensor.dtype == xs.dtype for tensor in (*carry, *weights))
-            or torch.is_autocast_enabled(xs.device.type)  # which makes them one for the kernel
+            or torch.is_autocast_enabled(xs.device.type)  # which casts them to one dtype
         )
     )
 
 
 def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
-    """Return the same, step by step, after one matrix product for the inputs of all steps."""
+    """Return the same step by step, after one matrix product for the inputs of all steps."""
     projected = cell.project(xs, weights)
     if not xs.shape[0]:
         return projected[..., : carry[0].shape[-1]], carry
     ys = []
-    # To index step by step would cost time quadratic in the length when it is differentiated.
+    # Indexing step by step would take time quadratic in the length when differentiated.
     for step in projected.unbind():
         carry = cell.advance(step, carry, weights)
         ys.append(carry[0])
@@ -80,9 +130,9 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
 
 
 def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
-    """Return the same by the operator, which is one node of a graph and knows the reverse mode alone."""
-    # To register an operator takes a tenth of what importing luxtorch takes.
-    from ._rnn_derivatives import keep_opaque, recurrent_layer
+    """Return the same by the custom operator, which is one node of a graph and has only reverse-mode derivatives."""
+    # Imported late: registering operators takes a tenth of the time of importing luxtorch.
+    from ._operators import keep_opaque, recurrent_layer
 
     if torch.is_autocast_enabled(xs.device.type):
         dtype = torch.get_autocast_dtype(xs.device.type)
@@ -100,7 +150,7 @@ def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor
 
 
 def _unit(kernel: Kernel) -> str:
-    """Name what the operator runs."""
+    """Return the operator's name of a unit."""
     if kernel is torch.lstm:
         return "lstm"
     if kernel is torch.gru:
@@ -112,11 +162,11 @@ def _fused(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) 
     batched = xs.ndim == 3
     start = [(part if batched else part[None])[None].contiguous() for part in carry]
     if xs.is_cuda:
-        # cuDNN wants its weights in one piece, and warns where they are not.
+        # cuDNN needs its weights in one chunk of memory, and warns otherwise.
         flat = torch.cat([weight.reshape(-1) for weight in weights])
         pieces = torch.split(flat, [weight.numel() for weight in weights])
         weights = [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
-    # cuDNN differentiates only what it ran for training.
+    # cuDNN has derivatives only in training mode.
     training = torch.is_grad_enabled()
     has_biases, layers, dropout, bidirectional, batch_first = len(weights) == 4, 1, 0.0, False, False
     options = (has_biases, layers, dropout, training, bidirectional, batch_first)
@@ -128,8 +178,8 @@ def _fused(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) 
 class _Fused(torch.autograd.Function):
     """The fused kernel with a derivative that can be differentiated again.
 
-    torch's derivatives of these kernels have none themselves. The backward pass takes them as they are unless a graph
-    of it is asked for; it then runs through the steps.
+    torch's derivatives of these kernels cannot be differentiated. The backward pass uses them unless it is to be
+    differentiated itself; then it runs step by step.
     """
 
     @staticmethod
@@ -139,7 +189,7 @@ class _Fused(torch.autograd.Function):
         ctx.carried, ctx.cell, ctx.kernel = carried, cell, kernel
         with torch.enable_grad():
             aside = saved_aside()
-        if aside:  # a graph kept here would hold what the hooks are to take away
+        if aside:  # a graph kept here would hold the tensors that the hooks are to offload
             ctx.graph = None
             ys, last = _fused(kernel, tensors[0], tensors[1 : 1 + carried], tensors[1 + carried :])
             return ys, *last
@@ -148,10 +198,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        graph, ctx.graph = ctx.graph, None  # it serves once, as torch frees what a backward pass has used
+        graph, ctx.graph = ctx.graph, None  # used once, as torch frees it in the backward pass
         if torch.is_grad_enabled() or transformed():
             with torch.enable_grad():
-                # Inputs may depend on the weights, and tensors be the same: each needs a gradient of its own.
+                # Inputs may depend on the weights or be the same tensor: views give each its own gradient.
                 xs, *rest = tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
                 ys, last = stepwise(ctx.cell, xs, tuple(rest[: ctx.carried]), rest[ctx.carried :])
             graph = tensors, (ys, *last)
@@ -173,7 +223,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _graph(ctx: Any, tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Return inputs and outputs of the kernel on a tape of their own."""
+    """Return inputs and outputs of the kernel in an autograd graph of their own."""
     with torch.enable_grad():
         own = [x.detach().requires_grad_(need) for x, need in zip(tensors, ctx.needs_input_grad[3:], strict=True)]
         ys, last = _fused(ctx.kernel, own[0], tuple(own[1 : 1 + ctx.carried]), own[1 + ctx.carried :])

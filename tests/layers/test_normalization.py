@@ -174,14 +174,14 @@ def test_an_empty_batch_leaves_the_statistics_of_instance_norm_alone(make_key):
 
 @pytest.mark.parametrize(("channels", "groups"), [(4, 3), (2, 4), (4, 0), (0, 1), (4, -2)])
 def test_groups_divide_channels(channels, groups):
-    with pytest.raises(lt.InputError, match="multiple[\\s\\S]*channels come first"):
+    with pytest.raises(lt.InputError, match="at least 1|multiple[\\s\\S]*channels come first"):
         GroupNorm(channels, groups)
 
 
 @pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
 @pytest.mark.parametrize("shape", [(), 0, (3, 0)])
-def test_something_is_normalised_over(kind, shape):
-    with pytest.raises(lt.InputError, match="nothing to normalise over"):
+def test_something_is_normalized_over(kind, shape):
+    with pytest.raises(lt.InputError, match="shape must be a size"):
         kind(shape)
 
 
@@ -203,9 +203,9 @@ def test_a_list_of_sizes_is_the_tuple_of_them(kind):
         (RMSNorm(3, affine=False), (2, 4), "\\(..., 3\\)"),
         (InstanceNorm(4), (2, 3, 4), "\\(batch, 4, length, ...\\)"),
         (InstanceNorm(4), (2, 4), "\\(batch, 4, length, ...\\)"),
-        (BatchNorm(4), (1, 4), "variance[\\s\\S]*test_mode"),
-        (InstanceNorm(4), (2, 4, 1), "variance[\\s\\S]*test_mode"),
-        (InstanceNorm(4, track_running_stats=True), (2, 4, 1, 1), "variance[\\s\\S]*test_mode"),
+        (BatchNorm(4), (1, 4), "more than one value[\\s\\S]*test_mode"),
+        (InstanceNorm(4), (2, 4, 1), "more than one value[\\s\\S]*test_mode"),
+        (InstanceNorm(4, track_running_stats=True), (2, 4, 1, 1), "more than one value[\\s\\S]*test_mode"),
     ],
 )
 def test_a_wrong_input_is_explained(make_key, layer, shape, expected):
@@ -217,7 +217,7 @@ def test_a_wrong_input_is_explained(make_key, layer, shape, expected):
 def test_batch_norm_without_statistics_needs_values_in_test_mode_too():
     layer = BatchNorm(4, track_running_stats=False)
     ps, st = lt.setup(0, layer)
-    with pytest.raises(lt.InputError, match="variance"):
+    with pytest.raises(lt.InputError, match="more than one value"):
         layer(torch.ones(1, 4), ps, lt.test_mode(st))
     with pytest.raises(ValueError, match="more than 1 value"):
         torch.nn.BatchNorm1d(4, track_running_stats=False).eval()(torch.ones(1, 4))
