@@ -9,10 +9,9 @@ from torch import Tensor
 
 from luxtorch.core import tree_flatten, tree_unflatten
 
-from ._aux import Tree, join, split
-from ._checks import Mode, check_inputs, check_mode, check_scalar
-from ._rows import columns
-from ._transforms import value_and_gradients
+from ._arguments import Mode, check_inputs, check_mode, check_scalar, join, split
+from ._torch_func import Tree, value_and_gradients
+from ._vmap import columns
 
 
 def withgradient(
@@ -35,7 +34,7 @@ def withgradient(
 
     Raises:
         InputError: The function does not return a scalar.
-        DTypeError: A leaf of `xs` is no floating point tensor.
+        DTypeError: A leaf of `xs` is not a floating point tensor.
 
     Example:
         >>> import torch
@@ -80,7 +79,7 @@ def gradient(
 
     Raises:
         InputError: The function does not return a scalar.
-        DTypeError: A leaf of `xs` is no floating point tensor.
+        DTypeError: A leaf of `xs` is not a floating point tensor.
 
     Example:
         >>> import torch

@@ -1,22 +1,56 @@
-"""Jacobians and Hessians as matrix-free linear operators."""
+"""Jacobians and Hessians as matrix-free linear operators: `JacVec` and `HesVec`."""
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, LuxtorchError
+from luxtorch.core import DTypeError, LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape
 
-from ._aux import Tree
-from ._checks import Mode, check_inputs, check_mode, describe
+from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
 from ._products import jacobian_vector_product, pullback, record
-from ._space import Space
+from ._torch_func import Tree
+
+
+class _Space:
+    """Convert between the trees that look like one tree, and flat vectors.
+
+    Args:
+        like: The tree.
+
+    Attributes:
+        size: The number of elements.
+        dtype: The dtype of a flat vector: what the dtypes of the leaves promote to.
+        device: The device of the first leaf.
+        is_flat: Whether the tree is a flat vector itself.
+    """
+
+    def __init__(self, like: Tree) -> None:
+        leaves, self._spec = tree_flatten(like)
+        self._leaves: list[Tensor] = leaves
+        self._sizes = [leaf.numel() for leaf in leaves]
+        self.size = sum(self._sizes)
+        self.dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves]) if leaves else torch.float32
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self.is_flat = isinstance(like, Tensor) and like.dim() == 1
+
+    def ravel(self, tree: Tree) -> Tensor:
+        """Return the elements of a tree as one flat vector."""
+        if not self._leaves:
+            return torch.zeros(0)
+        return torch.cat([leaf.reshape(-1).to(self.device) for leaf in tree_leaves(tree)])
+
+    def unravel(self, vector: Tensor) -> Tree:
+        """Return the tree of a flat vector."""
+        parts = zip(torch.split(vector, self._sizes), self._leaves, strict=True)
+        return tree_unflatten([part.reshape(leaf.shape).to(leaf) for part, leaf in parts], self._spec)
 
 
 class LinearOperator(ABC):
@@ -26,8 +60,8 @@ class LinearOperator(ABC):
     `matvec` and `rmatvec` are for flat vectors alone, torch's or NumPy's, as SciPy's solvers call them.
     """
 
-    _inputs: Space
-    _outputs: Space
+    _inputs: _Space
+    _outputs: _Space
 
     @abstractmethod
     def _apply(self, u: Tree) -> Tree:
@@ -49,11 +83,9 @@ class LinearOperator(ABC):
         try:
             return torch.empty(0, dtype=dtype).numpy().dtype
         except TypeError as error:
+            expected = "float16, float32 or float64, which NumPy has"
             raise DTypeError(
-                "NumPy has no such dtype.",
-                expected="float16, float32 or float64",
-                got=str(dtype).removeprefix("torch."),
-                fix="Convert the tree with f32(x).",
+                f"The dtype must be {expected}.", got=str(dtype), fix="Convert the tree with f32(x)."
             ) from error
 
     @property
@@ -127,7 +159,7 @@ class JacVec(LinearOperator):
         value: What `f(x)` is.
 
     Raises:
-        DTypeError: A leaf of `x` or of `f(x)` is no real floating point tensor.
+        DTypeError: A leaf of `x` or of `f(x)` is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -147,7 +179,7 @@ class JacVec(LinearOperator):
         self._f = f
         self._x = x
         self.value, self._back = pullback(f, x)
-        self._inputs, self._outputs = Space(x), Space(self.value)
+        self._inputs, self._outputs = _Space(x), _Space(self.value)
 
     def _apply(self, u: Tree) -> Tree:
         return jacobian_vector_product(self._f, self._x, u)
@@ -171,7 +203,7 @@ class HesVec(LinearOperator):
 
     Raises:
         InputError: `f` does not return a scalar.
-        DTypeError: A leaf of `x` is no real floating point tensor.
+        DTypeError: A leaf of `x` is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -196,7 +228,7 @@ class HesVec(LinearOperator):
             self.gradient, self._back = record(self._slope, (x,), has_aux=False, like="x")
         else:
             self.gradient = self._slope(x)
-        self._inputs = self._outputs = Space(x)
+        self._inputs = self._outputs = _Space(x)
 
     def _apply(self, u: Tree) -> Tree:
         if self._back is None:
@@ -215,15 +247,11 @@ def _usable(back: Callable[[Tree], Any], f: Callable[[Tree], Any], x: Tree) -> C
     return pullback(f, x)[1] if torch.compiler.is_compiling() else back
 
 
-def _flat(product: Callable[[Tree], Tree], v: Any, source: Space, target: Space) -> Any:
+def _flat(product: Callable[[Tree], Tree], v: Any, source: _Space, target: _Space) -> Any:
     if isinstance(v, Tensor):
         if v.shape != (source.size,):
-            raise InputError(
-                "The flat vector has the wrong size.",
-                expected=f"a tensor of shape ({source.size},)",
-                got=describe(v),
-                fix="Pass one element for each element of the tree, in the tree's order.",
-            )
+            fix = "Pass one element for each element of the tree, in the tree's order."
+            raise wrong_shape("The flat vector", v, (source.size,), fix=fix)
         return target.ravel(product(source.unravel(v)))
     vector = torch.tensor(v, dtype=source.dtype, device=source.device).reshape(-1)
     return _flat(product, vector, source, target).detach().cpu().numpy()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._aux import Tree, join, split
-from ._checks import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors
+from ._arguments import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors, join, split
 from ._gradient import gradient
-from ._transforms import jvp, vjp
+from ._torch_func import Tree, jvp, vjp
 
 
 def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[Any, Callable[[Tree], Any]]:
@@ -24,7 +23,7 @@ def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[A
         a tuple of trees for several; it may be called any number of times.
 
     Raises:
-        DTypeError: A leaf of `xs` or of the value is no floating point tensor.
+        DTypeError: A leaf of `xs` or of the value is not a floating point tensor.
         InputError: The vector does not look like the value.
 
     Example:
@@ -72,7 +71,7 @@ def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Call
         A function that takes a vector like `x` (one for each argument) to what `f` returns and the product.
 
     Raises:
-        DTypeError: A leaf of `xs` is no floating point tensor, or a leaf of the vector has another dtype.
+        DTypeError: A leaf of `xs` is not a floating point tensor, or a leaf of the vector has another dtype.
         InputError: The vector does not look like `x`.
 
     Example:
@@ -120,7 +119,7 @@ def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
         A tree like `f(x)`. It is linear in `u`, and an outer transform differentiates it by `u` too.
 
     Raises:
-        DTypeError: A leaf of `x` is no floating point tensor, or a leaf of `u` has another dtype.
+        DTypeError: A leaf of `x` is not a floating point tensor, or a leaf of `u` has another dtype.
         InputError: `u` does not look like `x`.
 
     Example:
@@ -147,7 +146,7 @@ def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
         A tree like `x`. It is linear in `u`, and an outer transform differentiates it by `u` too.
 
     Raises:
-        DTypeError: A leaf of `x` or of `f(x)` is no floating point tensor.
+        DTypeError: A leaf of `x` or of `f(x)` is not a floating point tensor.
         InputError: `u` does not look like `f(x)`.
 
     Example:
@@ -178,7 +177,7 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
         A tree like `x`.
 
     Raises:
-        DTypeError: A leaf of `x` is no floating point tensor.
+        DTypeError: A leaf of `x` is not a floating point tensor.
         InputError: `u` does not look like `x`, or `f` does not return a scalar.
 
     Example:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch._torch import compiler_backend
 from luxtorch._transforms import functional
 from luxtorch.components import ComponentVector
 from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
@@ -202,9 +203,7 @@ def _generators() -> list[Tensor]:
 
 
 def _counting(backend: str | Callable[..., Any], graphs: list[Any]) -> Callable[..., Any]:
-    from torch._dynamo import lookup_backend  # seconds to import, and only for this
-
-    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+    compiler = compiler_backend(backend) if isinstance(backend, str) else backend
 
     def count(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
-from luxtorch.autodiff._level import gradients
+from luxtorch.autodiff._torch_func import gradients
 from luxtorch.components import ComponentVector
 from luxtorch.components._reading import split_once
 from luxtorch.core import InputError, map_tensors, tensors
