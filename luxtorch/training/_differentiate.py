@@ -12,7 +12,7 @@ from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
 from luxtorch.autodiff._torch_func import gradients
 from luxtorch.components import ComponentVector
-from luxtorch.components._reading import split_once
+from luxtorch.components._views import split_once
 from luxtorch.core import InputError, map_tensors, tensors
 
 Objective = Callable[[Any], tuple[Tensor, Any]]
