@@ -32,7 +32,7 @@ def per_sample_gradients(
 ) -> Any:
     """Compute the gradient of a loss for each sample of a batch, all at once.
 
-    The loss sees one sample at a time: a batch normalization in training mode would have nothing to normalise by.
+    The loss sees one sample at a time: a batch normalization in training mode would have nothing to normalize by.
 
     Args:
         loss: A function `loss(ps, st, sample)` that returns a scalar, or `(scalar, aux)`.

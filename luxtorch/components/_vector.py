@@ -105,7 +105,7 @@ class ComponentVector(Views):
         return self.flat[key]
 
     def __getattr__(self, name: str) -> Any:
-        # Special methods that Python asks for are no misspelt components, and a trace cannot make our error.
+        # Special methods that Python asks for are not misspelt components, and a trace cannot make our error.
         if name.startswith("__") or (is_dynamo_compiling() and name not in self.axes):
             raise AttributeError(name)
         return self[name]

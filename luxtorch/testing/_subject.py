@@ -44,7 +44,7 @@ class Subject:
 
     def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
         """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
-        # `jit` takes the object of a method for an argument, so these are no methods.
+        # `jit` takes the object of a method for an argument, so these are not methods.
         calls = [lambda x, ps, st: self.call(x, ps, st), lambda x, ps, st: self.gradient(x, ps, st)]
         return calls if tree_leaves(self.ps) else calls[:1]
 
