@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luxtorch.core import InputError, described, named_leaves, out_of_range, tree_leaves, tree_map, wrong_type
 from luxtorch.random import fold_in
+from luxtorch.random._key import is_key
 
 from ._arguments import check_chunk_size
 from ._gradient import withgradient
@@ -87,7 +88,7 @@ def per_sample_gradients(
 
     def of_one(number: Tensor, sample: Tree) -> Tree:
         def own(leaf: Any) -> Any:
-            return fold_in(leaf, number) if _is_key(leaf) else leaf
+            return fold_in(leaf, number) if is_key(leaf) else leaf
 
         states = tree_map(own, st) if randomness == "different" else st
         one = tree_map(lambda leaf: leaf[None], sample) if keep_batch_dim else sample
@@ -97,10 +98,6 @@ def per_sample_gradients(
     numbers = torch.arange(size, device=tree_leaves(batch)[0].device)
     found = batched(of_one, chunk_size, numbers, batch)
     return (found[0], unpack(found[1])) if has_aux else found
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype == torch.uint64 and leaf.shape[-1:] == (2,)
 
 
 def _samples(batch: Tree) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, named_leaves, out_of_range, tree_flatten, tree_map, tree_unflatten
 from luxtorch.random import fold_in
+from luxtorch.random._key import is_key
 
 from ._sharded import is_sharded
 from ._world import collective, rank, world_size
@@ -88,12 +89,8 @@ def fold_in_rank(tree: T) -> T:
     """
     if world_size() == 1:
         return tree
-    folded: T = tree_map(lambda leaf: fold_in(leaf, rank()) if _is_key(leaf) else leaf, tree)
+    folded: T = tree_map(lambda leaf: fold_in(leaf, rank()) if is_key(leaf) else leaf, tree)
     return folded
-
-
-def _is_key(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype == torch.uint64 and leaf.ndim > 0 and leaf.shape[-1] == 2
 
 
 def _broadcast(tensors: list[Tensor], root: int) -> list[Tensor]:
