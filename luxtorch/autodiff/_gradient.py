@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +14,8 @@ from ._vmap import columns
 
 
 def withgradient(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> tuple[Any, Any]:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> tuple[Tree, Tree]:
     """Compute a scalar function and its gradient.
 
     Args:
@@ -62,8 +61,8 @@ def withgradient(
 
 
 def gradient(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the gradient of a scalar function.
 
     Args:
@@ -96,7 +95,7 @@ def gradient(
     return (gradients, value[1]) if has_aux else gradients
 
 
-def _forward(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Any, Any]:
+def _forward(f: Callable[..., Tree], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Tree, Tree]:
     check_inputs(xs, real=True)
     value, aux = split(f(*xs), has_aux)
     check_scalar(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from ._vmap import columns, one_hot, rows, stack
 
 
 def jacobian(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the Jacobian of a function.
 
     Args:
@@ -73,8 +72,8 @@ def jacobian(
 
 
 def hessian(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the Hessian of a scalar function.
 
     Args:
@@ -105,7 +104,7 @@ def hessian(
         `Zygote.hessian`; `torch.func.hessian`, whose numbers these are.
     """
 
-    def slope(*args: Tree) -> Any:
+    def slope(*args: Tree) -> Tree:
         return gradient(f, *args, has_aux=has_aux)
 
     return jacobian(slope, *xs, mode=mode, has_aux=has_aux, chunk_size=chunk_size)

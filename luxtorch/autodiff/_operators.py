@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
 from ._products import jacobian_vector_product, pullback, record
 from ._torch_func import Tree
+
+V = TypeVar("V")
+"""A flat vector: a tensor or a NumPy array."""
 
 
 class _Space:
@@ -93,22 +96,22 @@ class LinearOperator(ABC):
         """The transposed operator."""
         return _Transposed(self)
 
-    def __matmul__(self, u: Tree) -> Any:
+    def __matmul__(self, u: Tree) -> Tree:
         return self(u)
 
-    def __call__(self, u: Tree) -> Any:
+    def __call__(self, u: Tree) -> Tree:
         """Multiply a tree or a flat vector: `A(u)` is `A @ u`, and can be compiled where torch does not know `@`."""
         if isinstance(u, Tensor) and u.dim() == 1 and not self._inputs.is_flat:
             return self.matvec(u)
         return self._apply(u)
 
-    def matvec(self, v: Any) -> Any:
+    def matvec(self, v: V) -> V:
         """Multiply a flat vector: a tensor gives a tensor, a NumPy array gives a NumPy array."""
-        return _flat(self._apply, v, self._inputs, self._outputs)
+        return _flat(self._apply, v, self._inputs, self._outputs)  # type: ignore[no-any-return]
 
-    def rmatvec(self, v: Any) -> Any:
+    def rmatvec(self, v: V) -> V:
         """Multiply a flat vector by the transposed operator."""
-        return _flat(self._apply_transposed, v, self._outputs, self._inputs)
+        return _flat(self._apply_transposed, v, self._outputs, self._inputs)  # type: ignore[no-any-return]
 
     def as_linear_operator(self) -> Any:
         """Return this as a `scipy.sparse.linalg.LinearOperator`.
@@ -174,7 +177,7 @@ class JacVec(LinearOperator):
         `JacVec` of SparseDiffTools.jl and SciMLOperators.jl.
     """
 
-    def __init__(self, f: Callable[[Tree], Any], x: Tree) -> None:
+    def __init__(self, f: Callable[[Tree], Tree], x: Tree) -> None:
         check_inputs((x,), real=True)
         self._f = f
         self._x = x
@@ -218,12 +221,12 @@ class HesVec(LinearOperator):
         `HesVec` of SparseDiffTools.jl.
     """
 
-    def __init__(self, f: Callable[[Tree], Any], x: Tree, *, mode: Mode = "reverse") -> None:
+    def __init__(self, f: Callable[[Tree], Tree], x: Tree, *, mode: Mode = "reverse") -> None:
         check_mode(mode)
         check_inputs((x,), real=True)
         self._x = x
-        self._slope: Callable[[Tree], Any] = lambda point: gradient(f, point)
-        self._back: Callable[[Tree], Any] | None = None
+        self._slope: Callable[[Tree], Tree] = partial(gradient, f)
+        self._back: Callable[[Tree], Tree] | None = None
         if mode == "reverse":
             self.gradient, self._back = record(self._slope, (x,), has_aux=False, like="x")
         else:
@@ -242,7 +245,7 @@ class HesVec(LinearOperator):
         return self
 
 
-def _usable(back: Callable[[Tree], Any], f: Callable[[Tree], Any], x: Tree) -> Callable[[Tree], Any]:
+def _usable(back: Callable[[Tree], Tree], f: Callable[[Tree], Tree], x: Tree) -> Callable[[Tree], Tree]:
     # A compiler cannot step into a graph that was recorded outside of what it traces.
     return pullback(f, x)[1] if torch.compiler.is_compiling() else back
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Randomness = Literal["different", "same"]
 
 
 def per_sample_gradients(
-    loss: Callable[[Tree, Tree, Tree], Any],
+    loss: Callable[[Tree, Tree, Tree], Tree],
     ps: Tree,
     st: Tree,
     batch: Tree,
@@ -30,7 +30,7 @@ def per_sample_gradients(
     keep_batch_dim: bool = True,
     randomness: Randomness = "different",
     chunk_size: int | None = None,
-) -> Any:
+) -> Tree:
     """Compute the gradient of a loss for each sample of a batch, all at once.
 
     The loss sees one sample at a time: a batch normalization in training mode would have nothing to normalize by.
@@ -87,7 +87,7 @@ def per_sample_gradients(
         raise out_of_range("randomness", randomness, "'different' or 'same'")
 
     def of_one(number: Tensor, sample: Tree) -> Tree:
-        def own(leaf: Any) -> Any:
+        def own(leaf: Tree) -> Tree:
             return fold_in(leaf, number) if is_key(leaf) else leaf
 
         states = tree_map(own, st) if randomness == "different" else st

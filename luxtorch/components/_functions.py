@@ -12,30 +12,31 @@ from torch import Tensor
 from luxtorch._torch import compile_constant
 from luxtorch.core import InputError
 
+N = TypeVar("N", bound="Named")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
-def _unary(op: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def method(self: Named) -> Any:
-        return self._rename(op(self._strip()))
+def _unary(op: Callable[[Tensor], Tensor]) -> Callable[[N], N]:
+    def method(self: N) -> N:
+        return self._rename(op(self._strip()))  # type: ignore[no-any-return]
 
     return method
 
 
-def _binary(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def method(self: Named, other: Any) -> Any:
+def _binary(op: Callable[[Any, Any], Tensor]) -> Callable[[N, Any], N]:
+    def method(self: N, other: Any) -> N:
         if isinstance(other, Named):
             self._check_names(other)
             other = other._strip()
-        return self._rename(op(self._strip(), other))
+        return self._rename(op(self._strip(), other))  # type: ignore[no-any-return]
 
     return method
 
 
-def _reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _reflected(op: Callable[[Any, Any], Tensor]) -> Callable[[N, Any], N]:
     # The left operand has no names: Python would have asked it first.
-    def method(self: Named, left: Any) -> Any:
-        return self._rename(op(left, self._strip()))
+    def method(self: N, left: Any) -> N:
+        return self._rename(op(left, self._strip()))  # type: ignore[no-any-return]
 
     return method
 
@@ -73,8 +74,8 @@ class Named:
     __le__ = _binary(operator.le)
     __gt__ = _binary(operator.gt)
     __ge__ = _binary(operator.ge)
-    __eq__ = _binary(operator.eq)
-    __ne__ = _binary(operator.ne)
+    __eq__ = _binary(operator.eq)  # type: ignore[assignment]
+    __ne__ = _binary(operator.ne)  # type: ignore[assignment]
     __radd__ = _reflected(operator.add)
     __rsub__ = _reflected(operator.sub)
     __rmul__ = _reflected(operator.mul)

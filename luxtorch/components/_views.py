@@ -41,7 +41,7 @@ class Views(Named):
     # The group's pieces of the split of that tensor, as long as nobody has asked for a tensor of the group.
     _pieces: Sequence[Tensor] | None = None
     # The components once they were read, and what tells whether they may be read again.
-    _components: dict[str, Any] | None = None
+    _components: dict[str, Tensor | Self] | None = None
     _stamp: Stamp | None = None
     # Whether nothing but the whole is differentiated by, see `split_once`.
     _once: bool = False
@@ -72,11 +72,11 @@ class Views(Named):
         """Return the tensor that the components are views of, and where the elements start in it."""
         return self._whole if self._whole is not None and self._data is None else (self._data, 0)
 
-    def _named(self) -> dict[str, Any]:
+    def _named(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level."""
         return self._in_trace() if is_dynamo_compiling() else self._kept()
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level: made at the first call, and kept."""
         components, stamp = self._components, self._stamp
         stale = stamp is not None and _is_stale(stamp)
@@ -90,7 +90,7 @@ class Views(Named):
             state["_components"] = components
         return components
 
-    def _read_anew(self) -> dict[str, Any]:
+    def _read_anew(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level from a new split.
 
         A group and its leaves may both be differentiated by, as they lie in a tree, where a tape runs: there a group is
@@ -104,7 +104,7 @@ class Views(Named):
             self.__dict__["_stamp"] = _take_stamp(flat, pieces[0])
         return self._read(pieces, nested)
 
-    def _in_trace(self, name: str | None = None) -> dict[str, Any]:
+    def _in_trace(self, name: str | None = None) -> dict[str, Tensor | Self]:
         """Return the components of the top level, or a single one, in a trace of torch.compile.
 
         What is kept on an object from outside of the trace becomes an output of the compiled graph, and a reason to
@@ -140,11 +140,11 @@ class Views(Named):
             check_flat(flat, self.axes)
             raise
 
-    def _read(self, pieces: Sequence[Tensor], nested: bool = False) -> dict[str, Any]:
+    def _read(self, pieces: Sequence[Tensor], nested: bool = False) -> dict[str, Tensor | Self]:
         """Return the components of the top level, given the pieces of all leaves, or if nested, of the top level."""
         whole, offset = self._origin()
         batch = tuple(pieces[0].shape[:-1]) if pieces and pieces[0].dim() > 1 else ()
-        components: dict[str, Any] = {}
+        components: dict[str, Tensor | Self] = {}
         for number, (name, (child, start, _, leaf, leaves)) in enumerate(top(self.axes)):
             if not isinstance(child, Axes):
                 components[name] = _shaped(pieces[number if nested else leaf], batch, child)

@@ -22,6 +22,7 @@ from luxtorch.core import (
     InputError,
     KeyNameError,
     Layer,
+    States,
     named_leaves,
     out_of_range,
     setup,
@@ -141,7 +142,7 @@ def jit_law(s: Subject) -> None:
 def compile_law(s: Subject) -> None:
     """The compiled layer, and its compiled gradient, are one graph each and equal to the eager ones, jitted or not."""
     for function in s.calls():
-        graphs: list[Any] = []
+        graphs: list[torch.fx.GraphModule] = []
         torch.compiler.reset()  # or the graphs of other layers count towards this one's limit
         compiled = torch.compile(jit(function), fullgraph=True, backend=_counting(s.backend, graphs))
         st = s.st
@@ -216,10 +217,10 @@ def _generators() -> list[Tensor]:
     return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
 
-def _counting(backend: str | Callable[..., Any], graphs: list[Any]) -> Callable[..., Any]:
+def _counting(backend: str | Callable[..., Any], graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
     compiler = compiler_backend(backend) if isinstance(backend, str) else backend
 
-    def count(graph: Any, inputs: Any) -> Any:
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)
         return compiler(graph, inputs)
 
@@ -261,7 +262,7 @@ def check_layer(
     rng: Rng = 0,
     laws: Iterable[str] = tuple(LAWS),
     skip: Iterable[str] = (),
-    modes: Iterable[Callable[[Any], Any]] = (train_mode, test_mode),
+    modes: Iterable[Callable[[States], States]] = (train_mode, test_mode),
     backend: str | Callable[..., Any] = "aot_eager",
     words: Iterable[str] = QUICK,
 ) -> None:
@@ -313,9 +314,9 @@ def check_layer(
                     raise LawError(f"{law}: {type(error).__name__}: {error}", where=where) from error
 
 
-def _distinct(modes: Iterable[Callable[[Any], Any]], st: Any) -> list[Callable[[Any], Any]]:
+def _distinct(modes: Iterable[Callable[[States], States]], st: States) -> list[Callable[[States], States]]:
     """Leave out modes that make of a state what one before them makes: a layer without a mode is checked once."""
-    made: list[tuple[Callable[[Any], Any], Any]] = []
+    made: list[tuple[Callable[[States], States], States]] = []
     for set_mode in modes:
         state = set_mode(st)
         if not any(_identical(state, other) for _, other in made):
@@ -323,5 +324,5 @@ def _distinct(modes: Iterable[Callable[[Any], Any]], st: Any) -> list[Callable[[
     return [set_mode for set_mode, _ in made]
 
 
-def _identical(a: Any, b: Any) -> bool:
+def _identical(a: States, b: States) -> bool:
     return tree_structure(a) == tree_structure(b) and all(map(is_, tree_leaves(a), tree_leaves(b)))
