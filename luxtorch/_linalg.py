@@ -6,14 +6,14 @@ constant: what an outer transform makes of it is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def by_rule(func: Any, *args: Any, **kwargs: Any) -> Any:
+def by_rule(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what a function of torch that has a rule here returns, by the rule where that can be."""
     if not args:
         args = (kwargs.pop("A" if "A" in kwargs else "input"),)
@@ -38,7 +38,7 @@ def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = F
     return torch.return_types.linalg_solve_ex((_solve(A, B, left=left), info))  # type: ignore[attr-defined]
 
 
-def _tensorsolve(A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
+def _tensorsolve(A: Tensor, B: Tensor, dims: Sequence[int] | None = None) -> Tensor:
     if dims is not None:
         A = A.movedim(tuple(dims), tuple(range(-len(dims), 0)))
     return _solve(A.reshape(B.numel(), B.numel()), B.flatten()).reshape(A.shape[B.ndim :])
@@ -65,7 +65,7 @@ def _det(A: Tensor) -> Tensor:
     return product * (torch.linalg.slogdet(A.detach())[0] * product.detach().sign())  # type: ignore[no-any-return]
 
 
-RULES: dict[Any, Callable[..., Any]] = {
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.linalg.solve: _solve,
     torch.linalg.solve_ex: _solve_ex,
     torch.linalg.tensorsolve: _tensorsolve,

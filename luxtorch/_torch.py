@@ -1,7 +1,7 @@
 """Private names of torch that luxtorch uses, in one place: a new release of torch shows here what it has changed.
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
-`autodiff/_level.py` (levels of torch.func), `jit/` (tracing, Inductor, guards), `random/_philox.py` and
+`autodiff/_torch_func.py` (levels of torch.func), `jit/` (tracing, Inductor, guards), `random/_philox.py` and
 `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is there.
 """
 
@@ -99,16 +99,6 @@ fused_adamw_ = torch._fused_adamw_
 fused_adagrad_ = torch._fused_adagrad_
 
 
-# The compiler takes seconds to import, so it is loaded by who needs it.
-
-
-def lookup_backend(name: str) -> Callable[..., Any]:
-    """Return a backend of torch.compile by its name."""
-    from torch._dynamo import lookup_backend
-
-    return lookup_backend(name)
-
-
 def function_modes() -> list[Any]:
     """Return the function modes that are entered, the innermost last; torch.compile knows them too."""
     return _get_current_function_mode_stack()  # type: ignore[no-untyped-call,no-any-return]
@@ -122,3 +112,10 @@ def let_modes_replace(functions: Any) -> None:
     from torch._dynamo.variables.torch import get_overridable_functions
 
     get_overridable_functions().update(functions)
+
+
+def compiler_backend(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile by its name."""
+    from torch._dynamo import lookup_backend  # with it comes the compiler, which takes seconds to import
+
+    return lookup_backend(name)

@@ -16,7 +16,7 @@ ROOT = Path(luxtorch.__file__).parent
 HOME = "_torch.py"
 
 LIVE_BY_THE_INSIDES = {
-    "autodiff/_level.py": "levels of torch.func",
+    "autodiff/_torch_func.py": "functorch levels",
     "core/_tree.py": "torch.utils._pytree",
     "interop/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
@@ -35,9 +35,8 @@ def private_names(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                known[alias.asname or alias.name.partition(".")[0]] = (
-                    alias.name if alias.asname else alias.name.partition(".")[0]
-                )
+                root = alias.name.partition(".")[0]
+                known[alias.asname or root] = alias.name if alias.asname else root
                 found.add(alias.name)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "torch":
             for alias in node.names:

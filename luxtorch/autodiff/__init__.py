@@ -1,8 +1,8 @@
 """Derivatives of pure functions over any tree, in the words of Lux and Zygote."""
 
-from ._batched_jacobian import batched_jacobian as batched_jacobian
 from ._gradient import gradient as gradient
 from ._gradient import withgradient as withgradient
+from ._jacobian import batched_jacobian as batched_jacobian
 from ._jacobian import hessian as hessian
 from ._jacobian import jacobian as jacobian
 from ._operators import HesVec as HesVec

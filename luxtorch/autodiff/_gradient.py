@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from luxtorch.core import tree_flatten, tree_unflatten
 
-from ._aux import Tree, join, split
-from ._checks import Mode, check_inputs, check_mode, check_scalar
-from ._rows import columns
-from ._transforms import value_and_gradients
+from ._arguments import Mode, check_inputs, check_mode, check_scalar, join, split
+from ._torch_func import Tree, value_and_gradients
+from ._vmap import columns
 
 
 def withgradient(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> tuple[Any, Any]:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> tuple[Tree, Tree]:
     """Compute a scalar function and its gradient.
 
     Args:
@@ -35,7 +33,7 @@ def withgradient(
 
     Raises:
         InputError: The function does not return a scalar.
-        DTypeError: A leaf of `xs` is no floating point tensor.
+        DTypeError: A leaf of `xs` is not a floating point tensor.
 
     Example:
         >>> import torch
@@ -63,8 +61,8 @@ def withgradient(
 
 
 def gradient(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the gradient of a scalar function.
 
     Args:
@@ -80,7 +78,7 @@ def gradient(
 
     Raises:
         InputError: The function does not return a scalar.
-        DTypeError: A leaf of `xs` is no floating point tensor.
+        DTypeError: A leaf of `xs` is not a floating point tensor.
 
     Example:
         >>> import torch
@@ -97,7 +95,7 @@ def gradient(
     return (gradients, value[1]) if has_aux else gradients
 
 
-def _forward(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Any, Any]:
+def _forward(f: Callable[..., Tree], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Tree, Tree]:
     check_inputs(xs, real=True)
     value, aux = split(f(*xs), has_aux)
     check_scalar(value)

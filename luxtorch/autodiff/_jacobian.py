@@ -1,25 +1,24 @@
-"""Whole Jacobians and Hessians, between any trees."""
+"""Whole Jacobians and Hessians between any trees, and the Jacobians of the samples of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from luxtorch.core import tree_flatten, tree_leaves, tree_unflatten
+from luxtorch.components import ComponentMatrix, ComponentVector
+from luxtorch.core import InputError, described, tree_flatten, tree_leaves, tree_unflatten
 
-from ._aux import Tree, join, split
-from ._blocks import arrange
-from ._checks import Mode, check_inputs, check_mode, check_outputs
+from ._arguments import Mode, check_inputs, check_mode, check_outputs, join, split
 from ._gradient import gradient
-from ._rows import columns, rows
-from ._transforms import vjp
+from ._torch_func import Tree, jvp, vjp
+from ._vmap import columns, one_hot, rows, stack
 
 
 def jacobian(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the Jacobian of a function.
 
     Args:
@@ -40,7 +39,7 @@ def jacobian(
         With `has_aux` it is `(jacobian, aux)`.
 
     Raises:
-        DTypeError: A leaf of `xs` or of the value is no real floating point tensor.
+        DTypeError: A leaf of `xs` or of the value is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -69,12 +68,12 @@ def jacobian(
         y, aux = outputs(*leaves)
         y_leaves = tree_leaves(y)
         blocks = columns(outputs, y_leaves, leaves, chunk_size)
-    return join(arrange(blocks, y, xs[0] if len(xs) == 1 else xs), aux, has_aux)
+    return join(_arrange(blocks, y, xs[0] if len(xs) == 1 else xs), aux, has_aux)
 
 
 def hessian(
-    f: Callable[..., Any], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
-) -> Any:
+    f: Callable[..., Tree], *xs: Tree, mode: Mode = "reverse", has_aux: bool = False, chunk_size: int | None = None
+) -> Tree:
     """Compute the Hessian of a scalar function.
 
     Args:
@@ -92,7 +91,7 @@ def hessian(
 
     Raises:
         InputError: The function does not return a scalar.
-        DTypeError: A leaf of `xs` is no real floating point tensor.
+        DTypeError: A leaf of `xs` is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -105,7 +104,123 @@ def hessian(
         `Zygote.hessian`; `torch.func.hessian`, whose numbers these are.
     """
 
-    def slope(*args: Tree) -> Any:
+    def slope(*args: Tree) -> Tree:
         return gradient(f, *args, has_aux=has_aux)
 
     return jacobian(slope, *xs, mode=mode, has_aux=has_aux, chunk_size=chunk_size)
+
+
+def _arrange(blocks: Sequence[Sequence[Tensor]], y: Tree, x: Tree) -> Tree:
+    """Return the blocks as the tree of the outputs, with a tree of the inputs at each leaf.
+
+    Args:
+        blocks: The derivative of each output by each input, of shape `(*output, *input)`.
+        y: The outputs.
+        x: The inputs.
+    """
+    outputs, y_spec = tree_flatten(y, is_leaf=_is_vector)
+    inputs, x_spec = tree_flatten(x, is_leaf=_is_vector)
+    by_output = []
+    for row, output in zip(blocks, outputs, strict=True):
+        named = [_named(block, output, input_) for block, input_ in zip(row, inputs, strict=True)]
+        by_output.append(tree_unflatten(named, x_spec))
+    return tree_unflatten(by_output, y_spec)
+
+
+def _is_vector(node: object) -> bool:
+    return isinstance(node, ComponentVector)
+
+
+def _named(
+    block: Tensor, output: Tensor | ComponentVector, input_: Tensor | ComponentVector
+) -> Tensor | ComponentVector | ComponentMatrix:
+    row_axes = output.axes if isinstance(output, ComponentVector) else None
+    col_axes = input_.axes if isinstance(input_, ComponentVector) else None
+    inner_dims = len(input_.shape)
+    if row_axes is not None and inner_dims == 0:
+        return ComponentVector.from_flat(block, row_axes)
+    if col_axes is not None and block.dim() == 1:
+        return ComponentVector.from_flat(block, col_axes)
+    # The names of the outputs lie on the rows only where the input takes up one dimension, the columns.
+    if inner_dims != 1:
+        row_axes = None
+    if row_axes is None and col_axes is None:
+        return block
+    return ComponentMatrix(block, row_axes, col_axes)
+
+
+def batched_jacobian(
+    f: Callable[[Tensor], Tensor], x: Tensor, *, mode: Mode = "reverse", chunk_size: int | None = None
+) -> Tensor:
+    """Compute the Jacobian of each sample's output by the same sample's input.
+
+    The function sees whole batches, and must treat every sample alone. Where it mixes samples, as batch normalization
+    does in training mode, the result is the sum over all outputs (rows) or inputs (columns) of the batch; nothing
+    detects this.
+
+    Args:
+        f: A function of a batch that returns a batch.
+        x: A batch of samples, the batch first.
+        mode: `"reverse"` takes one product for each output of a sample, `"forward"` one for each input.
+        chunk_size: How many products are computed at once; all by default, and with 1 without `vmap`.
+
+    Shape:
+        x `(B, *N)`, `f(x)` of `(B, *M)`; the result is `(B, prod(M), prod(N))`.
+
+    Returns:
+        The matrices, in the order of the batch.
+
+    Raises:
+        InputError: `x` or `f(x)` has no batch dimension, or the two batches differ.
+        DTypeError: `x` or `f(x)` is not a real floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.batched_jacobian(lambda x: x**2, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[[2., 0.],
+                 [0., 4.]],
+        <BLANKLINE>
+                [[6., 0.],
+                 [0., 8.]]])
+
+    Source:
+        `Lux.batched_jacobian`, with the batch first.
+    """
+    check_mode(mode)
+    check_inputs((x,), real=True)
+
+    def outputs(x: Tensor) -> tuple[Tensor, tuple[()]]:
+        y = f(x)
+        _check_batches(x, y)
+        return y, ()
+
+    if mode == "reverse":
+        y, back, _ = vjp(outputs, (x,))
+        (by_row,) = stack(lambda index: back(_same_for_all(index, y)), y.shape[1:].numel(), (x,), chunk_size)
+        by_sample = by_row.movedim(0, 1)
+    else:
+        y, _ = outputs(x)
+        (by_column,) = stack(
+            lambda index: (jvp(outputs, (x,), [_same_for_all(index, x)])[1],), x.shape[1:].numel(), (y,), chunk_size
+        )
+        by_sample = by_column.movedim(0, -1)
+    return by_sample.reshape(x.shape[0], y.shape[1:].numel(), x.shape[1:].numel())
+
+
+def _same_for_all(index: Tensor, batch: Tensor) -> Tensor:
+    """Return the basis vector of one sample, repeated for every sample of a batch."""
+    sample = torch.empty(batch.shape[1:], dtype=batch.dtype, device=batch.device)
+    return one_hot(index, (sample,))[0].expand(batch.shape)
+
+
+def _check_batches(x: object, y: object) -> None:
+    check_outputs(y, real=True)
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and y.dim() and x.shape[0] == y.shape[0]:
+        return
+    raise InputError(
+        "The function must take a batch to a batch.",
+        expected="x and f(x) tensors with the same first dimension, the batch",
+        got=f"{described(x)} as x and {described(y)} as f(x)",
+        fix="Keep the batch dimension in f, or take jacobian(f, x).",
+    )

@@ -1,22 +1,59 @@
-"""Jacobians and Hessians as matrix-free linear operators."""
+"""Jacobians and Hessians as matrix-free linear operators: `JacVec` and `HesVec`."""
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, LuxtorchError
+from luxtorch.core import DTypeError, LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape
 
-from ._aux import Tree
-from ._checks import Mode, check_inputs, check_mode, describe
+from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
 from ._products import jacobian_vector_product, pullback, record
-from ._space import Space
+from ._torch_func import Tree
+
+V = TypeVar("V")
+"""A flat vector: a tensor or a NumPy array."""
+
+
+class _Space:
+    """Convert between the trees that look like one tree, and flat vectors.
+
+    Args:
+        like: The tree.
+
+    Attributes:
+        size: The number of elements.
+        dtype: The dtype of a flat vector: what the dtypes of the leaves promote to.
+        device: The device of the first leaf.
+        is_flat: Whether the tree is a flat vector itself.
+    """
+
+    def __init__(self, like: Tree) -> None:
+        leaves, self._spec = tree_flatten(like)
+        self._leaves: list[Tensor] = leaves
+        self._sizes = [leaf.numel() for leaf in leaves]
+        self.size = sum(self._sizes)
+        self.dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves]) if leaves else torch.float32
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self.is_flat = isinstance(like, Tensor) and like.dim() == 1
+
+    def ravel(self, tree: Tree) -> Tensor:
+        """Return the elements of a tree as one flat vector."""
+        if not self._leaves:
+            return torch.zeros(0)
+        return torch.cat([leaf.reshape(-1).to(self.device) for leaf in tree_leaves(tree)])
+
+    def unravel(self, vector: Tensor) -> Tree:
+        """Return the tree of a flat vector."""
+        parts = zip(torch.split(vector, self._sizes), self._leaves, strict=True)
+        return tree_unflatten([part.reshape(leaf.shape).to(leaf) for part, leaf in parts], self._spec)
 
 
 class LinearOperator(ABC):
@@ -26,8 +63,8 @@ class LinearOperator(ABC):
     `matvec` and `rmatvec` are for flat vectors alone, torch's or NumPy's, as SciPy's solvers call them.
     """
 
-    _inputs: Space
-    _outputs: Space
+    _inputs: _Space
+    _outputs: _Space
 
     @abstractmethod
     def _apply(self, u: Tree) -> Tree:
@@ -49,11 +86,9 @@ class LinearOperator(ABC):
         try:
             return torch.empty(0, dtype=dtype).numpy().dtype
         except TypeError as error:
+            expected = "float16, float32 or float64, which NumPy has"
             raise DTypeError(
-                "NumPy has no such dtype.",
-                expected="float16, float32 or float64",
-                got=str(dtype).removeprefix("torch."),
-                fix="Convert the tree with f32(x).",
+                f"The dtype must be {expected}.", got=str(dtype), fix="Convert the tree with f32(x)."
             ) from error
 
     @property
@@ -61,22 +96,22 @@ class LinearOperator(ABC):
         """The transposed operator."""
         return _Transposed(self)
 
-    def __matmul__(self, u: Tree) -> Any:
+    def __matmul__(self, u: Tree) -> Tree:
         return self(u)
 
-    def __call__(self, u: Tree) -> Any:
+    def __call__(self, u: Tree) -> Tree:
         """Multiply a tree or a flat vector: `A(u)` is `A @ u`, and can be compiled where torch does not know `@`."""
         if isinstance(u, Tensor) and u.dim() == 1 and not self._inputs.is_flat:
             return self.matvec(u)
         return self._apply(u)
 
-    def matvec(self, v: Any) -> Any:
+    def matvec(self, v: V) -> V:
         """Multiply a flat vector: a tensor gives a tensor, a NumPy array gives a NumPy array."""
-        return _flat(self._apply, v, self._inputs, self._outputs)
+        return _flat(self._apply, v, self._inputs, self._outputs)  # type: ignore[no-any-return]
 
-    def rmatvec(self, v: Any) -> Any:
+    def rmatvec(self, v: V) -> V:
         """Multiply a flat vector by the transposed operator."""
-        return _flat(self._apply_transposed, v, self._outputs, self._inputs)
+        return _flat(self._apply_transposed, v, self._outputs, self._inputs)  # type: ignore[no-any-return]
 
     def as_linear_operator(self) -> Any:
         """Return this as a `scipy.sparse.linalg.LinearOperator`.
@@ -127,7 +162,7 @@ class JacVec(LinearOperator):
         value: What `f(x)` is.
 
     Raises:
-        DTypeError: A leaf of `x` or of `f(x)` is no real floating point tensor.
+        DTypeError: A leaf of `x` or of `f(x)` is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -142,12 +177,12 @@ class JacVec(LinearOperator):
         `JacVec` of SparseDiffTools.jl and SciMLOperators.jl.
     """
 
-    def __init__(self, f: Callable[[Tree], Any], x: Tree) -> None:
+    def __init__(self, f: Callable[[Tree], Tree], x: Tree) -> None:
         check_inputs((x,), real=True)
         self._f = f
         self._x = x
         self.value, self._back = pullback(f, x)
-        self._inputs, self._outputs = Space(x), Space(self.value)
+        self._inputs, self._outputs = _Space(x), _Space(self.value)
 
     def _apply(self, u: Tree) -> Tree:
         return jacobian_vector_product(self._f, self._x, u)
@@ -171,7 +206,7 @@ class HesVec(LinearOperator):
 
     Raises:
         InputError: `f` does not return a scalar.
-        DTypeError: A leaf of `x` is no real floating point tensor.
+        DTypeError: A leaf of `x` is not a real floating point tensor.
 
     Example:
         >>> import torch
@@ -186,17 +221,17 @@ class HesVec(LinearOperator):
         `HesVec` of SparseDiffTools.jl.
     """
 
-    def __init__(self, f: Callable[[Tree], Any], x: Tree, *, mode: Mode = "reverse") -> None:
+    def __init__(self, f: Callable[[Tree], Tree], x: Tree, *, mode: Mode = "reverse") -> None:
         check_mode(mode)
         check_inputs((x,), real=True)
         self._x = x
-        self._slope: Callable[[Tree], Any] = lambda point: gradient(f, point)
-        self._back: Callable[[Tree], Any] | None = None
+        self._slope: Callable[[Tree], Tree] = partial(gradient, f)
+        self._back: Callable[[Tree], Tree] | None = None
         if mode == "reverse":
             self.gradient, self._back = record(self._slope, (x,), has_aux=False, like="x")
         else:
             self.gradient = self._slope(x)
-        self._inputs = self._outputs = Space(x)
+        self._inputs = self._outputs = _Space(x)
 
     def _apply(self, u: Tree) -> Tree:
         if self._back is None:
@@ -210,20 +245,16 @@ class HesVec(LinearOperator):
         return self
 
 
-def _usable(back: Callable[[Tree], Any], f: Callable[[Tree], Any], x: Tree) -> Callable[[Tree], Any]:
+def _usable(back: Callable[[Tree], Tree], f: Callable[[Tree], Tree], x: Tree) -> Callable[[Tree], Tree]:
     # A compiler cannot step into a graph that was recorded outside of what it traces.
     return pullback(f, x)[1] if torch.compiler.is_compiling() else back
 
 
-def _flat(product: Callable[[Tree], Tree], v: Any, source: Space, target: Space) -> Any:
+def _flat(product: Callable[[Tree], Tree], v: Any, source: _Space, target: _Space) -> Any:
     if isinstance(v, Tensor):
         if v.shape != (source.size,):
-            raise InputError(
-                "The flat vector has the wrong size.",
-                expected=f"a tensor of shape ({source.size},)",
-                got=describe(v),
-                fix="Pass one element for each element of the tree, in the tree's order.",
-            )
+            fix = "Pass one element for each element of the tree, in the tree's order."
+            raise wrong_shape("The flat vector", v, (source.size,), fix=fix)
         return target.ravel(product(source.unravel(v)))
     vector = torch.tensor(v, dtype=source.dtype, device=source.device).reshape(-1)
     return _flat(product, vector, source, target).detach().cpu().numpy()

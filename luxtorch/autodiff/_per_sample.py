@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, named_leaves, tree_leaves, tree_map
+from luxtorch.core import InputError, described, named_leaves, out_of_range, tree_leaves, tree_map, wrong_type
 from luxtorch.random import fold_in
+from luxtorch.random._key import is_key
 
-from ._aux import Tree, pack, unpack
-from ._checks import describe
+from ._arguments import check_chunk_size
 from ._gradient import withgradient
-from ._rows import batched, check_chunk_size
+from ._torch_func import Tree, pack, unpack
+from ._vmap import batched
 
 Randomness = Literal["different", "same"]
 
 
 def per_sample_gradients(
-    loss: Callable[[Tree, Tree, Tree], Any],
+    loss: Callable[[Tree, Tree, Tree], Tree],
     ps: Tree,
     st: Tree,
     batch: Tree,
@@ -29,10 +30,10 @@ def per_sample_gradients(
     keep_batch_dim: bool = True,
     randomness: Randomness = "different",
     chunk_size: int | None = None,
-) -> Any:
+) -> Tree:
     """Compute the gradient of a loss for each sample of a batch, all at once.
 
-    The loss sees one sample at a time: a batch normalisation in training mode would have nothing to normalise by.
+    The loss sees one sample at a time: a batch normalization in training mode would have nothing to normalize by.
 
     Args:
         loss: A function `loss(ps, st, sample)` that returns a scalar, or `(scalar, aux)`.
@@ -53,7 +54,7 @@ def per_sample_gradients(
 
     Raises:
         InputError: The batch has no samples, its tensors differ in their number, or the loss does not return a scalar.
-        DTypeError: A leaf of `ps` is no floating point tensor, or a leaf of `batch` no tensor.
+        DTypeError: A leaf of `ps` is not a floating point tensor, or a leaf of `batch` is not a tensor.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -83,15 +84,11 @@ def per_sample_gradients(
     size = _samples(batch)
     check_chunk_size(chunk_size)
     if randomness not in ("different", "same"):
-        raise InputError(
-            "The random numbers of the samples are different or the same.",
-            expected="'different' or 'same'",
-            got=repr(randomness),
-        )
+        raise out_of_range("randomness", randomness, "'different' or 'same'")
 
     def of_one(number: Tensor, sample: Tree) -> Tree:
-        def own(leaf: Any) -> Any:
-            return fold_in(leaf, number) if _is_key(leaf) else leaf
+        def own(leaf: Tree) -> Tree:
+            return fold_in(leaf, number) if is_key(leaf) else leaf
 
         states = tree_map(own, st) if randomness == "different" else st
         one = tree_map(lambda leaf: leaf[None], sample) if keep_batch_dim else sample
@@ -103,35 +100,23 @@ def per_sample_gradients(
     return (found[0], unpack(found[1])) if has_aux else found
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype == torch.uint64 and leaf.shape[-1:] == (2,)
-
-
 def _samples(batch: Tree) -> int:
-    """Return the number of samples of a batch, or raise if it is none."""
+    """Return the number of samples of a batch, or raise if it does not have one number."""
     # Sizes are compared, not hashed, nor made numbers of by len: while `jit` traces, they may be symbols.
     found: list[tuple[int, str]] = []
     for path, leaf in named_leaves(batch):
         where = f"'{path}' of the batch" if path else "The batch"
         if not isinstance(leaf, Tensor):
-            raise DTypeError(
-                f"{where} is no tensor.",
-                expected="a tensor with the samples along its first dimension",
-                got=describe(leaf),
-                fix="Close over what is the same for all samples.",
-            )
+            raise wrong_type(where, leaf, "a tensor", fix="Close over what is the same for all samples.")
         if leaf.ndim == 0 or leaf.shape[0] == 0:
-            raise InputError(
-                f"{where} has no samples.",
-                expected="a tensor with the samples along its first dimension",
-                got=describe(leaf),
-            )
+            raise InputError(f"{where} must have samples along its first dimension.", got=described(leaf))
         if all(leaf.shape[0] != size for size, _ in found):
             found.append((leaf.shape[0], where))
     if len(found) != 1:
         raise InputError(
-            "The tensors of the batch differ in their number of samples." if found else "The batch has no tensors.",
-            expected="one number",
+            "All tensors of the batch must have the same number of samples."
+            if found
+            else "The batch must have a tensor.",
             got=", ".join(f"{size} in {where}" for size, where in found) or "an empty tree",
         )
     return found[0][0]

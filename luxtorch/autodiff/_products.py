@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
-from ._aux import Tree, join, split
-from ._checks import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors
+from torch import Tensor
+
+from ._arguments import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors, join, split
 from ._gradient import gradient
-from ._transforms import jvp, vjp
+from ._torch_func import Tree, Trees, WithAux, jvp, vjp
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
-def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[Any, Callable[[Tree], Any]]:
+def pullback(f: Callable[..., Tree], *xs: Tree, has_aux: bool = False) -> tuple[Tree, Callable[[Tree], Tree]]:
     """Compute a function and return, beside its value, the function that multiplies by its transposed Jacobian.
 
     Args:
@@ -24,7 +28,7 @@ def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[A
         a tuple of trees for several; it may be called any number of times.
 
     Raises:
-        DTypeError: A leaf of `xs` or of the value is no floating point tensor.
+        DTypeError: A leaf of `xs` or of the value is not a floating point tensor.
         InputError: The vector does not look like the value.
 
     Example:
@@ -40,7 +44,7 @@ def pullback(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> tuple[A
     return record(f, xs, has_aux, like="f(x)")
 
 
-def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str) -> tuple[Any, Callable[[Tree], Any]]:
+def record(f: Callable[..., Tree], xs: Trees, has_aux: bool, like: str) -> tuple[Tree, Callable[[Tree], Tree]]:
     """Do the work of `pullback`; `like` is what its value is called in errors."""
     try:
         value, transposed, aux = vjp(_checked(f, has_aux, check_outputs), xs)
@@ -48,7 +52,7 @@ def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str
         check_inputs(xs)
         raise
 
-    def back(u: Tree) -> Any:
+    def back(u: Tree) -> Tree:
         check_like(u, value, like)
         products = transposed(u)
         return products[0] if len(xs) == 1 else products
@@ -56,7 +60,7 @@ def record(f: Callable[..., Any], xs: tuple[Tree, ...], has_aux: bool, like: str
     return join(value, aux, has_aux), back
 
 
-def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+def pushforward(f: Callable[..., Tree], *xs: Tree, has_aux: bool = False) -> Callable[..., tuple[Tree, Tree]]:
     """Return the function that computes `f` together with the product of its Jacobian and a vector, by forward mode.
 
     Forward mode does not heed `torch.no_grad()` in `f`: only `detach()` makes constants. Some of torch's linear algebra
@@ -72,7 +76,7 @@ def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Call
         A function that takes a vector like `x` (one for each argument) to what `f` returns and the product.
 
     Raises:
-        DTypeError: A leaf of `xs` is no floating point tensor, or a leaf of the vector has another dtype.
+        DTypeError: A leaf of `xs` is not a floating point tensor, or a leaf of the vector has another dtype.
         InputError: The vector does not look like `x`.
 
     Example:
@@ -88,7 +92,7 @@ def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Call
     """
     check_inputs(xs)
 
-    def forward(*us: Tree) -> tuple[Any, Any]:
+    def forward(*us: Tree) -> tuple[Tree, Tree]:
         alone = len(xs) == len(us) == 1
         tangents = check_like(us[0] if alone else us, xs[0] if alone else xs, like="x")
         value, product, aux = jvp(_checked(f, has_aux, check_tensors), xs, tangents)
@@ -97,7 +101,7 @@ def pushforward(f: Callable[..., Any], *xs: Tree, has_aux: bool = False) -> Call
     return forward
 
 
-def _checked(f: Callable[..., Any], has_aux: bool, check: Callable[[Tree], None]) -> Callable[..., tuple[Tree, Tree]]:
+def _checked(f: Callable[..., Tree], has_aux: bool, check: Callable[[Tree], None]) -> WithAux:
     """Return the function of `f` and its auxiliary output, `()` if there is none, that checks its value."""
 
     def outputs(*args: Tree) -> tuple[Tree, Tree]:
@@ -108,7 +112,7 @@ def _checked(f: Callable[..., Any], has_aux: bool, check: Callable[[Tree], None]
     return outputs
 
 
-def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
+def jacobian_vector_product(f: Callable[[X], Y], x: X, u: X) -> Y:
     """Compute the product of the Jacobian of `f` at `x` with a vector, by forward mode, as `pushforward` does.
 
     Args:
@@ -120,7 +124,7 @@ def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
         A tree like `f(x)`. It is linear in `u`, and an outer transform differentiates it by `u` too.
 
     Raises:
-        DTypeError: A leaf of `x` is no floating point tensor, or a leaf of `u` has another dtype.
+        DTypeError: A leaf of `x` is not a floating point tensor, or a leaf of `u` has another dtype.
         InputError: `u` does not look like `x`.
 
     Example:
@@ -132,10 +136,11 @@ def jacobian_vector_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
     Source:
         `Lux.jacobian_vector_product`; `torch.func.jvp`.
     """
-    return pushforward(f, x)(u)[1]
+    product: Y = pushforward(f, x)(u)[1]
+    return product
 
 
-def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
+def vector_jacobian_product(f: Callable[[X], Y], x: X, u: Y) -> X:
     """Compute the product of the transposed Jacobian of `f` at `x` with a vector, by reverse mode.
 
     Args:
@@ -147,7 +152,7 @@ def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
         A tree like `x`. It is linear in `u`, and an outer transform differentiates it by `u` too.
 
     Raises:
-        DTypeError: A leaf of `x` or of `f(x)` is no floating point tensor.
+        DTypeError: A leaf of `x` or of `f(x)` is not a floating point tensor.
         InputError: `u` does not look like `f(x)`.
 
     Example:
@@ -159,10 +164,11 @@ def vector_jacobian_product(f: Callable[[Tree], Any], x: Tree, u: Tree) -> Any:
     Source:
         `Lux.vector_jacobian_product`; `torch.func.vjp`.
     """
-    return pullback(f, x)[1](u)
+    product: X = pullback(f, x)[1](u)
+    return product
 
 
-def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -> Any:
+def hvp(f: Callable[[X], Tensor], x: X, u: X, *, mode: Mode = "reverse") -> X:
     """Compute the product of the Hessian of `f` at `x` with a vector: how the gradient changes along it.
 
     A complex tensor counts as two real ones, its real and its imaginary part, as in torch's gradients.
@@ -178,7 +184,7 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
         A tree like `x`.
 
     Raises:
-        DTypeError: A leaf of `x` is no floating point tensor.
+        DTypeError: A leaf of `x` is not a floating point tensor.
         InputError: `u` does not look like `x`, or `f` does not return a scalar.
 
     Example:
@@ -190,9 +196,10 @@ def hvp(f: Callable[[Tree], Any], x: Tree, u: Tree, *, mode: Mode = "reverse") -
     check_mode(mode)
     check_inputs((x,))
 
-    def slope(x: Tree) -> Tree:
-        return gradient(f, x)
+    def slope(x: X) -> X:
+        return gradient(f, x)  # type: ignore[no-any-return]
 
     if mode == "forward":
         return jacobian_vector_product(slope, x, u)
-    return record(slope, (x,), has_aux=False, like="x")[1](u)
+    product: X = record(slope, (x,), has_aux=False, like="x")[1](u)
+    return product

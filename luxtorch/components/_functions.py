@@ -1,16 +1,98 @@
-"""What torch functions do with named values: element by element keeps the names, all else gives plain tensors."""
+"""Operators and torch functions of named values: element by element keeps the names, all else gives plain tensors."""
 
 from __future__ import annotations
 
+import operator
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from luxtorch._torch import compile_constant
 from luxtorch.core import InputError
 
-from ._elementwise import Named
-from ._trace import function_name
-
+N = TypeVar("N", bound="Named")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def _unary(op: Callable[[Tensor], Tensor]) -> Callable[[N], N]:
+    def method(self: N) -> N:
+        return self._rename(op(self._strip()))  # type: ignore[no-any-return]
+
+    return method
+
+
+def _binary(op: Callable[[Any, Any], Tensor]) -> Callable[[N, Any], N]:
+    def method(self: N, other: Any) -> N:
+        if isinstance(other, Named):
+            self._check_names(other)
+            other = other._strip()
+        return self._rename(op(self._strip(), other))  # type: ignore[no-any-return]
+
+    return method
+
+
+def _reflected(op: Callable[[Any, Any], Tensor]) -> Callable[[N, Any], N]:
+    # The left operand has no names: Python would have asked it first.
+    def method(self: N, left: Any) -> N:
+        return self._rename(op(left, self._strip()))  # type: ignore[no-any-return]
+
+    return method
+
+
+class Named:
+    """Operators with numbers, tensors and values of the same names; the result has these names."""
+
+    @abstractmethod
+    def _strip(self) -> Tensor:
+        """Return the numbers without their names."""
+
+    @abstractmethod
+    def _rename(self, result: Any) -> Any:
+        """Return the result of an elementwise operation with the names put back, if it is a tensor."""
+
+    @abstractmethod
+    def _check_names(self, other: Named) -> None:
+        """Raise an InputError unless another value has the same names."""
+
+    __neg__ = _unary(operator.neg)
+    __pos__ = _unary(operator.pos)
+    __abs__ = _unary(operator.abs)
+    __invert__ = _unary(operator.invert)
+    __add__ = _binary(operator.add)
+    __sub__ = _binary(operator.sub)
+    __mul__ = _binary(operator.mul)
+    __truediv__ = _binary(operator.truediv)
+    __floordiv__ = _binary(operator.floordiv)
+    __mod__ = _binary(operator.mod)
+    __pow__ = _binary(operator.pow)
+    __and__ = _binary(operator.and_)
+    __or__ = _binary(operator.or_)
+    __xor__ = _binary(operator.xor)
+    __lt__ = _binary(operator.lt)
+    __le__ = _binary(operator.le)
+    __gt__ = _binary(operator.gt)
+    __ge__ = _binary(operator.ge)
+    __eq__ = _binary(operator.eq)  # type: ignore[assignment]
+    __ne__ = _binary(operator.ne)  # type: ignore[assignment]
+    __radd__ = _reflected(operator.add)
+    __rsub__ = _reflected(operator.sub)
+    __rmul__ = _reflected(operator.mul)
+    __rtruediv__ = _reflected(operator.truediv)
+    __rfloordiv__ = _reflected(operator.floordiv)
+    __rmod__ = _reflected(operator.mod)
+    __rpow__ = _reflected(operator.pow)
+    __rand__ = _reflected(operator.and_)
+    __ror__ = _reflected(operator.or_)
+    __rxor__ = _reflected(operator.xor)
+
+    # Equality is by element, as it is for tensors, which leaves the identity to be hashed.
+    __hash__ = object.__hash__
+
+    # An operator with a NumPy array to the left fails, where NumPy would take the names apart.
+    __array_ufunc__ = None
+
 
 # The functions that compute every element by itself, as torch names them to `__torch_function__`.
 ELEMENTWISE = frozenset(
@@ -45,10 +127,16 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
+@compile_constant
+def _name(func: Callable[..., Any]) -> str:
+    """Return the name of a torch function without that of its module."""
+    return func.__name__.removeprefix("special_").removeprefix("linalg_")
+
+
 def call_with_names(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
     """Call a torch function of which at least one argument has names."""
     kwargs = kwargs or {}
-    name = function_name(func)
+    name = _name(func)
     _refuse_in_place(name, args, kwargs)
     if name in _HANDLERS:
         return _HANDLERS[name](func, *args, **kwargs)
@@ -81,6 +169,6 @@ def _refuse_in_place(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     changed = args[0] if in_place and args else kwargs.get("out")
     if isinstance(changed, Named):
         raise InputError(
-            f"torch.{name} would change a {type(changed).__name__}, and nothing changes one.",
+            f"torch.{name} would change a {type(changed).__name__}, which is immutable.",
             fix="Call the function that returns a new value, as in x = torch.add(x, 1).",
         )

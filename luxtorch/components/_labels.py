@@ -10,7 +10,7 @@ from typing import Any
 from luxtorch.core import KeyNameError
 
 from ._axes import Axes
-from ._build import describe
+from ._ravel import axes_and_leaves
 from ._vector import ComponentVector
 
 
@@ -30,7 +30,7 @@ def axes(tree: Any, *, batch_dims: int = 0) -> Axes:
         >>> lt.axes({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
         Axes(weight=(2, 3), bias=(2,))
     """
-    return tree.axes if isinstance(tree, ComponentVector) else describe(tree, batch_dims)[0]
+    return tree.axes if isinstance(tree, ComponentVector) else axes_and_leaves(tree, batch_dims)[0]
 
 
 def labels(vector: ComponentVector | Axes) -> list[str]:

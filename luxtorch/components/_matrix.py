@@ -8,13 +8,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, register_node
+from luxtorch.core import InputError, register_node, wrong_shape, wrong_type
+from luxtorch.core._html import plain
+from luxtorch.core._outline import tree_html
 
-from ._axes import Axes
-from ._elementwise import Named
-from ._functions import call_with_names, handles, strip
-from ._show import matrix_text
-from ._trace import refuse_names
+from ._axes import Axes, refuse_names
+from ._functions import Named, call_with_names, handles, strip
 from ._vector import ComponentVector, named
 
 
@@ -61,13 +60,11 @@ class ComponentMatrix(Named):
 
     def __init__(self, data: Tensor, row_axes: Axes | None = None, col_axes: Axes | None = None) -> None:
         if not isinstance(data, Tensor):
-            raise DTypeError("The data of a ComponentMatrix is not a tensor.", got=type(data).__name__)
+            raise wrong_type("The data of a ComponentMatrix", data, "a tensor")
         wanted = [axes.size if axes is not None else None for axes in (row_axes, col_axes)]
         if data.dim() < 2 or any(n not in (None, m) for n, m in zip(wanted, data.shape[-2:], strict=True)):
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
-            raise InputError(
-                "The shape of the matrix does not fit its axes.", expected=f"(..., {sizes})", got=f"{tuple(data.shape)}"
-            )
+            raise wrong_shape("The matrix", data, f"(..., {sizes}), the sizes of its axes")
         self.__dict__.update(data=data, row_axes=row_axes, col_axes=col_axes)
 
     @staticmethod
@@ -81,7 +78,7 @@ class ComponentMatrix(Named):
                 as in a Jacobian with respect to a ComponentVector.
 
         Raises:
-            DTypeError: If it is no ComponentVector.
+            DTypeError: If it is not a ComponentVector.
             InputError: If its shape is not that of such a matrix.
 
         Example:
@@ -93,11 +90,7 @@ class ComponentMatrix(Named):
                     [2.]])
         """
         if not isinstance(jacobian, ComponentVector):
-            raise DTypeError(
-                "Only a Jacobian from or to a ComponentVector has names.",
-                expected="a ComponentVector, as torch.func.jacrev returns for one",
-                got=type(jacobian).__name__,
-            )
+            raise wrong_type("jacobian", jacobian, "a ComponentVector, as torch.func.jacrev returns for one")
         inner = jacobian.flat
         if isinstance(inner, ComponentVector):
             return ComponentMatrix(inner.flat, jacobian.axes, inner.axes)
@@ -109,8 +102,7 @@ class ComponentMatrix(Named):
         if not (isinstance(key, tuple) and any(isinstance(side, str) for side in key)):
             if isinstance(key, str):
                 raise InputError(
-                    "A block has two sides.",
-                    expected="rows and columns",
+                    "A block is read by its rows and its columns.",
                     got=f"'{key}' alone",
                     fix=f"Write H['{key}', :] for these rows, or H[:, '{key}'] for these columns.",
                 )
@@ -169,7 +161,7 @@ class ComponentMatrix(Named):
             return result
         if result.shape[-2:] != self.data.shape[-2:]:
             raise InputError(
-                "A side of the matrix was broadcast, and the result has no place for its names.",
+                "A side of the matrix was broadcast, so that its names do not fit the result.",
                 expected=f"a result of shape (..., {self.data.shape[-2]}, {self.data.shape[-1]})",
                 got=f"{tuple(result.shape)}",
                 fix="Use H.data where the result is a plain tensor.",
@@ -179,14 +171,14 @@ class ComponentMatrix(Named):
     def _check_names(self, other: Named) -> None:
         if not isinstance(other, ComponentMatrix):
             raise InputError(
-                f"A ComponentMatrix and a {type(other).__name__} do not pair element by element.",
+                f"A ComponentMatrix and a {type(other).__name__} cannot be combined element by element.",
                 fix="Use @ for their product, or the flat tensor to broadcast it.",
             )
         for own, its in ((self.row_axes, other.row_axes), (self.col_axes, other.col_axes)):
             _check_equal(own, its)
             if (own is None) != (its is None):
                 raise InputError(
-                    "One matrix has names on a side where the other has none.",
+                    "Both matrices must have names on the same sides.",
                     fix="Give both the same names, or use .data of one of them.",
                 )
 
@@ -197,22 +189,40 @@ class ComponentMatrix(Named):
         return call_with_names(func, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise InputError(f"A ComponentMatrix does not change, and '{name}' cannot be set.")
+        raise InputError(f"A ComponentMatrix is immutable: '{name}' cannot be set.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new, (self.data, self.row_axes, self.col_axes)
 
     def __repr__(self) -> str:
-        return matrix_text(self.data, self.row_axes, self.col_axes)
+        data, row_axes, col_axes = self.data, self.row_axes, self.col_axes
+        if not isinstance(data, Tensor):
+            return f"ComponentMatrix({data!r}, {row_axes!r}, {col_axes!r})"
+        return "\n".join(
+            [
+                f"ComponentMatrix of shape {tuple(data.shape)} ({data.dtype}, {data.device})",
+                f"  rows: {', '.join(row_axes) if row_axes is not None else 'no names'}",
+                f"  columns: {', '.join(col_axes) if col_axes is not None else 'no names'}",
+                f"  {str(data.detach()).replace(chr(10), chr(10) + '  ')}",
+            ]
+        )
 
     def _repr_html_(self) -> str:
-        from ._html import matrix_html
+        data = self.data
+        if not isinstance(data, Tensor):
+            return plain(repr(self))
+        columns = _parts(self.col_axes)
+        blocks = {row: {column: data[..., i, j] for column, j in columns} for row, i in _parts(self.row_axes)}
+        return tree_html(blocks, f"ComponentMatrix of shape {tuple(data.shape)}")
 
-        return matrix_html(self)
+
+def _parts(axes: Axes | None) -> list[tuple[str, slice]]:
+    """Return the names at the top of a side, with the rows or columns that they cover."""
+    return [(":", slice(None))] if axes is None else [(name, axes.slice(name)) for name in axes]
 
 
 def _new(data: Any, row_axes: Axes | None, col_axes: Axes | None) -> ComponentMatrix:
-    """Return the matrix of this data and these names, without a look at either."""
+    """Return the matrix of this data and these names, without checks."""
     matrix: ComponentMatrix = object.__new__(ComponentMatrix)
     matrix.__dict__.update(data=data, row_axes=row_axes, col_axes=col_axes)
     return matrix

@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from luxtorch.core import InputError, KeyNameError, register_node, suggest
+from luxtorch.core._html import plain
+from luxtorch.core._outline import tree_html
 
-from ._axes import Axes
-from ._build import check_flat, describe, ravel
-from ._elementwise import Named
-from ._functions import call_with_names, handles, strip
-from ._reading import Reading, make
-from ._show import vector_text
-from ._trace import check_name, intern, refuse_names, top
+from ._axes import Axes, check_name, intern, refuse_names, top
+from ._functions import Named, call_with_names, handles, strip
+from ._ravel import axes_and_leaves, check_flat, ravel
+from ._views import Views, make
 
 Component: TypeAlias = "Tensor | ComponentVector"
 
 
 @final
-class ComponentVector(Reading):
+class ComponentVector(Views):
     """Hold a tree of tensors as one flat tensor whose parts keep their names.
 
     A component is read as `cv.dense.weight`, `cv["dense"]["weight"]` or `cv["dense.weight"]`: a leaf is a view of the
@@ -33,7 +32,7 @@ class ComponentVector(Reading):
     with respect to a ComponentVector is a ComponentVector.
 
     Operators and torch functions that compute element by element keep the names; all other torch functions see the
-    flat tensor and return plain tensors. Nothing changes a ComponentVector: `replace` returns a new one.
+    flat tensor and return plain tensors. A ComponentVector is immutable: `replace` returns a new one.
 
     Leading dimensions of the flat tensor are a batch, for instance of models; every component has them too.
 
@@ -73,7 +72,7 @@ class ComponentVector(Reading):
     """
 
     def __new__(cls, tree: Any, *, batch_dims: int = 0, dtype: torch.dtype | None = None) -> ComponentVector:
-        axes, leaves = describe(tree, batch_dims)
+        axes, leaves = axes_and_leaves(tree, batch_dims)
         return named(ravel(leaves, batch_dims, dtype), axes)
 
     @staticmethod
@@ -106,7 +105,7 @@ class ComponentVector(Reading):
         return self.flat[key]
 
     def __getattr__(self, name: str) -> Any:
-        # Special methods that Python asks for are no misspelt components, and a trace cannot make our error.
+        # Special methods that Python asks for are not misspelt components, and a trace cannot make our error.
         if name.startswith("__") or (is_dynamo_compiling() and name not in self.axes):
             raise AttributeError(name)
         return self[name]
@@ -124,12 +123,12 @@ class ComponentVector(Reading):
             if name not in places:
                 check_name(self.axes, name)
                 raise InputError(
-                    f"The component '{name}' is not at the top level.",
+                    f"The component '{name}' must be at the top level.",
                     expected=f"some of {', '.join(places)}",
                     fix="Select from its group, as in cv['dense'][['bias', 'weight']].",
                 )
         if len(set(names)) < len(names):
-            raise InputError("A component is selected twice.", got=", ".join(names))
+            raise InputError("A component may be selected only once.", got=", ".join(names))
         pieces = self.flat.split_with_sizes([place.size for place in places.values()], -1)
         by_name = dict(zip(places, pieces, strict=True))
         axes = intern(tuple((name, places[name].child) for name in names))
@@ -147,7 +146,7 @@ class ComponentVector(Reading):
     def __bool__(self) -> bool:
         if self.dtype == torch.bool and self.numel() > 0:
             raise InputError(
-                "A comparison of vectors has one truth value for each element.",
+                "A vector of bools has a truth value for each element, not one.",
                 fix="Use torch.equal(a, b), torch.all(a == b) or torch.any(a == b).",
             )
         return len(self) > 0
@@ -263,7 +262,7 @@ class ComponentVector(Reading):
             return result
         if self.axes.size == 1 and result.shape[-1] != 1:
             raise InputError(
-                "The vector's only element was broadcast, and the result has no place for its name.",
+                "The vector's only element was broadcast, so that its name fits no element of the result.",
                 expected="a tensor whose last dimension is 1",
                 got=f"a result of shape {tuple(result.shape)}",
                 fix="Use cv.flat where the result is a plain tensor.",
@@ -272,7 +271,7 @@ class ComponentVector(Reading):
 
     def _check_names(self, other: Named) -> None:
         if not isinstance(other, ComponentVector):
-            raise InputError(f"A ComponentVector and a {type(other).__name__} do not pair element by element.")
+            raise InputError(f"A ComponentVector and a {type(other).__name__} cannot be combined element by element.")
         if other.axes is not self.axes:
             refuse_names(self.axes, other.axes)
 
@@ -290,16 +289,16 @@ class ComponentVector(Reading):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise InputError(
-            f"A ComponentVector does not change, and '{name}' cannot be set.",
+            f"A ComponentVector is immutable: '{name}' cannot be set.",
             fix=f"Make a new one: cv = cv.replace({name}=...).",
         )
 
     def __delattr__(self, name: str) -> None:
-        raise InputError(f"A ComponentVector does not change, and '{name}' cannot be deleted.")
+        raise InputError(f"A ComponentVector is immutable: '{name}' cannot be deleted.")
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise InputError(
-            "A ComponentVector does not change, and its components cannot be set.",
+            "A ComponentVector is immutable: its components cannot be set.",
             fix=f"Make a new one: cv = cv.replace({{{key!r}: ...}}).",
         )
 
@@ -307,16 +306,40 @@ class ComponentVector(Reading):
         return named, (self.flat, self.axes)
 
     def __repr__(self) -> str:
-        return vector_text(self.flat, self.axes)
+        flat, axes = self.flat, self.axes
+        if not self._is_whole():
+            return f"ComponentVector({flat!r}, {axes!r})"
+        batch = f", batch {tuple(flat.shape[:-1])}" if flat.dim() > 1 else ""
+        head = f"ComponentVector of {axes.size} elements{batch} ({flat.dtype}, {flat.device})"
+        return "\n".join([head, *_lines(flat, axes, "  ")])
 
     def _repr_html_(self) -> str:
-        from ._html import vector_html
+        return tree_html(self) if self._is_whole() else plain(repr(self))
 
-        return vector_html(self)
+    def _is_whole(self) -> bool:
+        """Tell whether the elements fit the names: tree libraries may put something else in their place."""
+        return isinstance(self.flat, Tensor) and self.flat.shape[-1:] == (self.axes.size,)
+
+
+# Larger leaves show their shapes alone.
+_MOST_ELEMENTS = 100
+
+
+def _lines(flat: Tensor, axes: Axes, indent: str) -> Iterator[str]:
+    for name in axes.names:
+        child, part = axes[name], flat[..., axes.slice(name)]
+        if isinstance(child, Axes):
+            yield f"{indent}{name}" if len(child) else f"{indent}{name} (empty)"
+            yield from _lines(part, child, indent + "  ")
+        elif part.numel() > _MOST_ELEMENTS or part.is_meta:
+            yield f"{indent}{name} {child}"
+        else:
+            head = f"{indent}{name} {child}: "
+            yield head + str(part.detach().reshape(part.shape[:-1] + child)).replace("\n", "\n" + " " * len(head))
 
 
 def named(flat: Any, axes: Axes) -> ComponentVector:
-    """Return the vector of these elements and names, without a look at either."""
+    """Return the vector of these elements and names, without checks."""
     return make(ComponentVector, flat, axes)
 
 

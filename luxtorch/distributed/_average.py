@@ -1,20 +1,28 @@
-"""Averaging trees over all ranks."""
+"""Averaging gradients and states over all ranks, by an all-reduce that has derivatives."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
+from typing_extensions import Self
 
-from luxtorch.core import DTypeError, tree_flatten, tree_leaves, tree_unflatten
+from luxtorch._torch import compile_constant, forward_level
+from luxtorch._transforms import functional
+from luxtorch.core import tree_flatten, tree_leaves, tree_unflatten, wrong_type
 
-from ._mean import mean
-from ._sharded_tensor import is_sharded
-from ._world import world_size
+from ._sharded import is_sharded
+from ._world import collective, world_size
+
+T = TypeVar("T")
 
 
-def average_gradients(grads: Any) -> Any:
+def average_gradients(grads: T) -> T:
     """Return the mean of the gradients of all ranks.
 
     With the mean of a loss over equal shares of a batch, this is the gradient of the mean over the whole batch. With
@@ -27,7 +35,7 @@ def average_gradients(grads: Any) -> Any:
 
     Args:
         grads: The gradients, a tree of tensors with the same structure on every rank, which is not checked: that
-            would take another collective. What is None or no tensor is kept, and so are sharded tensors, whose
+            would take another collective. What is not a tensor is kept, and so are sharded tensors, whose
             gradients `gather_parameters` has averaged. A loss to be reported can be averaged as well.
 
     Returns:
@@ -53,19 +61,15 @@ def average_gradients(grads: Any) -> Any:
     """
     for leaf in tree_leaves(grads):
         if isinstance(leaf, Tensor) and not _is_number(leaf):
-            raise DTypeError(
-                "There is no mean of such gradients.",
-                expected="floating point or complex tensors",
-                got=str(leaf.dtype),
-                fix="Average states by average_states, which keeps counts and keys as they are.",
-            )
+            fix = "Average states by average_states, which keeps counts and keys as they are."
+            raise wrong_type("A gradient", leaf, "a floating point or complex tensor", fix=fix)
     return _averaged(grads)
 
 
-def average_states(st: Any) -> Any:
+def average_states(st: T) -> T:
     """Return the mean of the states of all ranks, such as the running statistics of a BatchNorm.
 
-    While training, every rank normalises by its own share of the batch, and its running statistics are of that share.
+    While training, every rank normalizes by its own share of the batch, and its running statistics are of that share.
     They are best averaged before a model is tested or saved, once in an epoch. The variances within the shares are
     averaged: how the shares' means differ does not count.
 
@@ -89,11 +93,67 @@ def average_states(st: Any) -> Any:
     return _averaged(st)
 
 
+class DistributedRule(ChainedGradientTransformation):
+    """Average the gradients of all ranks, then do what another rule does.
+
+    It is a chain of two gradient transformations, of which the first is `average_gradients`. A rule that collects
+    gradients of several calls, such as `AccumGrad`, belongs into an `OptimiserChain` inside of it. Frozen and missing
+    gradients do not travel. It is not for sharded parameters: `gather_parameters` averages their gradients.
+
+    Args:
+        rule: A rule of `luxtorch.optim`, or a torchopt optimizer.
+
+    Attributes:
+        rule: The rule.
+
+    Raises:
+        DTypeError: If it is not a gradient transformation.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import distributed, optim
+        >>> ps = {"weight": torch.ones(2)}
+        >>> opt_state = optim.setup(distributed.DistributedRule(optim.Descent(0.5)), ps)
+        >>> opt_state, ps = optim.update(opt_state, ps, {"weight": torch.ones(2)})
+        >>> ps
+        {'weight': tensor([0.5000, 0.5000])}
+
+    Source: `DistributedOptimizer` of Lux's DistributedUtils.
+    """
+
+    rule: GradientTransformation
+
+    def __new__(cls, rule: GradientTransformation) -> Self:
+        if not isinstance(rule, GradientTransformation):
+            fix = "torch.optim optimizers change parameters in place; use the rule of the same name here."
+            raise wrong_type("rule", rule, "a rule such as optim.Adam(1e-3), or a torchopt optimizer", fix=fix)
+        self = super().__new__(cls, _AVERAGE, rule)
+        self.rule = rule
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DistributedRule, (self.rule,)
+
+    def __repr__(self) -> str:
+        return f"DistributedRule({self.rule!r})"
+
+
+def _init(params: Any) -> tuple[()]:
+    return ()
+
+
+def _update(updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> tuple[Any, Any]:
+    return average_gradients(updates), state
+
+
+_AVERAGE = GradientTransformation(_init, _update)
+
+
 def _is_number(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _averaged(tree: Any) -> Any:
+def _averaged(tree: T) -> T:
     if world_size() == 1:
         return tree
     leaves, spec = tree_flatten(tree)
@@ -104,7 +164,8 @@ def _averaged(tree: Any) -> Any:
     for members in buckets.values():
         for i, averaged in zip(members, _means([leaves[i] for i in members]), strict=True):
             leaves[i] = averaged
-    return tree_unflatten(leaves, spec)
+    averages: T = tree_unflatten(leaves, spec)
+    return averages
 
 
 def _means(tensors: list[Tensor]) -> list[Tensor]:
@@ -114,3 +175,74 @@ def _means(tensors: list[Tensor]) -> list[Tensor]:
     flat = mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
     pieces = flat.split_with_sizes([tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def mean(x: Tensor) -> Tensor:
+    """Return the mean over all ranks: one all-reduce."""
+    result: Tensor = _in_trace(x) if is_compiling() else _Mean.apply(x) if x.requires_grad or functional() else _mean(x)
+    return result
+
+
+def _in_trace(x: Tensor) -> Tensor:
+    """Return the same where torch.compile traces: it refuses functions of autograd that have rules for transforms."""
+    if _in_forward_mode():
+        value, tangent = forward_ad.unpack_dual(x, level=0)  # type: ignore[no-untyped-call]
+        if tangent is not None:
+            return forward_ad.make_dual(mean(value), mean(tangent), level=0)  # type: ignore[no-any-return,no-untyped-call]
+    result: Tensor = _Traced.apply(x) if x.requires_grad else _mean(x)
+    return result
+
+
+@compile_constant
+def _in_forward_mode() -> bool:
+    return forward_level() >= 0
+
+
+@torch.library.custom_op("luxtorch::distributed_mean", mutates_args=())
+def _mean(x: Tensor) -> Tensor:
+    # Divided first, for the sum of many gradients may be beyond float16.
+    total = (x / dist.get_world_size()).contiguous()
+    with collective("all-reduce"):
+        dist.all_reduce(total)
+    return total
+
+
+@_mean.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_mean.register_vmap
+def _(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+    return mean(x), in_dims[0]  # element by element
+
+
+class _Traced(torch.autograd.Function):
+    """The mean with its derivative.
+
+    What a rank differentiates is its own share of the mean of all ranks. So the cotangents are averaged, too.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _mean(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return mean(grad)
+
+
+class _Mean(_Traced):
+    """The same for all transforms of eager code."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return mean(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+        return mean(x), in_dims[0]

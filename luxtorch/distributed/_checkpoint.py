@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from luxtorch.components import ComponentVector
 from luxtorch.core import (
-    DTypeError,
     InputError,
     KeyNameError,
     named_leaves,
@@ -30,12 +29,13 @@ from luxtorch.core import (
     tree_flatten,
     tree_flatten_with_path,
     tree_unflatten,
+    wrong_type,
 )
 from luxtorch.core._former import names_today, same_today, uncounted
 
-from ._failure import DistributedError, collective
-from ._world import rank, world_size
+from ._world import DistributedError, collective, rank, world_size
 
+T = TypeVar("T")
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 _DESCRIPTION = "luxtorch.json"
@@ -54,9 +54,9 @@ def save_checkpoint(path: PathLike, tree: Any) -> None:
             value of one rank is saved: average the states before, and call `fold_in_rank` on states that were loaded.
 
     Raises:
-        DTypeError: If a leaf is no tensor.
+        DTypeError: If a leaf is not a tensor.
         KeyNameError: If two leaves have the same dotted name.
-        DistributedError: If the folder cannot be written, is there and no checkpoint, or if a rank has died.
+        DistributedError: If the folder cannot be written, is there and is not a checkpoint, or if a rank has died.
 
     Example:
         >>> import tempfile, torch
@@ -78,7 +78,7 @@ def save_checkpoint(path: PathLike, tree: Any) -> None:
     _on_first_rank(lambda: _finish(path, unfinished, description), path)
 
 
-def load_checkpoint(path: PathLike, like: Any) -> Any:
+def load_checkpoint(path: PathLike, like: T) -> T:
     """Load a tree that `save_checkpoint` has saved, on as many ranks as there are now.
 
     All ranks call it together. `like` decides the structure, where the tensors go, and how they are sharded; that may
@@ -96,7 +96,7 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     Raises:
         KeyNameError: If names are missing from the folder, or are in the folder alone.
         InputError: If the names are the same, but shapes, dtypes or the names in a ComponentVector differ.
-        DTypeError: If a leaf of `like` is no tensor.
+        DTypeError: If a leaf of `like` is not a tensor.
         DistributedError: If the folder cannot be read, or if a rank has died.
 
     Example:
@@ -127,7 +127,8 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
         load(held, storage_reader=FileSystemReader(path), no_dist=world_size() == 1)
     _, spec = tree_flatten(like)
     leaves = [tensors[name].requires_grad_(leaf.requires_grad) for name, leaf in wanted.items()]
-    return tree_unflatten(leaves, spec)
+    loaded: T = tree_unflatten(leaves, spec)
+    return loaded
 
 
 def _named(tree: Any) -> dict[str, Tensor]:
@@ -135,11 +136,8 @@ def _named(tree: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, leaf in named_leaves(tree):
         if not isinstance(leaf, Tensor):
-            raise DTypeError(
-                f"The leaf '{name}' is no tensor.",
-                expected="a tree of tensors, such as a TrainState, or parameters and states",
-                got=f"{leaf!r:.80}",
-                fix="Save torch.tensor(...) of it, or leave it out.",
+            raise wrong_type(
+                f"The leaf '{name}'", leaf, "a tensor", fix="Save torch.tensor(...) of it, or leave it out."
             )
         if name in tensors:
             raise KeyNameError(f"A checkpoint cannot hold two leaves of the name '{name}'.", fix="Rename one of them.")
@@ -191,7 +189,7 @@ def _on_first_rank(action: Callable[[], None], path: Path) -> None:
 
 def _clear(path: Path, unfinished: Path) -> None:
     if path.exists() and not (path / _DESCRIPTION).exists():
-        raise FileExistsError(f"{path} is there, and is no checkpoint")
+        raise FileExistsError(f"{path} is there, and is not a checkpoint")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
 
@@ -224,7 +222,7 @@ def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[
     if missing or extra:
         hint = suggest(extra[0], missing or tree) if extra else suggest(missing[0], file)
         raise KeyNameError(
-            "The checkpoint and the tree to load it into have other names.",
+            "The checkpoint must have the names of the tree to load it into.",
             expected=_listed(f"'{name}'" for name in tree),
             got=_listed([f"without '{name}'" for name in missing] + [f"with '{name}'" for name in extra]),
             fix=f"{hint} Make the tree from the same model, and with the same optimizer.".lstrip(),
@@ -235,7 +233,7 @@ def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[
         differing = [name for name in wanted if not same_today(came.get(name, ""), wanted[name])]
         if differing:
             raise InputError(
-                "The checkpoint and the tree to load it into differ.",
+                "The checkpoint must have the shapes and dtypes of the tree to load it into.",
                 expected=_listed(f"'{name}' is {wanted[name]}" for name in differing),
                 got=_listed(f"'{name}' is {came.get(name, 'not named')}" for name in differing),
                 fix="Make the tree from the same model, in the same precision and with the same optimizer.",
@@ -243,7 +241,7 @@ def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[
             )
 
 
-def _listed(texts: Any) -> str:
+def _listed(texts: Iterable[str]) -> str:
     texts = list(texts)
     return ", ".join(texts[:8]) + f", and {len(texts) - 8} more" * (len(texts) > 8) or "nothing"
 

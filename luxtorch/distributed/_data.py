@@ -1,4 +1,4 @@
-"""The share of the data that belongs to this rank."""
+"""`shard_data`: the share of the data that belongs to this rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from luxtorch.core import DTypeError, InputError, named_leaves, tree_leaves, tree_map
+from luxtorch.core import InputError, named_leaves, out_of_range, tree_leaves, tree_map, wrong_type
 
 from ._world import rank, world_size
 
@@ -45,11 +45,7 @@ def shard_data(dataset: Any, *, uneven: Literal["error", "drop", "repeat"] = "er
     Source: `DistributedDataContainer` of Lux's DistributedUtils; `torch.utils.data.DistributedSampler`.
     """
     if uneven not in ("error", "drop", "repeat"):
-        raise InputError(
-            "There is no such way to share out uneven data.",
-            expected="'error', 'drop' or 'repeat'",
-            got=repr(uneven),
-        )
+        raise out_of_range("uneven", uneven, "'error', 'drop' or 'repeat'")
     arrays = [(name, leaf) for name, leaf in named_leaves(dataset) if _is_array(leaf)]
     in_tree = bool(arrays) and len(arrays) == len(tree_leaves(dataset))
     indices = _share(_common_size(arrays) if in_tree else _length(dataset), uneven)
@@ -63,26 +59,18 @@ def _share(total: int, uneven: str) -> Sequence[int]:
     ranks = world_size()
     size, rest = divmod(total, ranks)
     if rest and uneven == "error":
-        raise InputError(
-            f"{total} items cannot be shared out evenly.",
-            expected=f"a multiple of {ranks}, the number of ranks",
-            got=str(total),
-            fix='Pass uneven="drop" to leave out the last ones, or uneven="repeat" to use the first ones twice.',
-        )
+        fix = 'Pass uneven="drop" to leave out the last ones, or uneven="repeat" to use the first ones twice.'
+        raise out_of_range("The number of items", total, f"a multiple of {ranks}, the number of ranks", fix=fix)
     if rest and uneven == "repeat":
         start = rank() * (size + 1)
         return [i % total for i in range(start, start + size + 1)]
     if size == 0 and ranks > 1:
-        raise InputError(
-            "There are fewer items than ranks.",
-            expected=f"at least {ranks} items",
-            got=str(total),
-            fix="Start fewer processes.",
-        )
+        expected = f"at least {ranks}, the number of ranks"
+        raise out_of_range("The number of items", total, expected, fix="Start fewer processes.")
     return range(rank() * size, (rank() + 1) * size)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return bool(getattr(leaf, "shape", None)) and hasattr(leaf, "dtype")
 
 
@@ -90,8 +78,7 @@ def _common_size(arrays: list[tuple[str, Any]]) -> int:
     sizes = {name or "it": int(leaf.shape[0]) for name, leaf in arrays}
     if len(set(sizes.values())) > 1:
         raise InputError(
-            "The tensors do not hold the same number of items.",
-            expected="a common first dimension",
+            "All tensors must have the same first dimension, the number of items.",
             got=", ".join(f"'{name}' has {size}" for name, size in sizes.items()),
         )
     return next(iter(sizes.values()))
@@ -100,12 +87,9 @@ def _common_size(arrays: list[tuple[str, Any]]) -> int:
 def _length(dataset: Any) -> int:
     has_items = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not has_items or isinstance(dataset, (dict, Tensor)):
-        raise DTypeError(
-            "The data cannot be shared out.",
-            expected="tensors with a common first dimension, or a dataset with a length and with indices",
-            got=type(dataset).__name__,
-            fix="Let each rank read its own part of a stream, by distributed.rank() and distributed.world_size().",
-        )
+        expected = "tensors with a common first dimension, or a dataset with a length and with indices"
+        fix = "Let each rank read its own part of a stream, by distributed.rank() and distributed.world_size()."
+        raise wrong_type("dataset", dataset, expected, fix=fix)
     return len(dataset)
 
 

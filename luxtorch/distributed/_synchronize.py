@@ -1,22 +1,25 @@
-"""Giving every rank what one of them has."""
+"""Giving every rank the values of one of them, and random keys of its own."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, named_leaves, tree_flatten, tree_unflatten
+from luxtorch.core import InputError, named_leaves, out_of_range, tree_flatten, tree_map, tree_unflatten
+from luxtorch.random import fold_in
+from luxtorch.random._key import is_key
 
-from ._failure import collective
-from ._sharded_tensor import is_sharded
-from ._world import world_size
+from ._sharded import is_sharded
+from ._world import collective, rank, world_size
+
+T = TypeVar("T")
 
 
-def synchronize(tree: Any, root: int = 0) -> Any:
+def synchronize(tree: T, root: int = 0) -> T:
     """Return a tree with the values of one rank, on every rank.
 
     Call it once before training, on parameters, states and optimizer states, or on a whole TrainState. Models that
@@ -24,7 +27,7 @@ def synchronize(tree: Any, root: int = 0) -> Any:
 
     Args:
         tree: A tree of tensors of the same names, shapes and dtypes on every rank, and on the same kind of device.
-            What is no tensor is kept, and so are sharded tensors, of which every rank has its own part.
+            What is not a tensor is kept, and so are sharded tensors, of which every rank has its own part.
         root: The rank whose values are taken.
 
     Returns:
@@ -43,10 +46,10 @@ def synchronize(tree: Any, root: int = 0) -> Any:
     Source: `synchronize!!` of Lux's DistributedUtils.
     """
     if not 0 <= root < world_size():
-        raise InputError("There is no such rank.", expected=f"0 <= root < {world_size()}", got=f"root={root}")
+        raise out_of_range("root", root, f"at least 0 and below the number of ranks, {world_size()}")
     if transformed():
         raise InputError(
-            "Trees cannot be synchronized inside of a transform or a compiled function.",
+            "synchronize must be called outside of transforms and compiled functions.",
             fix="Call synchronize once, before training.",
         )
     if world_size() == 1:
@@ -60,7 +63,34 @@ def synchronize(tree: Any, root: int = 0) -> Any:
     for members in by_device.values():
         for i, leaf in zip(members, _broadcast([leaves[i] for i in members], root), strict=True):
             leaves[i] = leaf
-    return tree_unflatten(leaves, spec)
+    alike: T = tree_unflatten(leaves, spec)
+    return alike
+
+
+def fold_in_rank(tree: T) -> T:
+    """Return a tree in which this rank's number is folded into every random key.
+
+    Without it all ranks, which start from the same seed, would draw the same dropout masks. Call it once, after the
+    setup; the layers then derive their next keys from these.
+
+    Args:
+        tree: A key, states, or any other tree. What is not a key is kept: a key is a uint64 tensor of shape (..., 2).
+
+    Returns:
+        A tree of the same structure; on a single process, the one that came.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> from luxtorch import distributed
+        >>> ps, st = lt.setup(0, lt.Dropout(0.5))
+        >>> st = distributed.fold_in_rank(st)
+        >>> st["rng"].shape
+        torch.Size([2])
+    """
+    if world_size() == 1:
+        return tree
+    folded: T = tree_map(lambda leaf: fold_in(leaf, rank()) if is_key(leaf) else leaf, tree)
+    return folded
 
 
 def _broadcast(tensors: list[Tensor], root: int) -> list[Tensor]:
@@ -78,8 +108,8 @@ def _broadcast(tensors: list[Tensor], root: int) -> list[Tensor]:
 
 
 def _check_alike(tree: Any, root: int) -> None:
-    """Raise on all ranks unless their trees have the same structure: otherwise some would wait for ever."""
-    own = [f"'{name}' {_described(leaf)}" for name, leaf in named_leaves(tree)]
+    """Raise on all ranks unless their trees have the same structure: otherwise some would wait forever."""
+    own = [f"'{name}' {_outline(leaf)}" for name, leaf in named_leaves(tree)]
     outlines: list[list[str]] = [[] for _ in range(world_size())]
     with collective("comparison of the trees"):
         dist.all_gather_object(outlines, own)
@@ -91,14 +121,14 @@ def _check_alike(tree: Any, root: int) -> None:
     if place is None:
         place = min(len(wanted), len(came))
     raise InputError(
-        f"Rank {other} has another tree than rank {root}.",
+        f"All ranks must have the same tree, and that of rank {other} differs from that of rank {root}.",
         expected=wanted[place] if place < len(wanted) else "no more leaves",
         got=came[place] if place < len(came) else "no more leaves",
         fix="Build the same model, with the same options, on every rank.",
     )
 
 
-def _described(leaf: Any) -> str:
+def _outline(leaf: object) -> str:
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     return f"{leaf.dtype} of shape {tuple(leaf.shape)} on {leaf.device.type}"

@@ -1,16 +1,17 @@
-"""Which process this is, and of how many."""
+"""Joining and leaving the other processes, which process this is and of how many, and the error where they fail."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from luxtorch.core import InputError
-
-from ._failure import collective
+from luxtorch.core import InputError, LuxtorchError, out_of_range
 
 
 def initialize(
@@ -81,14 +82,14 @@ def _check(init_method: str | None, rank: int | None, world_size: int | None, ti
     given = [value is not None for value in (init_method, rank, world_size)]
     if any(given) != all(given):
         raise InputError(
-            "A place to meet, a rank and a number of processes belong together.",
-            expected="all of init_method, rank and world_size, or under torchrun none of them",
+            "init_method, rank and world_size must be passed together.",
+            expected="all of them, or under torchrun none of them",
             got=f"init_method={init_method!r}, rank={rank}, world_size={world_size}",
         )
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise InputError("There is no such rank.", expected=f"0 <= rank < {world_size}", got=f"rank={rank}")
+        raise out_of_range("rank", rank, f"at least 0 and below world_size, which is {world_size}")
     if not timeout > 0:
-        raise InputError("The time-out is not positive.", expected="seconds, timeout > 0", got=f"timeout={timeout}")
+        raise out_of_range("timeout", timeout, "positive, in seconds")
 
 
 def shutdown() -> None:
@@ -156,3 +157,30 @@ def world_size() -> int:
     Source: `total_workers` of Lux's DistributedUtils.
     """
     return dist.get_world_size() if initialized() else 1
+
+
+class DistributedError(LuxtorchError, RuntimeError):
+    """Report that processes failed to work together: one has died, does not answer, or does something else."""
+
+
+@contextmanager
+def collective(what: str) -> Iterator[None]:
+    """Explain an error of torch.distributed in what is done inside.
+
+    Args:
+        what: The collective, such as "all-reduce".
+    """
+    try:
+        yield
+    except LuxtorchError:
+        raise
+    except RuntimeError as error:
+        # What the transport reports has a place in C++ in front, and advice and a stack trace behind.
+        message = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines() or [""]
+        raise DistributedError(
+            f"The {what} of all ranks failed.",
+            expected="every rank to take part, with tensors of the same shapes and dtypes",
+            got=f"{type(error).__name__}: {message[0].partition('. ')[0]:.300}",
+            fix="Look for the first error of the other ranks: one has died, is too slow for the time-out of "
+            "distributed.initialize, or does another thing. Restart from a checkpoint.",
+        ) from error

@@ -1,4 +1,4 @@
-"""Initializers that draw every entry from one distribution, whatever the shape."""
+"""Initializers that fill with a constant, or draw every entry from one distribution, whatever the shape."""
 
 from __future__ import annotations
 
@@ -10,12 +10,79 @@ import torch
 from torch import Tensor
 
 import luxtorch.random as lr
-from luxtorch._errors import DTypeError, InputError
+from luxtorch._errors import InputError, wrong_type
 
 from ._initializer import initializer
 
 # What `dtype.to_real()` says, which torch.compile cannot trace.
 _PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+@initializer
+def constant(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, value: complex) -> Tensor:
+    """Fill with one number.
+
+    Args:
+        key: A key, which only says where the tensor lives; without it and the shape, the options are bound.
+        shape: The shape of the output.
+        value: The number.
+        dtype: Any dtype that holds the number.
+        device: The device; the key's if None.
+
+    Returns:
+        A tensor of `shape`. Source: `constant_` in torch.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> from luxtorch.init import constant
+        >>> constant(value=0.5)(lr.key(0), (3,))
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    return torch.full(shape, value, dtype=dtype, device=key.device)
+
+
+@initializer
+def zeros(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fill with zeros.
+
+    Args:
+        key: A key, which only says where the tensor lives; without it and the shape, dtype and device are bound.
+        shape: The shape of the output.
+        dtype: Any dtype.
+        device: The device; the key's if None.
+
+    Returns:
+        A tensor of `shape`. Source: Lux's `zeros32` and its siblings, `zeros_` in torch.
+
+    Example:
+        >>> import torch, luxtorch.random as lr
+        >>> from luxtorch.init import zeros
+        >>> zeros(dtype=torch.float64)(lr.key(0), (2,))
+        tensor([0., 0.], dtype=torch.float64)
+    """
+    return torch.zeros(shape, dtype=dtype, device=key.device)
+
+
+@initializer
+def ones(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fill with ones.
+
+    Args:
+        key: A key, which only says where the tensor lives; without it and the shape, dtype and device are bound.
+        shape: The shape of the output.
+        dtype: Any dtype.
+        device: The device; the key's if None.
+
+    Returns:
+        A tensor of `shape`. Source: Lux's `ones32` and its siblings, `ones_` in torch.
+
+    Example:
+        >>> import luxtorch.random as lr
+        >>> from luxtorch.init import ones
+        >>> ones(lr.key(0), (2,))
+        tensor([1., 1.])
+    """
+    return torch.ones(shape, dtype=dtype, device=key.device)
 
 
 @initializer
@@ -63,7 +130,7 @@ def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, mean: flo
         >>> normal(std=0.1)(lr.key(0), (2, 3)).shape
         torch.Size([2, 3])
     """
-    draw = centred_normal(key, shape, dtype, std)
+    draw = centered_normal(key, shape, dtype, std)
     return draw + mean if mean else draw
 
 
@@ -104,24 +171,23 @@ def truncated_normal(
         True
     """
     if dtype.is_complex:
-        raise DTypeError("Complex numbers have no order to cut by.", expected="a real floating dtype", got=str(dtype))
+        raise wrong_type("dtype", dtype, "real, as complex numbers have no order to cut by")
     if mean < low - 2 * std or mean > high + 2 * std:
         raise InputError(
-            "So little of the normal distribution lies between the cuts that it cannot be drawn accurately.",
-            expected="a mean no more than two std outside the cuts",
+            "The mean must be no more than two std outside the cuts, or too little lies between them.",
             got=f"mean={mean}, std={std}, low={low}, high={high}",
             fix="Move the mean towards the cuts, or use uniform.",
         )
     return lr.truncated_normal(key, shape, mean=mean, std=std, low=low, high=high, dtype=dtype)
 
 
-def centred_uniform(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
+def centered_uniform(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
     """Draw from the uniform distribution of mean 0 and a given standard deviation."""
     bound = math.sqrt(3.0) * _part(std, dtype)
     return by_parts(lr.uniform, key, shape, dtype, low=-bound, high=bound)
 
 
-def centred_normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
+def centered_normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, std: float) -> Tensor:
     """Draw from the normal distribution of mean 0 and a given standard deviation."""
     return by_parts(lr.normal, key, shape, dtype, std=_part(std, dtype))
 

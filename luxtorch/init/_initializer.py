@@ -1,4 +1,4 @@
-"""The form that all initializers share: called with a key they draw, without one they bind options."""
+"""`initializer`, which makes an initializer of a function: called with a key it draws, without one it binds options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, cast, overload
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError, suggest
+from luxtorch._errors import InputError, out_of_range, suggest, wrong_type
 
 Initializer: TypeAlias = Callable[..., Tensor]
 """What a layer takes: a function `init(key, shape)` that returns a tensor."""
@@ -152,11 +152,8 @@ def _check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str,
                 fix=suggest(option, [*defaults, "dtype", "device"]),
             )
         if isinstance(value, (Tensor, list, dict, set)):
-            raise DTypeError(
-                f"The option {option} of {name} is part of a layer's description, and has to be a plain value.",
-                expected="a number, a string or a tuple",
-                got=f"a {type(value).__name__}",
-            )
+            expected = "a plain value, a number, a string or a tuple, as it is part of a layer"
+            raise wrong_type(f"The option {option} of {name}", value, expected)
 
 
 def _checked_key(name: str, key: Tensor | None) -> Tensor:
@@ -164,12 +161,8 @@ def _checked_key(name: str, key: Tensor | None) -> Tensor:
         raise InputError(f"The initializer {name} needs a key.", fix="Pass lt.random.key(0) before the shape.")
     if not isinstance(key, Tensor) or key.dtype != torch.uint64 or key.shape != (2,):
         batched = isinstance(key, Tensor) and key.ndim > 1 and key.shape[-1] == 2
-        raise DTypeError(
-            f"The first argument of {name} is a key.",
-            expected="a uint64 tensor of shape (2,)",
-            got=f"a {key.dtype} tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key),
-            fix="For a batch of keys, use torch.vmap." if batched else "Make one with lt.random.key(0).",
-        )
+        fix = "For a batch of keys, use torch.vmap." if batched else "Make one with lt.random.key(0)."
+        raise wrong_type(f"The key of {name}", key, "a uint64 tensor of shape (2,)", fix=fix)
     return key
 
 
@@ -178,5 +171,5 @@ def _checked_shape(name: str, shape: Sequence[int] | int | None) -> tuple[int, .
         raise InputError(f"The initializer {name} needs a shape.", fix="Pass it after the key: (out, in).")
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(size < 0 for size in shape):
-        raise InputError("A shape has no negative sizes.", got=str(shape))
+        raise out_of_range("Each size in shape", shape, "at least 0")
     return shape

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import luxtorch.random as lr
-from luxtorch._errors import DTypeError, InputError
+from luxtorch._errors import out_of_range, wrong_type
 
-from ._distributions import centred_normal
+from ._distributions import centered_normal
 from ._initializer import initializer
 
 
@@ -42,12 +42,12 @@ def orthogonal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, gain:
         True
     """
     if len(shape) < 2:
-        raise InputError("Only matrices can be orthogonal.", expected="two dimensions or more", got=f"shape {shape}")
+        raise out_of_range("shape", shape, "of two dimensions or more")
     if not (dtype.is_floating_point or dtype.is_complex):
-        raise DTypeError("Integers cannot be orthonormal.", expected="a floating or complex dtype", got=str(dtype))
+        raise wrong_type("dtype", dtype, "a floating point or complex dtype")
     rows, columns = shape[0], math.prod(shape[1:])
     wide = torch.promote_types(dtype, torch.float32)
-    q, r = torch.linalg.qr(centred_normal(key, (max(rows, columns), min(rows, columns)), wide, 1.0))
+    q, r = torch.linalg.qr(centered_normal(key, (max(rows, columns), min(rows, columns)), wide, 1.0))
     # A factorization is unique up to these signs; without them, the draw would not be an even one.
     matrix: Tensor = q * r.diagonal().sgn() * gain
     return (matrix if rows >= columns else matrix.mT).reshape(shape).to(dtype)
@@ -62,7 +62,7 @@ def sparse_init(
     Args:
         key: A key; without it and the shape, the options are bound.
         shape: Two dimensions.
-        sparsity: The share of each column that is zero, from 0 to 1; the number of zeros is rounded up.
+        sparsity: The fraction of each column that is zero, from 0 to 1; the number of zeros is rounded up.
         std: The standard deviation of the other entries.
         dtype: The dtype; if complex, real and imaginary part have half of the variance each.
         device: The device; the key's if None.
@@ -71,7 +71,7 @@ def sparse_init(
         A tensor of `shape`. Source: Martens, "Deep learning via Hessian-free optimization", 2010; `sparse_` in torch.
 
     Raises:
-        InputError: If the shape has not two dimensions, or `sparsity` is not between 0 and 1.
+        InputError: If the shape does not have two dimensions, or `sparsity` is not between 0 and 1.
 
     Example:
         >>> import luxtorch.random as lr
@@ -81,12 +81,12 @@ def sparse_init(
         tensor([3, 3, 3])
     """
     if len(shape) != 2:
-        raise InputError("Only matrices can be made sparse.", expected="two dimensions", got=f"shape {shape}")
+        raise out_of_range("shape", shape, "of two dimensions")
     if not 0 <= sparsity <= 1:
-        raise InputError("The sparsity is a share.", expected="0 <= sparsity <= 1", got=str(sparsity))
+        raise out_of_range("sparsity", sparsity, "between 0 and 1")
     values, places = lr.split(key)
     ranks = lr.uniform(places, shape, dtype=torch.float32).argsort(0).argsort(0)
-    return centred_normal(values, shape, dtype, std).masked_fill(ranks < math.ceil(sparsity * shape[0]), 0.0)
+    return centered_normal(values, shape, dtype, std).masked_fill(ranks < math.ceil(sparsity * shape[0]), 0.0)
 
 
 @initializer
@@ -98,7 +98,7 @@ def identity_init(
     Args:
         key: A key, which only says where the weight lives; without it and the shape, the options are bound.
         shape: One dimension, a bias, gives zeros; two give an identity matrix; more, (out, in, *kernel), give
-            an identity at the centre of the kernel, which is the input for odd kernels with as much padding.
+            an identity at the center of the kernel, which is the input for odd kernels with as much padding.
         gain: A factor.
         shift: By how many channels the output is rolled; or a pair, for the rows (out) and the columns (in).
         dtype: The dtype.
@@ -119,10 +119,10 @@ def identity_init(
                 [0., 1., 0.]])
     """
     if not shape:
-        raise InputError("A scalar has no identity weight.", expected="one dimension or more", got="shape ()")
+        raise out_of_range("shape", shape, "of one dimension or more")
     weight = torch.zeros(shape, dtype=dtype, device=key.device)
     if len(shape) == 1 or weight.numel() == 0:
         return weight
-    centre: tuple[Any, ...] = (..., *(size // 2 for size in shape[2:]))
-    weight[centre] = gain * torch.eye(*shape[:2], dtype=dtype, device=key.device)
+    center: tuple[Any, ...] = (..., *(size // 2 for size in shape[2:]))
+    weight[center] = gain * torch.eye(*shape[:2], dtype=dtype, device=key.device)
     return weight.roll((shift, 0) if isinstance(shift, int) else shift, (0, 1))

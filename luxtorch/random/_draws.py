@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError
+from luxtorch._errors import InputError, out_of_range, wrong_type
 
 from . import _ops
 from ._key import checked
@@ -96,7 +96,7 @@ def truncated_normal(
         (True, True)
     """
     if not low < high:
-        raise InputError("The cuts are in the wrong order.", expected="low < high", got=f"low={low}, high={high}")
+        raise out_of_range("low", low, f"below high, which is {high}")
     shape, dtype = _checked(key, shape, dtype)
     cuts = (low - mean) / std, (high - mean) / std
     # Probabilities close to 0 have more digits than those close to 1: an upper tail is drawn as a lower one, reflected.
@@ -155,9 +155,7 @@ def randint(
     """
     span = high - low
     if not 0 < span <= 2**53:
-        raise InputError(
-            "The range of integers is empty or too wide.", expected="0 < high - low <= 2**53", got=f"{span}"
-        )
+        raise out_of_range("high - low", span, "at least 1 and at most 2**53")
     return (uniform(key, shape, dtype=torch.float64) * span).to(torch.int64).add(low).to(dtype)
 
 
@@ -182,19 +180,19 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
 
 
 def _checked(key: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return the shape and the dtype of a draw, or raise if they make no sense."""
+    """Return the shape and the dtype of a draw, or raise if they do not fit the key."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     batch = checked(key).shape[:-1]
     if any(size < 0 for size in shape):
-        raise InputError("A shape has no negative sizes.", got=str(shape))
+        raise out_of_range("Each size in shape", shape, "at least 0")
     if len(batch) > len(shape) or any(b not in (1, s) for b, s in zip(batch, shape, strict=False)):
         raise InputError(
-            "The shape does not start with the batch of keys.",
-            expected=f"a shape {(*batch, '...')}: each key draws one slice",
+            "The shape must start with the batch of keys, of which each draws one slice.",
+            expected=f"{(*batch, '...')}",
             got=f"{shape}",
             fix="Add the batch to the shape, or use torch.vmap over the keys.",
         )
     dtype = dtype or torch.get_default_dtype()
     if not dtype.is_floating_point:
-        raise DTypeError("Only real floating numbers are drawn.", expected="a floating dtype", got=str(dtype))
+        raise wrong_type("dtype", dtype, "a real floating point dtype")
     return shape, dtype

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError
+from luxtorch._errors import InputError, described, out_of_range, wrong_type
 from luxtorch._torch import compile_constant
 
 from . import _ops
@@ -43,7 +43,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
         True
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise DTypeError("A key is made from an integer seed.", expected="an int", got=repr(seed))
+        raise wrong_type("seed", seed, "an int")
     return torch.tensor([seed % _WORD, 0], dtype=torch.uint64, device=device)
 
 
@@ -58,7 +58,7 @@ def as_key(rng: Rng) -> Tensor:
         A key.
 
     Raises:
-        DTypeError: If `rng` is none of the three.
+        DTypeError: If `rng` is not one of the three.
 
     Example:
         >>> import torch, luxtorch.random as lr
@@ -91,7 +91,7 @@ def split(key: Tensor, number: int = 2) -> Tensor:
         torch.Size([2])
     """
     if number < 1:
-        raise InputError("A key is split into a number of keys.", expected="number >= 1", got=str(number))
+        raise out_of_range("number", number, "at least 1")
     return _ops.call(_ops.split, "split", checked(key), number)
 
 
@@ -138,16 +138,15 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     if isinstance(data, Tensor):
         if data.numel() != 1 or data.is_floating_point() or data.is_complex():
             raise InputError(
-                "Only one integer at a time is folded into a key.",
-                expected="an integer tensor of one element",
-                got=f"a {data.dtype} tensor of shape {tuple(data.shape)}",
+                "data must be an integer tensor of one element.",
+                got=described(data),
                 fix="For many keys at once, use torch.vmap over the numbers.",
             )
         return _ops.call(_ops.fold_in_tensor, "fold_in_tensor", key, data.reshape(()))
     if isinstance(data, str):
         data = _number_of(data)
     if not -(2**63) <= data < _WORD:
-        raise InputError("The number to fold in has too many bits.", expected="64 bits at most", got=str(data))
+        raise out_of_range("data", data, "an integer of at most 64 bits")
     return _ops.call(_ops.fold_in, "fold_in", key, data - _WORD if data >= 2**63 else data)
 
 
@@ -178,16 +177,16 @@ def replicate(rng: Rng) -> Rng:
 
 
 def checked(key: Tensor) -> Tensor:
-    """Return the key, or raise if it is none."""
-    if not isinstance(key, Tensor) or key.dtype != torch.uint64 or key.ndim == 0 or key.shape[-1] != 2:
-        got = f"a {key.dtype} tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise DTypeError(
-            "A key was expected.",
-            expected="a uint64 tensor of shape (2,), or (..., 2) for a batch of keys",
-            got=got,
-            fix="Make one with lt.random.key(0).",
-        )
+    """Return the key, or raise if it is not one."""
+    if not is_key(key):
+        expected = "a uint64 tensor of shape (2,), or (..., 2) for a batch of keys"
+        raise wrong_type("A key", key, expected, fix="Make one with lt.random.key(0).")
     return key
+
+
+def is_key(value: object) -> bool:
+    """Tell whether something is a key, or a batch of keys."""
+    return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.shape[-1:] == (2,)
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:

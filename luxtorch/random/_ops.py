@@ -7,7 +7,7 @@ of keys to the front. It is a rule of a `torch.library.custom_op` because the `v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -110,7 +110,7 @@ for _draw in (uniform, normal):
         first: float,
         second: float,
         dtype: torch.dtype,
-        draw: Any = _draw,
+        draw: Callable[..., Tensor] = _draw,
     ) -> _Batched:
         return draw(_batch_first(key, in_dims[0]), (info.batch_size, *shape), first, second, dtype), 0
 
@@ -120,12 +120,12 @@ def _batch_first(key: Tensor, dim: int | None) -> Tensor:
     return key.movedim(dim, 0)
 
 
-def call(operator: Any, kernel: str, key: Tensor, *arguments: Any) -> Tensor:
+def call(operator: Callable[..., Tensor], kernel: str, key: Tensor, *arguments: Any) -> Tensor:
     """Run a primitive: through its operator where a transform looks on, else straight by the kernel.
 
     Going through the operator costs more than the draw of a small mask itself. The kernels know no number that is a
     symbol, as a size may be while `jit` traces.
     """
     if transformed() or type(arguments[0]) is torch.SymInt or not _philox.has_kernels(key.device.type):
-        return operator(key, *arguments)  # type: ignore[no-any-return]
+        return operator(key, *arguments)
     return getattr(_philox, kernel)(key, *arguments)  # type: ignore[no-any-return]

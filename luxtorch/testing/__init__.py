@@ -1,5 +1,5 @@
 """For those who write layers: the laws of luxtorch, checked."""
 
-from ._check import check_layer as check_layer
 from ._compare import LawError as LawError
+from ._laws import check_layer as check_layer
 from ._orders import check_derivatives as check_derivatives

@@ -1,4 +1,4 @@
-"""The laws, one function each: what every layer must do under every transform.
+"""`check_layer` and the laws, one function each: what every layer must do under every transform.
 
 Inside transforms and compilers a jitted function steps aside. So that this holds for every layer, the laws of
 transforms transform the jitted function, and compare with the one that is not.
@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch._torch import lookup_backend
+from luxtorch._torch import compiler_backend
 from luxtorch._transforms import functional
 from luxtorch.components import ComponentVector
-from luxtorch.core import KeyNameError, named_leaves, setup, tree_leaves, tree_map
+from luxtorch.core import (
+    InputError,
+    KeyNameError,
+    Layer,
+    States,
+    named_leaves,
+    out_of_range,
+    setup,
+    suggest,
+    test_mode,
+    train_mode,
+    tree_leaves,
+    tree_map,
+    tree_structure,
+)
 from luxtorch.jit import jit
-from luxtorch.random import split
+from luxtorch.random import Rng, as_key, split
 
 from ._compare import LawError, close, same_structure, same_values
 from ._orders import QUICK, check_words
@@ -127,7 +142,7 @@ def jit_law(s: Subject) -> None:
 def compile_law(s: Subject) -> None:
     """The compiled layer, and its compiled gradient, are one graph each and equal to the eager ones, jitted or not."""
     for function in s.calls():
-        graphs: list[Any] = []
+        graphs: list[torch.fx.GraphModule] = []
         torch.compiler.reset()  # or the graphs of other layers count towards this one's limit
         compiled = torch.compile(jit(function), fullgraph=True, backend=_counting(s.backend, graphs))
         st = s.st
@@ -202,10 +217,10 @@ def _generators() -> list[Tensor]:
     return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
 
-def _counting(backend: str | Callable[..., Any], graphs: list[Any]) -> Callable[..., Any]:
-    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+def _counting(backend: str | Callable[..., Any], graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
+    compiler = compiler_backend(backend) if isinstance(backend, str) else backend
 
-    def count(graph: Any, inputs: Any) -> Any:
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)
         return compiler(graph, inputs)
 
@@ -239,3 +254,75 @@ LAWS: dict[str, Callable[[Subject], None]] = {
 
 OLD_NAMES = {"second_order": "orders"}
 """What laws were called that are part of others now."""
+
+
+def check_layer(
+    layer: Layer,
+    *inputs: Any,
+    rng: Rng = 0,
+    laws: Iterable[str] = tuple(LAWS),
+    skip: Iterable[str] = (),
+    modes: Iterable[Callable[[States], States]] = (train_mode, test_mode),
+    backend: str | Callable[..., Any] = "aot_eager",
+    words: Iterable[str] = QUICK,
+) -> None:
+    """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
+
+    In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
+    its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`,
+    `vmap_inputs`, `vmap_models`, `orders`, `component_vector`, `value`, `names`, `jit`, `compile`.
+
+    Args:
+        layer: The layer.
+        *inputs: Inputs to check it on, each by itself: tensors, or trees of tensors if it takes those.
+        rng: A seed, a key or a generator for the layer's initial values.
+        laws: The names of the laws to check.
+        skip: The names of laws that the layer is documented not to keep.
+        modes: The modes to check in: `lt.train_mode`, `lt.test_mode`, or other functions of a state.
+        backend: The backend for `torch.compile`.
+        words: By what transforms the law `orders` takes derivatives, as in `check_derivatives`.
+
+    Raises:
+        LawError: If a law is broken; it names the law, the layer and the mode.
+        InputError: If a law is not known by that name, or there are no inputs.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.testing.check_layer(lt.Dense(3, 2), torch.ones(4, 3))
+    """
+    modes, words = tuple(modes), tuple(words)
+    laws, skip = ([OLD_NAMES.get(law, law) for law in names] for names in (laws, skip))
+    chosen = [law for law in laws if law not in skip]
+    for law in (*chosen, *skip):
+        if law not in LAWS:
+            raise out_of_range("A law", law, f"one of {', '.join(LAWS)}", fix=suggest(law, LAWS))
+    if not inputs:
+        raise InputError("check_layer must be given an input.", fix="Write check_layer(layer, x).")
+    key = as_key(rng)
+    ps, st = setup(key, layer)
+    for x in inputs:
+        for set_mode in _distinct(modes, st):
+            subject = Subject(layer, x, ps, set_mode(st), key, set_mode, backend, "gradient" not in skip, words)
+            where = f"{type(layer).__name__}({layer.extra_repr()}) after {set_mode.__name__}"
+            for law in chosen:
+                try:
+                    LAWS[law](subject)
+                except LawError as error:
+                    error.where = where
+                    raise
+                except Exception as error:
+                    raise LawError(f"{law}: {type(error).__name__}: {error}", where=where) from error
+
+
+def _distinct(modes: Iterable[Callable[[States], States]], st: States) -> list[Callable[[States], States]]:
+    """Leave out modes that make of a state what one before them makes: a layer without a mode is checked once."""
+    made: list[tuple[Callable[[States], States], States]] = []
+    for set_mode in modes:
+        state = set_mode(st)
+        if not any(_identical(state, other) for _, other in made):
+            made.append((set_mode, state))
+    return [set_mode for set_mode, _ in made]
+
+
+def _identical(a: States, b: States) -> bool:
+    return tree_structure(a) == tree_structure(b) and all(map(is_, tree_leaves(a), tree_leaves(b)))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from luxtorch.core import InputError, described, out_of_range, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._compare import LawError
@@ -72,12 +72,8 @@ def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iter
     """
     for leaf in tree_leaves(xs):
         if not (isinstance(leaf, Tensor) and leaf.dtype == torch.float64):
-            raise InputError(
-                "Derivatives are checked in double precision.",
-                expected="tensors of dtype torch.float64",
-                got=str(getattr(leaf, "dtype", type(leaf).__name__)),
-                fix="Pass lt.f64(x).",
-            )
+            problem = "Derivatives are checked in double precision: all leaves must be torch.float64 tensors."
+            raise InputError(problem, got=described(leaf), fix="Pass lt.f64(x).")
     check_words(lambda xs: weighted(bent(f(*xs))), xs, as_key(rng), words)
 
 
@@ -96,11 +92,7 @@ def check_words(
     """
     words = tuple(words)
     if unknown := [word for word in words if word not in EVERY]:
-        raise InputError(
-            f"'{unknown[0]}' does not say how to take a derivative.",
-            expected="one to three of R, F, r, f; the first of them may be T instead",
-            got=repr(unknown[0]),
-        )
+        raise out_of_range("A word", unknown[0], "one to three of R, F, r, f, which may begin with T instead")
     directions = [drawn(fold_in(key, order), x) for order in ORDERS]
     fault = _fault(f, x, directions, words, differences, law)
     number = 0

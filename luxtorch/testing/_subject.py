@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import Layer, WrapperLayer, named_leaves, setup, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from luxtorch.core import (
+    Layer,
+    Parameters,
+    States,
+    WrapperLayer,
+    named_leaves,
+    setup,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from luxtorch.random import fold_in, normal, split
 
 
@@ -19,42 +30,42 @@ class Subject:
 
     layer: Layer
     x: Any
-    ps: Any
-    st: Any
+    ps: Parameters
+    st: States
     key: Tensor
-    set_mode: Callable[[Any], Any]
+    set_mode: Callable[[States], States]
     backend: str | Callable[..., Any]
     differences: bool = True
     """Whether the layer's derivatives are those that finite differences see."""
     words: tuple[str, ...] | None = None
     """By what transforms derivatives of all orders are taken."""
 
-    def call(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+    def call(self, x: Any, ps: Any, st: States) -> tuple[Any, States]:
         """Call the layer."""
         return self.layer(x, ps, st)
 
-    def objective(self, x: Any, ps: Any, st: Any) -> tuple[Tensor, Any]:
+    def objective(self, x: Any, ps: Any, st: States) -> tuple[Tensor, States]:
         """Return a scalar that depends on every output, each with a weight of its own, and the new states."""
         y, st = self.layer(x, ps, st)
         return weighted(y), st
 
-    def gradient(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+    def gradient(self, x: Any, ps: Any, st: States) -> tuple[Any, States]:
         """Return the objective's gradient by the parameters, and the new states."""
         return torch.func.grad(lambda p: self.objective(x, p, st), has_aux=True)(ps)  # type: ignore[no-any-return]
 
-    def calls(self) -> list[Callable[[Any, Any, Any], tuple[Any, Any]]]:
+    def calls(self) -> list[Callable[[Any, Any, States], tuple[Any, States]]]:
         """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
-        # `jit` takes the object of a method for an argument, so these are no methods.
+        # `jit` takes the object of a method for an argument, so these are not methods.
         calls = [lambda x, ps, st: self.call(x, ps, st), lambda x, ps, st: self.gradient(x, ps, st)]
         return calls if tree_leaves(self.ps) else calls[:1]
 
-    def states_alone(self) -> list[Callable[[Any, Any, Any], Any]]:
+    def states_alone(self) -> list[Callable[[Any, Any, States], Any]]:
         """Return the call as a function to its new states alone, and to the first and the last of them that change."""
         new = named_leaves(self.call(self.x, self.ps, self.st)[1])
         old = dict(named_leaves(self.st))
         changed = [n for n, (name, leaf) in enumerate(new) if not torch.equal(leaf, old[name])]
 
-        def leaf_alone(n: int) -> Callable[[Any, Any, Any], Any]:
+        def leaf_alone(n: int) -> Callable[[Any, Any, States], Any]:
             return lambda x, ps, st: tree_leaves(self.call(x, ps, st)[1])[n]
 
         if not changed:
@@ -77,7 +88,7 @@ class Subject:
             variables["x"] = self.x
         return tree_map(in_parts, variables)  # type: ignore[no-any-return]
 
-    def of_variables(self, variables: dict[str, Any]) -> tuple[Tensor, Any]:
+    def of_variables(self, variables: dict[str, Any]) -> tuple[Tensor, States]:
         """Return the objective as a function of the variables."""
         x, ps = (
             tree_map(_whole, variables[name], tree) if name in variables else tree
@@ -97,7 +108,7 @@ class Subject:
 
         return [scaled(1 + 0.1 * i) for i in range(number)]
 
-    def models(self, number: int) -> tuple[list[Any], list[Any]]:
+    def models(self, number: int) -> tuple[list[Parameters], list[States]]:
         """Return parameters and states of several models."""
         pairs = [setup(key, self.layer) for key in split(fold_in(self.key, "models"), number)]
         return [ps for ps, _ in pairs], [self.set_mode(st) for _, st in pairs]
@@ -112,7 +123,7 @@ class Bent(WrapperLayer):
 
     layer: Layer
 
-    def __call__(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
+    def __call__(self, x: Any, ps: Any, st: States) -> tuple[Any, States]:
         """Return the bent output, and the layer's new state."""
         y, st = self.layer(x, ps, st)
         return bent(y), st
@@ -168,6 +179,6 @@ def _doubled(leaf: Any) -> Any:
     return leaf.double() if is_real(leaf) else leaf
 
 
-def is_real(leaf: Any) -> bool:
+def is_real(leaf: object) -> bool:
     """Tell whether something is a tensor of real floating numbers."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()

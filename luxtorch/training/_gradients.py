@@ -11,9 +11,9 @@ from torch import Tensor
 from luxtorch import random
 from luxtorch._transforms import transformed
 from luxtorch.autodiff import withgradient
-from luxtorch.autodiff._level import gradients as taped_gradients
+from luxtorch.autodiff._torch_func import gradients as taped_gradients
 from luxtorch.components import ComponentVector
-from luxtorch.components._reading import split_once
+from luxtorch.components._views import split_once
 from luxtorch.core import (
     DTypeError,
     InputError,

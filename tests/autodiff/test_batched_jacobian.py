@@ -65,21 +65,25 @@ def test_mixed_samples_are_summed(way) -> None:
 @pytest.mark.parametrize(
     ("f", "x", "got"),
     [
-        (torch.sum, torch.ones(3, 2), r"float32 tensor of shape \(3, 2\) as x and float32 tensor of shape \(\) as f"),
+        (
+            torch.sum,
+            torch.ones(3, 2),
+            r"float32 tensor of shape \(3, 2\) as x and a.* tensor of shape \(\) as f",
+        ),
         (lambda x: x[:2], torch.ones(3, 2), r"shape \(2, 2\) as f\(x\)"),
         (lambda x: x[None], torch.tensor(1.0), r"shape \(\) as x"),
-        (lambda x: {"y": x}, torch.ones(3), "dict as f"),
-        (lambda x: x["a"], {"a": torch.ones(3)}, "dict as x"),
+        (lambda x: {"y": x}, torch.ones(3), "names y as f"),
+        (lambda x: x["a"], {"a": torch.ones(3)}, "a as x"),
     ],
 )
 def test_shapes_that_are_no_batch(way, f: Callable, x: Any, got: str) -> None:
-    with pytest.raises(InputError, match=f"does not take a batch to a batch(.|\n)*{got}(.|\n)*jacobian"):
+    with pytest.raises(InputError, match=f"must take a batch to a batch(.|\n)*{got}(.|\n)*jacobian"):
         batched_jacobian(f, x, **way)
 
 
 @every_way
 def test_dtypes(way) -> None:
-    with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*int64"):
+    with pytest.raises(DTypeError, match="'x' must be a.*tensor(.|\n)*int64"):
         batched_jacobian(lambda x: x * 1.0, torch.ones(3, 2, dtype=torch.int64), **way)
-    with pytest.raises(DTypeError, match="'f\\(x\\)' cannot be differentiated(.|\n)*bool"):
+    with pytest.raises(DTypeError, match="'f\\(x\\)' must be a.*tensor(.|\n)*bool"):
         batched_jacobian(lambda x: x > 0, torch.ones(3, 2), **way)

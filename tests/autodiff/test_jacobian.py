@@ -160,15 +160,15 @@ def test_vectors_within_trees_are_named_too(way) -> None:
 
 @every_way
 def test_errors(way) -> None:
-    with pytest.raises(DTypeError, match="'x.labels' cannot be differentiated(.|\n)*int64"):
+    with pytest.raises(DTypeError, match="'x.labels' must be a.*tensor(.|\n)*int64"):
         jacobian(lambda x: x["a"], {"a": torch.ones(1), "labels": torch.arange(2)}, **way)
-    with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*complex64(.|\n)*view_as_real"):
+    with pytest.raises(DTypeError, match="'x' must be a.*tensor(.|\n)*complex64(.|\n)*view_as_real"):
         jacobian(torch.abs, torch.tensor([1j]), **way)
-    with pytest.raises(DTypeError, match="'f\\(x\\).mask' cannot be differentiated(.|\n)*bool(.|\n)*has_aux"):
+    with pytest.raises(DTypeError, match="'f\\(x\\).mask' must be a.*tensor(.|\n)*bool(.|\n)*has_aux"):
         jacobian(lambda x: {"mask": x > 0}, torch.ones(2), **way)
-    with pytest.raises(DTypeError, match="'f\\(x\\)' cannot be differentiated(.|\n)*complex64"):
+    with pytest.raises(DTypeError, match="'f\\(x\\)' must be a.*tensor(.|\n)*complex64"):
         jacobian(lambda x: x * 1j, torch.ones(2), **way)
     with pytest.raises(InputError, match="must return a scalar"):
         hessian(lambda x: x, torch.ones(2), **way)
-    with pytest.raises(InputError, match="no mode 'backward'"):
+    with pytest.raises(InputError, match="mode must be 'reverse' or 'forward'(.|\n)*'backward'"):
         jacobian(torch.abs, torch.ones(2), mode="backward")  # type: ignore[arg-type]

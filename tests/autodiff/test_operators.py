@@ -149,22 +149,22 @@ def test_without_parameters(mode: str) -> None:
 def test_errors() -> None:
     x = {"a": torch.ones(2), "b": torch.ones(())}
     hessian = HesVec(lambda x: x["a"].sum() * x["b"], x)
-    with pytest.raises(InputError, match=r"flat vector has the wrong size(.|\n)*\(3,\)(.|\n)*\(4,\)"):
+    with pytest.raises(InputError, match=r"flat vector has the wrong shape(.|\n)*\(3,\)(.|\n)*\(4,\)"):
         hessian @ torch.ones(4)
-    with pytest.raises(InputError, match="another structure than x"):
+    with pytest.raises(InputError, match="must have the structure of x"):
         hessian @ {"a": torch.ones(2)}
-    with pytest.raises(InputError, match=r"another structure than f\(x\)"):
+    with pytest.raises(InputError, match=r"must have the structure of f\(x\)"):
         JacVec(lambda x: {"y": x["a"]}, x).T @ {"a": torch.ones(2)}
     with pytest.raises(InputError, match="must return a scalar"):
         HesVec(lambda x: x["a"], x)
-    with pytest.raises(InputError, match="no mode"):
+    with pytest.raises(InputError, match="mode must be"):
         HesVec(lambda x: x["b"], x, mode="reversed")  # type: ignore[arg-type]
     for operator in (JacVec, HesVec):
-        with pytest.raises(DTypeError, match="'x.n' cannot be differentiated(.|\n)*int64"):
+        with pytest.raises(DTypeError, match="'x.n' must be a.*tensor(.|\n)*int64"):
             operator(lambda x: x["n"] * 1.0, {"n": torch.tensor(1)})
-        with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*complex64"):
+        with pytest.raises(DTypeError, match="'x' must be a.*tensor(.|\n)*complex64"):
             operator(torch.abs, torch.tensor(1j))
-    with pytest.raises(DTypeError, match="NumPy has no such dtype(.|\n)*bfloat16"):
+    with pytest.raises(DTypeError, match="dtype must be float16, float32 or float64(.|\n)*bfloat16"):
         _ = JacVec(torch.sin, torch.ones(2, dtype=torch.bfloat16)).dtype
 
 

@@ -122,31 +122,31 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_the_vector_must_fit(name: str) -> None:
     product, like = PRODUCTS[name], r"f\(x\)" if name == "vjp" else "x"
-    with pytest.raises(InputError, match=f"another structure than {like}(.|\n)*the leaves a, b(.|\n)*the leaves a\n"):
+    with pytest.raises(InputError, match=f"structure of {like}(.|\n)*the leaves a, b(.|\n)*the leaves a\n"):
         product({"a": torch.ones(2)})
-    with pytest.raises(InputError, match=f"another structure than {like}(.|\n)*float32 tensor of shape"):
+    with pytest.raises(InputError, match=f"must have the structure of {like}(.|\n)*float32 tensor of shape"):
         product(torch.ones(3))
-    with pytest.raises(InputError, match=f"another shape than {like} at the leaf 'a'(.|\n)*(3,)"):
+    with pytest.raises(InputError, match="The vector at the leaf 'a' has the wrong shape(.|\n)*(3,)"):
         product({"a": torch.ones(3), "b": torch.ones(())})
-    with pytest.raises(DTypeError, match=f"another dtype than {like} at the leaf 'b'(.|\n)*float64"):
+    with pytest.raises(DTypeError, match=f"The vector at the leaf 'b' must be of the dtype of {like}(.|\n)*float64"):
         product({"a": torch.ones(2), "b": torch.ones((), dtype=torch.float64)})
-    with pytest.raises(DTypeError, match=f"another dtype than {like} at the leaf 'b'(.|\n)*float"):
+    with pytest.raises(DTypeError, match=f"The vector at the leaf 'b' must be of the dtype of {like}(.|\n)*float"):
         product({"a": torch.ones(2), "b": 1.0})
 
 
 def test_a_vector_for_a_component_vector_has_its_axes() -> None:
     x = ComponentVector({"a": torch.ones(2)})
-    with pytest.raises(InputError, match="another structure than x"):
+    with pytest.raises(InputError, match="must have the structure of x"):
         hvp(lambda x: (x.a**2).sum(), x, ComponentVector({"b": torch.ones(2)}))
 
 
 def test_arguments_and_values_must_be_differentiable() -> None:
     for product in (pullback, pushforward):
-        with pytest.raises(DTypeError, match="'x.labels' cannot be differentiated(.|\n)*int64"):
+        with pytest.raises(DTypeError, match="'x.labels' must be a.*tensor(.|\n)*int64"):
             product(lambda ps: ps["labels"] * 1.0, {"labels": torch.arange(2)})
-    with pytest.raises(DTypeError, match="'f\\(x\\).mask' cannot be differentiated(.|\n)*bool(.|\n)*has_aux"):
+    with pytest.raises(DTypeError, match="'f\\(x\\).mask' must be a.*tensor(.|\n)*bool(.|\n)*has_aux"):
         pullback(lambda x: {"mask": x > 0}, torch.ones(2))
-    with pytest.raises(DTypeError, match="'x' cannot be differentiated(.|\n)*int64"):
+    with pytest.raises(DTypeError, match="'x' must be a.*tensor(.|\n)*int64"):
         hvp(lambda z: z.abs(), torch.tensor(1), torch.tensor(1))
     with pytest.raises(InputError, match="must return a scalar"):
         hvp(lambda x: x, torch.ones(2), torch.ones(2))

@@ -288,7 +288,7 @@ def test_an_only_element_is_not_broadcast(shape):
 )
 def test_in_place_functions_are_refused(cv, function):
     before = cv.flat.clone()
-    with pytest.raises(InputError, match="would change a ComponentVector"):
+    with pytest.raises(InputError, match="would change a ComponentVector, which is immutable"):
         function(cv)
     assert torch.equal(cv.flat, before)
 

@@ -148,7 +148,7 @@ class TestBatch:
     def test_batches_have_to_agree(self):
         with pytest.raises(ValueError, match=r"'a' has \(2,\), 'b' has \(3,\)"):
             ComponentVector({"a": torch.zeros(2, 3), "b": torch.zeros(3, 3)}, batch_dims=1)
-        with pytest.raises(ValueError, match="'g.b' has too few dimensions"):
+        with pytest.raises(ValueError, match="'g.b' has the wrong shape"):
             ComponentVector({"a": torch.zeros(2, 3), "g": {"b": torch.zeros(())}}, batch_dims=1)
 
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from luxtorch.components import ComponentVector
-from luxtorch.components._reading import split_once
+from luxtorch.components._views import split_once
 from luxtorch.training._gradients import differentiate
 
 

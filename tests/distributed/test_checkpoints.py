@@ -133,5 +133,5 @@ def test_an_optimizer_that_is_frozen_elsewhere_does_not_fit(tmp_path):
     ts, _ = begin("averaged dict", "adamw")
     distributed.save_checkpoint(tmp_path / "step", ts)
     other = training.TrainState(MODEL, *problem()[:2], optim.Descent(0.1))
-    with pytest.raises(lt.KeyNameError, match="other names"):
+    with pytest.raises(lt.KeyNameError, match="must have the names"):
         distributed.load_checkpoint(tmp_path / "step", other)

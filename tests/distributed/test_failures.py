@@ -9,7 +9,7 @@ import time
 import pytest
 
 from luxtorch.distributed import DistributedError
-from luxtorch.distributed._failure import collective
+from luxtorch.distributed._world import collective
 
 from .work import dying
 from .world import start

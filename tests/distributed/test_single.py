@@ -56,11 +56,14 @@ def test_alone_gathering_and_scattering_keep_the_tensors(form):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"rank": 0}, r"belong together[\s\S]*rank=0"),
-        ({"init_method": "file:///nowhere"}, r"belong together[\s\S]*nowhere"),
-        ({"init_method": "file:///nowhere", "rank": 2, "world_size": 2}, r"no such rank[\s\S]*rank < 2"),
-        ({"timeout": 0.0}, r"time-out is not positive[\s\S]*timeout=0.0"),
-        ({"timeout": float("nan")}, "time-out is not positive"),
+        ({"rank": 0}, r"passed together[\s\S]*rank=0"),
+        ({"init_method": "file:///nowhere"}, r"passed together[\s\S]*nowhere"),
+        (
+            {"init_method": "file:///nowhere", "rank": 2, "world_size": 2},
+            r"rank must be at least 0 and below world_size, which is 2",
+        ),
+        ({"timeout": 0.0}, r"timeout must be positive[\s\S]*0.0"),
+        ({"timeout": float("nan")}, "timeout must be positive"),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors(arguments, said):
@@ -148,7 +151,7 @@ def test_a_rule_is_a_value():
 
 @pytest.mark.parametrize("wrong", [optim.Adam, 0.1, torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1)])
 def test_what_is_no_rule_is_an_error(wrong):
-    with pytest.raises(lt.DTypeError, match=r"not a gradient transformation[\s\S]*optim.Adam\(1e-3\)"):
+    with pytest.raises(lt.DTypeError, match=r"rule must be a rule such as optim.Adam\(1e-3\)"):
         distributed.DistributedRule(wrong)
 
 
@@ -204,7 +207,7 @@ def test_a_list_of_samples_is_a_dataset(place):
 @pytest.mark.parametrize("wrong", [{}, {"a": 3}, 3, torch.tensor(1.0), None])
 def test_what_has_no_items_cannot_be_shared_out(wrong, place):
     place(0, 2)
-    with pytest.raises(lt.LuxtorchError, match=r"cannot be shared out[\s\S]*first dimension"):
+    with pytest.raises(lt.LuxtorchError, match=r"dataset must be tensors with a common first dimension|multiple"):
         distributed.shard_data(wrong)
 
 

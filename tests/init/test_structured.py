@@ -62,7 +62,7 @@ def test_sparse_places_are_even_and_differ_by_column(make_key: Keys) -> None:
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.5, float("nan")])
 def test_sparsity_is_a_share(sparsity: float, make_key: Keys) -> None:
-    with pytest.raises(InputError, match="0 <= sparsity <= 1"):
+    with pytest.raises(InputError, match="sparsity must be between 0 and 1"):
         init.sparse_init(make_key(), (3, 4), sparsity=sparsity)
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.autodiff import _level
+from luxtorch.autodiff import _torch_func
 from luxtorch.training import _gradients
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
@@ -73,7 +73,7 @@ def test_a_step_is_autograd_and_an_update(new, tree, data, equal, rule, donate) 
 def test_another_torch_is_served_by_its_public_names(new, tree, data, equal, name, monkeypatch) -> None:
     ts = new(tree, model=MODEL)
     expected = training.compute_gradients(OBJECTIVES[name], data, ts)
-    monkeypatch.setattr(_level, "_AVAILABLE", False)
+    monkeypatch.setattr(_torch_func, "_AVAILABLE", False)
     equal(training.compute_gradients(OBJECTIVES[name], data, ts), expected)
 
 

@@ -1,27 +1,33 @@
-"""Reading the components of a flat tensor: as views, which all come from one split."""
+"""Reading the components of a flat tensor: as views that come from one split, and are kept as long as they are good."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
-from luxtorch._torch import is_wrapped
+from luxtorch._torch import (
+    compile_constant,
+    current_level,
+    get_unwrapped,
+    is_wrapped,
+    level_of,
+    unwrap_for_grad,
+    version_of,
+)
 
-from ._axes import Axes, Shape
-from ._build import check_flat
-from ._elementwise import Named
-from ._stamp import Stamp, is_stale, narrowed, narrowed_in_trace, take_stamp
-from ._trace import find, leaf_sizes, top, transform_depth
+from ._axes import Axes, Shape, find, leaf_sizes, top
+from ._functions import Named
+from ._ravel import check_flat
 
-R = TypeVar("R", bound="Reading")
+R = TypeVar("R", bound="Views")
 
 
-class Reading(Named):
+class Views(Named):
     """A flat tensor, or a part of one, and the views of its components."""
 
     axes: Axes
@@ -35,7 +41,7 @@ class Reading(Named):
     # The group's pieces of the split of that tensor, as long as nobody has asked for a tensor of the group.
     _pieces: Sequence[Tensor] | None = None
     # The components once they were read, and what tells whether they may be read again.
-    _components: dict[str, Any] | None = None
+    _components: dict[str, Tensor | Self] | None = None
     _stamp: Stamp | None = None
     # Whether nothing but the whole is differentiated by, see `split_once`.
     _once: bool = False
@@ -51,29 +57,29 @@ class Reading(Named):
         """Return the tensor of a group: the same one each time, and from now on the components are views of it."""
         data = self._data
         if is_dynamo_compiling():
-            return narrowed_in_trace(whole, start, self.axes.size, transform_depth()) if data is None else data
-        if data is None or (self._part_stamp is not None and is_stale(self._part_stamp)):
-            data = narrowed(whole, start, self.axes.size)
+            return _narrowed_in_trace(whole, start, self.axes.size, _transform_depth()) if data is None else data
+        if data is None or (self._part_stamp is not None and _is_stale(self._part_stamp)):
+            data = _narrowed(whole, start, self.axes.size)
             self._root(data, whole)
         return data
 
     def _root(self, data: Tensor, whole: Tensor) -> None:
         """Keep a tensor as that of a group, and forget views that do not come from it."""
-        stamp = take_stamp(whole, data, recorded=data.requires_grad or not whole.requires_grad)
+        stamp = _take_stamp(whole, data, recorded=data.requires_grad or not whole.requires_grad)
         self.__dict__.update(_data=data, _part_stamp=stamp, _pieces=None, _components=None, _stamp=None)
 
     def _origin(self) -> tuple[Tensor, int]:
         """Return the tensor that the components are views of, and where the elements start in it."""
         return self._whole if self._whole is not None and self._data is None else (self._data, 0)
 
-    def _named(self) -> dict[str, Any]:
+    def _named(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level."""
         return self._in_trace() if is_dynamo_compiling() else self._kept()
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level: made at the first call, and kept."""
         components, stamp = self._components, self._stamp
-        stale = stamp is not None and is_stale(stamp)
+        stale = stamp is not None and _is_stale(stamp)
         if components is None or stale:
             state = self.__dict__
             if self._pieces is not None and not stale:
@@ -84,7 +90,7 @@ class Reading(Named):
             state["_components"] = components
         return components
 
-    def _read_anew(self) -> dict[str, Any]:
+    def _read_anew(self) -> dict[str, Tensor | Self]:
         """Return the components of the top level from a new split.
 
         A group and its leaves may both be differentiated by, as they lie in a tree, where a tape runs: there a group is
@@ -95,10 +101,10 @@ class Reading(Named):
         nested = flat.requires_grad and torch.is_grad_enabled() and not self._once and not is_wrapped(flat)
         pieces = self._split([place.size for _, place in top(self.axes)] if nested else leaf_sizes(self.axes))
         if pieces:
-            self.__dict__["_stamp"] = take_stamp(flat, pieces[0])
+            self.__dict__["_stamp"] = _take_stamp(flat, pieces[0])
         return self._read(pieces, nested)
 
-    def _in_trace(self, name: str | None = None) -> dict[str, Any]:
+    def _in_trace(self, name: str | None = None) -> dict[str, Tensor | Self]:
         """Return the components of the top level, or a single one, in a trace of torch.compile.
 
         What is kept on an object from outside of the trace becomes an output of the compiled graph, and a reason to
@@ -106,7 +112,7 @@ class Reading(Named):
         nowhere else does it matter that all views come from one split.
         """
         whole, offset = self._origin()
-        depth = transform_depth()
+        depth = _transform_depth()
         recorded = depth > 0 or (whole.requires_grad and torch.is_grad_enabled())
         if recorded and self._traced_at is not None and (depth == 0) == (self._traced_at == 0):
             components = self._components
@@ -134,11 +140,11 @@ class Reading(Named):
             check_flat(flat, self.axes)
             raise
 
-    def _read(self, pieces: Sequence[Tensor], nested: bool = False) -> dict[str, Any]:
+    def _read(self, pieces: Sequence[Tensor], nested: bool = False) -> dict[str, Tensor | Self]:
         """Return the components of the top level, given the pieces of all leaves, or if nested, of the top level."""
         whole, offset = self._origin()
         batch = tuple(pieces[0].shape[:-1]) if pieces and pieces[0].dim() > 1 else ()
-        components: dict[str, Any] = {}
+        components: dict[str, Tensor | Self] = {}
         for number, (name, (child, start, _, leaf, leaves)) in enumerate(top(self.axes)):
             if not isinstance(child, Axes):
                 components[name] = _shaped(pieces[number if nested else leaf], batch, child)
@@ -154,21 +160,21 @@ class Reading(Named):
 
     def _group(self, axes: Axes, whole: Tensor, start: int) -> Self:
         """Return a group that begins at `start` in the tensor that it is a part of."""
-        # A trace that enters a transform before it asks for the tensor could not leave it again, see `narrowed`.
+        # A trace that enters a transform before it asks for the tensor could not leave it again, see `_narrowed`.
         group = make(type(self), whole.narrow(-1, start, axes.size) if is_dynamo_compiling() else None, axes)
         group.__dict__["_whole"] = (whole, start)
         return group
 
 
 def make(cls: type[R], data: Any, axes: Axes) -> R:
-    """Return an object with these elements and names, without a look at either."""
+    """Return an object with these elements and names, without checks."""
     vector = object.__new__(cls)
     # Past `__setattr__`, which may refuse.
     state = vector.__dict__
     state["_data"] = data
     state["axes"] = axes
     if is_dynamo_compiling():
-        state["_traced_at"] = transform_depth()
+        state["_traced_at"] = _transform_depth()
     return vector
 
 
@@ -187,3 +193,63 @@ def _shaped(piece: Tensor, batch: Shape, shape: Shape) -> Tensor:
     if len(shape) == 1:
         return piece
     return piece.view(*batch, *shape) if batch or shape else piece.squeeze(-1)
+
+
+# Whether views that were made of a tensor earlier can still stand for it.
+
+# What torch reports as the level of a tensor whose transform has ended.
+_ENDED = -2
+
+# The tensor, one of its views, the tensor's version, whether autograd recorded, and whether a transform owns the view.
+Stamp: TypeAlias = "tuple[Tensor, Tensor, int, bool, bool]"
+
+
+def _take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> Stamp:
+    """Return what has to be known later about views made just now; `recorded` is whether autograd recorded that."""
+    # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
+    version = version_of(tensor) if tensor.requires_grad else -1
+    return (
+        tensor,
+        view,
+        version,
+        torch.is_grad_enabled() if recorded is None else recorded,
+        is_wrapped(view),
+    )
+
+
+def _is_stale(stamp: Stamp) -> bool:
+    """Return whether the views have to be made again.
+
+    They have to if autograd records now and did not then, if the tensor was changed in place (autograd refuses the
+    views of one split after that), or if they were made in a transform of torch.func that has ended.
+    """
+    tensor, view, version, recorded, in_transform = stamp
+    if tensor.requires_grad and (version_of(tensor) != version or (torch.is_grad_enabled() and not recorded)):
+        return True
+    return in_transform and level_of(view) == _ENDED
+
+
+def _narrowed(whole: Tensor, start: int, size: int) -> Tensor:
+    """Return a part of the last dimension, as the transforms know it that know the whole.
+
+    Whatever transform is running wraps what is made in it, also if it knows nothing of the whole. But a transform that
+    is to differentiate by a part takes it as a value from outside.
+    """
+    part, level = whole.narrow(-1, start, size), level_of(whole)
+    while level_of(part) > level:
+        part = get_unwrapped(part)
+    return part
+
+
+def _narrowed_in_trace(whole: Tensor, start: int, size: int, depth: int) -> Tensor:
+    """Return the same where torch.compile traces, `depth` transforms deep, and the whole comes from outside."""
+    part = whole.narrow(-1, start, size)
+    for level in range(depth, 0, -1):
+        part = unwrap_for_grad(part, level)
+    return part
+
+
+@compile_constant
+def _transform_depth() -> int:
+    """Return how many transforms of torch.func are running."""
+    return current_level() or 0

@@ -1,23 +1,28 @@
-"""The levels of torch.func without its Python: the same steps in the same order, but trees are not walked six times.
+"""`grad_and_value`, `vjp` and `jvp` of torch.func over any trees, with any auxiliary output, at less cost.
 
-This is the one file of the folder that uses torch's private names. `usable` says whether they are there and may stand
-for torch.func; where it says no, `_transforms` takes torch.func itself.
+In eager code they enter the same functorch levels in the same order as torch.func, but without its Python, which walks
+each tree six times. For this the file uses private names of torch. `usable` tells whether they are there and may stand
+for torch.func; where it says no, torch.func itself is called.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias, TypeVar
+from functools import wraps
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
-from luxtorch.core import map_tensors, tree_leaves, tree_map
-
-from ._aux import Tree
+from luxtorch._linalg import RULES, by_rule
+from luxtorch._transforms import differentiated
+from luxtorch.core import TreeSpec, map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 try:
     from torch._C import _is_fwd_grad_enabled, _set_fwd_grad_enabled
@@ -44,18 +49,20 @@ try:
 except (ImportError, AttributeError):  # another torch
     _AVAILABLE = False
 
+Tree: TypeAlias = Any
 Trees: TypeAlias = "tuple[Tree, ...]"
 WithAux: TypeAlias = Callable[..., tuple[Tree, Tree]]
+"""A function that returns a value and an auxiliary output, each a tree."""
 T = TypeVar("T")
 
 _NO_HOOKS = "Gradients of functions know no hooks on saved tensors: leave save_on_cpu and its like outside."
 
 
 def usable() -> bool:
-    """Say whether the levels here may stand for those of torch.func.
+    """Tell whether the private names may stand for torch.func.
 
-    They may not where somebody looks for torch.func's own names, as a compiler and modes that see each call do; nor
-    where torch.func does more than is done here: in inference mode, and where backwards are compiled.
+    They may not where torch.func's own functions have to be seen, by a compiler or a torch function mode; nor where
+    torch.func does more than is done here: in inference mode, and with compiled autograd.
     """
     return (
         _AVAILABLE
@@ -68,9 +75,13 @@ def usable() -> bool:
 
 def value_and_gradients(f: WithAux, xs: Trees) -> tuple[Tensor, Tree, Trees]:
     """Return the scalar value of `f(*xs)`, its auxiliary output, and the gradients: trees like the arguments."""
+    if not usable():
+        transform: Callable[..., Any] = torch.func.grad_and_value(_packed(f), tuple(range(len(xs))), has_aux=True)
+        grads, (value, aux) = transform(*xs)
+        return value, unpack(aux), grads
 
     def at(level: int) -> tuple[Tensor, Tree, Trees]:
-        args, inputs = _differentiable(xs, level)
+        args, inputs = _wrapped(xs, level)
         value, aux = f(*args)
         slopes = map(_outside(level), gradients((value,), None, inputs, retain=False, create=True))
         return _unwrap_for_grad(value, level), _leave(aux, level), tree_map(lambda _: next(slopes), args)
@@ -80,9 +91,11 @@ def value_and_gradients(f: WithAux, xs: Trees) -> tuple[Tensor, Tree, Trees]:
 
 def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
     """Return the value of `f(*xs)`, its pullback, and the auxiliary output."""
+    if not usable():
+        return _vjp_of_torch(f, xs)
 
     def at(level: int) -> tuple[Tree, Tree, list[Tensor], Trees, list[Tensor]]:
-        args, inputs = _differentiable(xs, level)
+        args, inputs = _wrapped(xs, level)
         value, aux = f(*args)
         return _leave(value, level), _leave(aux, level), tree_leaves(value), args, inputs
 
@@ -97,8 +110,21 @@ def vjp(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
     return value, back, aux
 
 
+def _vjp_of_torch(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees], Tree]:
+    leaves, spec = tree_flatten(xs)
+    if not leaves:
+        value, aux = f(*xs)
+        return value, lambda u: xs, aux
+    transform: Callable[..., Any] = torch.func.vjp
+    value, back, aux = transform(_packed(f, spec), *leaves, has_aux=True)
+    return value, lambda u: tree_unflatten(back(u), spec), unpack(aux)
+
+
 def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     """Return the value of `f(*xs)`, the product of its Jacobian with vectors, one for each leaf, and the aux."""
+    f = _with_rules(f)
+    if not usable():
+        return _jvp_of_torch(f, xs, us)
     tangents = iter(us)
     products: list[Tensor] = []
 
@@ -116,6 +142,19 @@ def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     return _forward(at)
 
 
+def _jvp_of_torch(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+    leaves, spec = tree_flatten(xs)
+    if not leaves:
+        value, aux = f(*xs)
+        return value, tree_map(torch.zeros_like, value), aux
+    transform: Callable[..., Any] = torch.func.jvp
+    value, product, aux = transform(_packed(f, spec), tuple(leaves), tuple(us), has_aux=True)
+    return value, product, unpack(aux)
+
+
+# Inside of a functorch level.
+
+
 def gradients(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor] | None,
@@ -130,8 +169,8 @@ def gradients(
         outputs: What was computed.
         cotangents: What the rows of the Jacobian are weighted by, of the outputs' shapes; ones if None.
         inputs: By what to differentiate.
-        retain: Whether the tape is kept.
-        create: Whether the backward is recorded itself.
+        retain: Whether the graph is kept, as by `retain_graph`.
+        create: Whether the backward pass is recorded itself, as by `create_graph`.
     """
     recorded = tuple([y for y in outputs if y.requires_grad])
     if not recorded or not inputs:
@@ -152,12 +191,12 @@ def gradients(
 def _like(x: Tensor, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         return torch.zeros_like(x)
-    # Lookups can have sparse ones on a tape, which hardly anything takes.
+    # Embedding lookups can have sparse gradients in autograd, which hardly anything takes.
     return gradient if gradient.layout is x.layout else gradient.to_dense()
 
 
 def _reverse(at: Callable[[int], T]) -> T:
-    """Call a function inside of a new reverse level, of which it gets the number."""
+    """Call a function inside of a new reverse-mode level, of which it gets the number."""
     message = _saved_tensors_hooks_get_disabled_error_message()
     try:
         _saved_tensors_hooks_disable(_NO_HOOKS)
@@ -175,7 +214,7 @@ def _reverse(at: Callable[[int], T]) -> T:
 
 
 def _forward(at: Callable[[int, int], T]) -> T:
-    """Call a function inside of a new forward level, of which it gets the number and that of the dual numbers."""
+    """Call a function inside of a new forward-mode level, of which it gets the number and that of the dual numbers."""
     # Loaded late, as by torch: with it comes half a compiler. And it counts the levels.
     from torch._functorch import eager_transforms as counter
 
@@ -195,7 +234,7 @@ def _forward(at: Callable[[int, int], T]) -> T:
 
 @contextmanager
 def _no_inference() -> Iterator[None]:
-    """Leave inference mode, and nothing else as it is there."""
+    """Leave inference mode, and keep the grad modes as they are in it."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -205,19 +244,18 @@ def _no_inference() -> Iterator[None]:
         yield
 
 
-def _differentiable(xs: Trees, level: int) -> tuple[Trees, list[Tensor]]:
-    """Return the arguments as the level knows them, and their leaves."""
+def _wrapped(xs: Trees, level: int) -> tuple[Trees, list[Tensor]]:
+    """Return the arguments wrapped for a level, and their leaves."""
     inputs: list[Tensor] = []
 
-    def differentiable(leaf: Tensor) -> Tensor:
-        wrapped = _wrap_for_grad(leaf, level)
-        inputs.append(wrapped)
-        return wrapped.requires_grad_()
+    def wrap(leaf: Tensor) -> Tensor:
+        inputs.append(_wrap_for_grad(leaf, level))
+        return inputs[-1].requires_grad_()
 
     allowed = get_inplace_requires_grad_allowed()
     set_inplace_requires_grad_allowed(True)
     try:
-        return tree_map(differentiable, xs), inputs
+        return tree_map(wrap, xs), inputs
     finally:
         set_inplace_requires_grad_allowed(allowed)
 
@@ -227,5 +265,99 @@ def _outside(level: int) -> Callable[[Tensor], Tensor]:
 
 
 def _leave(tree: T, level: int) -> T:
-    """Return a tree as it is known outside of a level."""
+    """Return a tree with its tensors unwrapped of a level."""
     return map_tensors(_outside(level), tree)  # type: ignore[no-any-return]
+
+
+# Auxiliary outputs: torch.func lets nothing but tensors through.
+
+
+class _Packed:
+    """Hold a tree whose leaves are not all tensors, with the tensors alone as its children."""
+
+    def __init__(self, tensors: Iterable[Tensor], others: dict[int, object], spec: TreeSpec) -> None:
+        self.tensors = tensors
+        self.others = others
+        self.spec = spec
+
+
+register_node(
+    _Packed,
+    lambda node: (list(node.tensors), (node.others, node.spec)),
+    lambda children, static: _Packed(children, *static),
+)
+
+
+def pack(aux: Tree) -> Tree:
+    """Return a tree that a transform of torch.func can return, whatever its leaves are."""
+    if isinstance(aux, Tensor):
+        return aux
+    leaves, spec = tree_flatten(aux)
+    others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    if not others:
+        return aux
+    return _Packed([leaf for leaf in leaves if isinstance(leaf, Tensor)], others, spec)
+
+
+def unpack(aux: Tree) -> Tree:
+    """Undo `pack`."""
+    if not isinstance(aux, _Packed):
+        return aux
+    tensors = iter(aux.tensors)
+    leaves = [aux.others[i] if i in aux.others else next(tensors) for i in range(aux.spec.num_leaves)]
+    return tree_unflatten(leaves, aux.spec)
+
+
+def _packed(f: WithAux, spec: TreeSpec | None = None) -> WithAux:
+    """Return a function whose auxiliary output is packed; of leaves, where their structure is given."""
+
+    def packed(*args: Any) -> tuple[Tree, Tree]:
+        value, aux = f(*args) if spec is None else f(*tree_unflatten(args, spec))
+        return value, pack(aux)
+
+    return packed
+
+
+# Functions of torch whose forward-mode derivative is not differentiable itself.
+
+
+def _with_rules(f: Callable[..., T]) -> Callable[..., T]:
+    """Return a function for forward mode whose derivatives an outer transform can differentiate.
+
+    Inside of another derivative, a mode puts functions with right derivatives in place of torch's, or warns.
+    """
+    if torch.compiler.is_compiling() or not differentiated():
+        return f
+
+    @wraps(f)
+    def ruled(*args: Any) -> T:
+        with _Rules():
+            return f(*args)
+
+    return ruled
+
+
+class _Rules(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _WRONG:
+            warnings.warn(
+                f"The derivative of {_WRONG[func]} that torch takes by forward mode is a wrong number where another "
+                "transform differentiates it. Take it by reverse mode, or forward mode of a reverse-mode gradient.",
+                stacklevel=2,
+            )
+        kwargs = kwargs or {}
+        return by_rule(func, *args, **kwargs) if func in RULES else func(*args, **kwargs)
+
+
+_WRONG: dict[Callable[..., Any], str] = {
+    F.layer_norm: "layer_norm, unlike that of lt.LayerNorm,",
+    F.batch_norm: "batch_norm, unlike that of lt.BatchNorm,",
+    F.instance_norm: "instance_norm, unlike that of lt.InstanceNorm,",
+    torch.layer_norm: "layer_norm, unlike that of lt.LayerNorm,",
+    torch.batch_norm: "batch_norm, unlike that of lt.BatchNorm,",
+    torch.linalg.householder_product: "householder_product",
+    torch.cholesky_inverse: "cholesky_inverse",
+    Tensor.cholesky_inverse: "cholesky_inverse",
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, NoReturn, TypeAlias
 
@@ -11,30 +11,25 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from luxtorch._transforms import unwrapped
-from luxtorch.core import DTypeError, InputError, LuxtorchError
+from luxtorch.core import DTypeError, InputError, LuxtorchError, wrong_shape, wrong_type
 
-from ._axes import Axes
-from ._elementwise import Named
-from ._trace import intern
+from ._axes import Axes, Shape, intern
+from ._functions import Named
 
 NamedLeaves: TypeAlias = "list[tuple[str, Tensor]]"
 
 
-def describe(tree: Any, batch_dims: int = 0) -> tuple[Axes, NamedLeaves]:
+def axes_and_leaves(tree: Any, batch_dims: int = 0) -> tuple[Axes, NamedLeaves]:
     """Return the axes of a tree, and its leaves with their dotted names, in the order of the axes."""
     if not isinstance(tree, (Mapping, list, tuple)):
-        raise DTypeError(
-            "Components need names.",
-            expected="a dict, a list or a tuple of tensors, nested or not",
-            got=type(tree).__name__,
-            fix="Name the tensor, as in {'weight': tensor}." if isinstance(tree, Tensor) else "",
-        )
+        fix = "Name the tensor, as in {'weight': tensor}." if isinstance(tree, Tensor) else ""
+        raise wrong_type("The tree", tree, "a dict, a list or a tuple of tensors, nested or not", fix=fix)
     leaves: NamedLeaves = []
-    return _describe(tree, "", batch_dims, leaves), leaves
+    return _axes(tree, "", batch_dims, leaves), leaves
 
 
-def _describe(tree: Any, prefix: str, batch_dims: int, leaves: NamedLeaves) -> Axes:
-    entries: list[tuple[str, Any]] = []
+def _axes(tree: Mapping[Any, Any] | Sequence[Any], prefix: str, batch_dims: int, leaves: NamedLeaves) -> Axes:
+    entries: list[tuple[str, Axes | Shape]] = []
     for name, value in _children(tree):
         if not isinstance(name, str) or not name or "." in name:
             _refuse_name(name, prefix)
@@ -43,22 +38,16 @@ def _describe(tree: Any, prefix: str, batch_dims: int, leaves: NamedLeaves) -> A
             if not is_dynamo_compiling():
                 _check_kind(value, path)
             if value.dim() < batch_dims:
-                raise InputError(
-                    f"The leaf '{path}' has too few dimensions.",
-                    expected=f"{batch_dims} leading batch dimensions, as batch_dims says",
-                    got=f"shape {tuple(value.shape)}",
-                )
+                expected = f"{batch_dims} leading batch dimensions, as batch_dims says"
+                raise wrong_shape(f"The leaf '{path}'", value, expected)
             leaves.append((path, value))
             # `index`, because torch.compile may know a size by a symbol, and names are for fixed sizes.
             entries.append((name, tuple(index(size) for size in value.shape[batch_dims:])))
         elif isinstance(value, (Mapping, list, tuple)):
-            entries.append((name, _describe(value, f"{path}.", batch_dims, leaves)))
+            entries.append((name, _axes(value, f"{path}.", batch_dims, leaves)))
         else:
-            raise DTypeError(
-                f"The leaf '{path}' is not a tensor.",
-                got=repr(value),
-                fix="Make it a tensor if it is a parameter; otherwise keep it in the states.",
-            )
+            fix = "Make it a tensor if it is a parameter; otherwise keep it in the states."
+            raise wrong_type(f"The leaf '{path}'", value, "a tensor", fix=fix)
     return intern(tuple(entries))
 
 
@@ -66,14 +55,13 @@ def _check_kind(leaf: Tensor, path: str) -> None:
     """Raise an error if the elements of a leaf cannot be copied one after another into a flat tensor."""
     if leaf.layout is not torch.strided or leaf.is_nested:
         raise DTypeError(
-            f"The leaf '{path}' is not a dense tensor.",
-            expected="tensors with all of their elements, in rows of one length",
+            f"The leaf '{path}' must be a dense tensor.",
             got="a nested tensor" if leaf.is_nested else f"the layout {leaf.layout}",
             fix="" if leaf.is_nested else "Make it dense, .to_dense().",
         )
 
 
-def _children(tree: Any) -> Iterable[tuple[Any, Any]]:
+def _children(tree: Mapping[Any, Any] | Sequence[Any]) -> Iterable[tuple[object, Any]]:
     if isinstance(tree, Mapping):
         return tree.items()
     return [(str(i), value) for i, value in enumerate(tree)]
@@ -81,8 +69,9 @@ def _children(tree: Any) -> Iterable[tuple[Any, Any]]:
 
 def _refuse_name(name: object, prefix: str) -> NoReturn:
     raise InputError(
-        f"The key {name!r} cannot name a component.",
-        expected="a string, not empty and without dots: a dot leads into a group, as in 'layer_1.weight'",
+        "The name of a component must be a string, not empty and without dots.",
+        expected="a name such as 'weight'; a dot leads into a group, as in 'layer_1.weight'",
+        got=repr(name),
         fix="Rename it." if isinstance(name, str) else f"Use the string '{name}'.",
         where=prefix[:-1],
     )
@@ -94,7 +83,7 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
         for path, leaf in leaves:
             if leaf.is_complex() and not dtype.is_complex:
                 raise DTypeError(
-                    f"The leaf '{path}' is complex, and a real vector would lose its imaginary parts.",
+                    f"The leaf '{path}' must be real, or a real vector would lose its imaginary parts.",
                     expected="a complex dtype, or real leaves",
                     got=f"dtype={dtype}",
                     fix=_TWO_PARTS,
@@ -104,18 +93,13 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
         # By its name: a program that does not shard need not load torch's module for that.
         if not is_dynamo_compiling() and type(unwrapped(leaf)).__name__ == "DTensor":
             raise DTypeError(
-                f"The leaf '{path}' is sharded, and copying it into one vector would gather it on every rank.",
-                expected="whole tensors",
+                f"The leaf '{path}' must not be sharded: copying it into one vector would gather it on every rank.",
                 got="a DTensor",
                 fix="Make the vector first, then shard it: distributed.shard_parameters(lt.ComponentVector(ps)).",
             )
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise DTypeError(
-                f"The leaf '{path}' has no derivative.",
-                expected="floating point or complex tensors",
-                got=str(leaf.dtype),
-                fix="Keep it in the states, or pass dtype= to cast every leaf.",
-            )
+            fix = "Keep it in the states, or pass dtype= to cast every leaf."
+            raise wrong_type(f"The leaf '{path}'", leaf, "a floating point or complex tensor", fix=fix)
     kinds = {leaf.is_complex() for _, leaf in leaves}
     fix = "Cast the tree first, or pass dtype= to cast every leaf." if len(kinds) < 2 else _TWO_PARTS
     _check_one(leaves, "dtype", lambda leaf: leaf.dtype, fix)
@@ -146,26 +130,17 @@ def _check_one(
         first.setdefault(read(leaf), path)
     if len(first) > 1:
         raise error(
-            f"The leaves of one vector share one {what}, and these differ.",
+            f"The leaves of one vector must share one {what}.",
             got=", ".join(f"'{path}' has {value}" for value, path in first.items()),
             fix=fix,
         )
 
 
-def check_flat(flat: Any, axes: Axes) -> None:
+def check_flat(flat: object, axes: Axes) -> None:
     """Raise an error unless a flat tensor has one element for each element of the axes."""
     if not isinstance(flat, Tensor):
-        raise DTypeError(
-            "The data of a ComponentVector is not a tensor.",
-            got=type(flat).__name__,
-            fix="Read a Jacobian between two vectors by ComponentMatrix.from_jacobian."
-            if isinstance(flat, Named)
-            else "",
-        )
+        fix = "Read a Jacobian between two vectors by ComponentMatrix.from_jacobian." if isinstance(flat, Named) else ""
+        raise wrong_type("The data of a ComponentVector", flat, "a tensor", fix=fix)
     if flat.dim() == 0 or flat.shape[-1] != axes.size:
-        raise InputError(
-            "The last dimension of the flat tensor does not fit the axes.",
-            expected=f"(..., {axes.size})",
-            got=f"shape {tuple(flat.shape)}",
-            fix="Read a Jacobian by ComponentMatrix.from_jacobian; for other data, pass the axes it was made with.",
-        )
+        fix = "Read a Jacobian by ComponentMatrix.from_jacobian; for other data, pass the axes it was made with."
+        raise wrong_shape("The flat tensor", flat, f"(..., {axes.size}), the size of the axes", fix=fix)

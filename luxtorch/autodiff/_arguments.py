@@ -1,39 +1,63 @@
-"""What may be differentiated, and the errors for what may not."""
+"""The arguments of the functions of this folder, and what the differentiated function returns: checks and errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import DTypeError, InputError, named_leaves, suggest, tree_flatten, tree_leaves
+from luxtorch.core import (
+    DTypeError,
+    InputError,
+    described,
+    named_leaves,
+    out_of_range,
+    suggest,
+    tree_flatten,
+    tree_leaves,
+    wrong_shape,
+    wrong_type,
+)
 
-from ._aux import Tree
+from ._torch_func import Tree
 
 Mode = Literal["reverse", "forward"]
-
-
-def describe(value: Any) -> str:
-    """Name a value in an error: a tensor by dtype and shape, anything else by its type."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return type(value).__name__
 
 
 def check_mode(mode: str) -> None:
     """Raise unless the mode is one of the two."""
     if mode not in ("reverse", "forward"):
+        raise out_of_range("mode", mode, "'reverse' or 'forward'", fix=suggest(mode, ["reverse", "forward"]))
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless the chunk size is None or positive."""
+    if chunk_size is not None and chunk_size < 1:
+        raise out_of_range("chunk_size", chunk_size, "at least 1", fix="Leave it out for everything at once.")
+
+
+def split(output: Tree, has_aux: bool) -> tuple[Tree, Tree]:
+    """Return a function's value and its auxiliary output, `()` where it has none."""
+    if not has_aux:
+        return output, ()
+    if not (isinstance(output, tuple) and len(output) == 2):
         raise InputError(
-            f"There is no mode {mode!r}.",
-            expected="'reverse' or 'forward'",
-            got=repr(mode),
-            fix=suggest(mode, ["reverse", "forward"]),
+            "With has_aux=True the function must return a pair.",
+            expected="(value, aux)",
+            got=described(output),
+            fix="Return (value, aux), or drop has_aux=True.",
         )
+    return output
 
 
-def _differentiable(leaf: Any, real: bool) -> bool:
+def join(value: Tree, aux: Tree, has_aux: bool) -> Tree:
+    """Return what the function itself returned: undo `split`."""
+    return (value, aux) if has_aux else value
+
+
+def _differentiable(leaf: object, real: bool) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or (leaf.is_complex() and not real))
 
 
@@ -70,42 +94,35 @@ def check_outputs(y: Tree, *, real: bool = False) -> None:
 
 
 def check_tensors(y: Tree) -> None:
-    """Raise if a leaf of a function's value is no tensor."""
-    for leaf in tree_leaves(y):
-        if not isinstance(leaf, Tensor):
-            _raise_for_leaf(y, "f(x)", False, "Return it as auxiliary output, with has_aux=True.")
+    """Raise if a leaf of a function's value is not a tensor."""
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(y)):
+        _raise_for_leaf(y, "f(x)", False, "Return it as auxiliary output, with has_aux=True.")
 
 
 def _raise_for_leaf(tree: Tree, whole: str, real: bool, fix: str) -> None:
     for path, leaf in named_leaves(tree):
-        if _differentiable(leaf, real):
-            continue
-        if _differentiable(leaf, real=False):
-            fix = "Work with its real and imaginary parts, as torch.view_as_real gives them."
-        raise DTypeError(
-            f"'{f'{whole}.{path}' if path else whole}' cannot be differentiated.",
-            expected="a real floating point tensor" if real else "a floating point tensor",
-            got=describe(leaf),
-            fix=fix,
-        )
+        if not _differentiable(leaf, real):
+            if _differentiable(leaf, real=False):
+                fix = "Work with its real and imaginary parts, as torch.view_as_real gives them."
+            expected = "a real floating point tensor" if real else "a floating point tensor"
+            raise wrong_type(f"'{whole}.{path}'" if path else f"'{whole}'", leaf, expected, fix=fix)
 
 
-def check_scalar(y: Any) -> Tensor:
-    """Return the value of a function to take the gradient of, or raise if it is no real scalar."""
+def check_scalar(y: Tree) -> Tensor:
+    """Return the value of a function to take the gradient of, or raise if it is not a real scalar."""
     if isinstance(y, Tensor) and y.dim() == 0 and y.is_floating_point():
         return y
     if isinstance(y, Tensor) and y.dim() == 0:
         raise DTypeError(
             "The function must return a real floating point scalar.",
-            expected="a floating point tensor of shape ()",
-            got=describe(y),
+            got=described(y),
             fix="Take .abs() or .real of a complex value; an integer has no gradient.",
         )
     reduce = "Reduce it with .sum() or .mean(), or take jacobian(f, x)."
     raise InputError(
         "The function must return a scalar to have a gradient.",
         expected="a tensor of shape ()",
-        got=describe(y),
+        got=described(y),
         fix="Pass has_aux=True if it returns (loss, aux)." if isinstance(y, tuple) else reduce,
     )
 
@@ -121,22 +138,27 @@ def check_like(u: Tree, x: Tree, like: str) -> list[Tensor]:
     if _alike(u, x):
         return tree_leaves(u)
     vectors, vectors_spec = tree_flatten(u)
-    expected, spec = tree_flatten(x)
+    leaves, spec = tree_flatten(x)
     if vectors_spec != spec:
         raise InputError(
-            f"The vector has another structure than {like}.",
-            expected=_describe_tree(x),
-            got=_describe_tree(u),
+            f"The vector must have the structure of {like}.",
+            expected=_outline(x),
+            got=_outline(u),
             fix=f"Build it from {like}, as tree_map(torch.ones_like, ...) does.",
         )
-    for vector, leaf in zip(vectors, expected, strict=True):
-        if not (isinstance(vector, Tensor) and vector.shape == leaf.shape and vector.dtype == leaf.dtype):
-            _raise_for_vector(u, x, like)
+    if not all(map(_alike, vectors, leaves)):
+        for (path, vector), leaf in zip(named_leaves(u), leaves, strict=True):
+            name = f"The vector at the leaf '{path}'" if path else "The vector"
+            if not isinstance(vector, Tensor) or vector.dtype != leaf.dtype:
+                expected = f"of the dtype of {like}, {leaf.dtype}"
+                raise wrong_type(name, vector, expected, fix=f"Convert it with .to({leaf.dtype}).")
+            if vector.shape != leaf.shape:
+                raise wrong_shape(name, vector, f"{tuple(leaf.shape)}, that of {like}", fix="Reshape it.")
     return vectors
 
 
 def _alike(u: Tree, x: Tree) -> bool:
-    """Say quickly whether two trees of dicts, tuples and vectors are alike; False also where it takes a closer look."""
+    """Tell whether two trees of dicts, tuples and vectors are alike; False also where that takes a closer look."""
     if isinstance(x, Tensor):
         return isinstance(u, Tensor) and u.shape == x.shape and u.dtype == x.dtype
     kind = type(x)
@@ -149,17 +171,6 @@ def _alike(u: Tree, x: Tree) -> bool:
     return kind is ComponentVector and u.axes is x.axes and _alike(u.flat, x.flat)
 
 
-def _describe_tree(tree: Tree) -> str:
+def _outline(tree: Tree) -> str:
     names = [path for path, _ in named_leaves(tree) if path]
-    return f"{type(tree).__name__} with the leaves {', '.join(names)}" if names else describe(tree)
-
-
-def _raise_for_vector(u: Tree, x: Tree, like: str) -> None:
-    for (path, vector), (_, leaf) in zip(named_leaves(u), named_leaves(x), strict=True):
-        where = f" at the leaf '{path}'" if path else ""
-        if not isinstance(vector, Tensor) or vector.dtype != leaf.dtype:
-            problem, fix = f"The vector has another dtype than {like}{where}.", f"Convert it with .to({leaf.dtype})."
-            raise DTypeError(problem, expected=describe(leaf), got=describe(vector), fix=fix)
-        if vector.shape != leaf.shape:
-            problem, fix = f"The vector has another shape than {like}{where}.", "Reshape it."
-            raise InputError(problem, expected=describe(leaf), got=describe(vector), fix=fix)
+    return f"{type(tree).__name__} with the leaves {', '.join(names)}" if names else described(tree)

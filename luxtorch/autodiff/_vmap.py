@@ -1,9 +1,9 @@
-"""Jacobians between lists of tensors, from their products with basis vectors."""
+"""`vmap` in chunks, or a loop without it; and with it Jacobians, row by row or column by column."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from luxtorch.core import InputError, tree_leaves, tree_map
 
-from ._level import WithAux
-from ._transforms import jvp
+from ._arguments import check_chunk_size
+from ._torch_func import Tree, WithAux, jvp
 
-Blocks = list[list[Tensor]]
+Blocks: TypeAlias = list[list[Tensor]]
 
 
 def rows(
@@ -94,29 +94,31 @@ def stack(
     return list(batched(product, chunk_size, torch.arange(count, device=like[0].device)))
 
 
-def batched(f: Callable[..., Any], chunk_size: int | None, *trees: Any) -> Any:
+def batched(f: Callable[..., Tree], chunk_size: int | None, *trees: Tree) -> Tree:
     """Call a function along the first dimension of trees: by `vmap`, or with a chunk size of 1 by a loop without it."""
     if chunk_size != 1:
         mapped = torch.func.vmap(f, chunk_size=chunk_size)
         try:
             return mapped(*trees)
         except Exception as error:
-            if not _looked(error):
+            if not _reads_values(error):
                 raise
-        with _Numberless():
+        with _WithoutValues():
             return mapped(*trees)
     numbers = range(len(tree_leaves(trees)[0]))
     results = [f(*tree_map(lambda leaf, i=i: leaf[i], trees)) for i in numbers]
     return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
-class _Numberless(TorchFunctionMode):
-    """Name what asks for numbers that vmap does not have; give `one_hot` and `table[label]` a form that does not ask.
+class _WithoutValues(TorchFunctionMode):
+    """Name the function that reads values of a batched tensor; replace `one_hot` and `table[label]`, which need not.
 
-    It is entered where a call has failed already: to go without it costs nothing.
+    It is entered only after a call has failed, so that calls without such functions cost nothing.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.one_hot and (classes := _classes(*args, **kwargs)) > 0:
             index = args[0] if args else kwargs["input"]
@@ -127,11 +129,11 @@ class _Numberless(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
-            if not _looked(error):
+            if not _reads_values(error):
                 raise
             name = "one_hot without num_classes" if func is F.one_hot else resolve_name(func) or str(func)
             raise InputError(
-                "What runs under vmap does not depend on the numbers of a sample, in its course or in its shapes.",
+                "Under vmap, neither control flow nor shapes may depend on the values of a sample.",
                 expected="the same operations and shapes for all samples",
                 got=name,
                 fix="Write it with torch.where, or pass num_classes, minlength or output_size; "
@@ -139,21 +141,22 @@ class _Numberless(TorchFunctionMode):
             ) from error
 
 
-def _is_label(index: Any) -> bool:
-    """Tell whether an index is a number in a tensor: of one that a gradient tracks torch would take the number out."""
+def _is_label(index: object) -> bool:
+    """Tell whether an index is a scalar integer tensor, of which torch reads the value if a gradient tracks it."""
     return isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32)
 
 
 def _classes(input: Tensor | None = None, num_classes: int = -1) -> int:
+    """Return an argument of `one_hot`, however it was passed."""
     return num_classes
 
 
-def _looked(error: Exception) -> bool:
-    """Tell whether an error is torch's about numbers that are not to be had under vmap."""
-    return any(part in str(error) for part in _LOOKED) and "randomness" not in str(error)
+def _reads_values(error: Exception) -> bool:
+    """Tell whether an error is torch's about values or shapes that depend on data under vmap."""
+    return any(part in str(error) for part in _VALUE_ERRORS) and "randomness" not in str(error)
 
 
-_LOOKED = (
+_VALUE_ERRORS = (
     "vmap: It looks like you're",
     "vmap: We do not support batching operators that can",
     "vmap: Attempted to vmap over",
@@ -166,14 +169,3 @@ _LOOKED = (
     "Attempted to vmap over `mask`",
     "stack expects each tensor to be equal size",
 )
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise unless the chunk size is None or positive."""
-    if chunk_size is not None and chunk_size < 1:
-        raise InputError(
-            "The chunk size must be positive.",
-            expected="at least 1, or None for everything at once",
-            got=str(chunk_size),
-            fix="Leave chunk_size out.",
-        )

@@ -1,16 +1,17 @@
-"""Initializers that keep the variance of a signal from layer to layer, scaled by the fans of the weight."""
+"""Variance scaling: initializers that keep the variance of a signal from layer to layer, by the fans of the weight."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from luxtorch._errors import InputError, suggest
+from luxtorch._errors import out_of_range, suggest
 
-from ._distributions import centred_normal, centred_uniform
+from ._distributions import centered_normal, centered_uniform
 from ._initializer import initializer
 
 
@@ -38,7 +39,7 @@ def glorot_uniform(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, g
         >>> glorot_uniform(gain=2.0)  # bound, to hand to a layer
         glorot_uniform(gain=2.0)
     """
-    return centred_uniform(key, shape, dtype, _glorot_std(shape, gain))
+    return centered_uniform(key, shape, dtype, _glorot_std(shape, gain))
 
 
 @initializer
@@ -61,7 +62,7 @@ def glorot_normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, ga
         >>> glorot_normal(lr.key(0), (2, 4)).shape
         torch.Size([2, 4])
     """
-    return centred_normal(key, shape, dtype, _glorot_std(shape, gain))
+    return centered_normal(key, shape, dtype, _glorot_std(shape, gain))
 
 
 @initializer
@@ -88,7 +89,7 @@ def kaiming_uniform(
         rectifiers", 2015; `kaiming_uniform_` in torch.
 
     Raises:
-        InputError: If `mode` is none of the two.
+        InputError: If `mode` is not one of the two.
 
     Example:
         >>> import luxtorch.random as lr
@@ -96,7 +97,7 @@ def kaiming_uniform(
         >>> bool(kaiming_uniform(lr.key(0), (2, 6)).abs().max() <= 1.0)
         True
     """
-    return centred_uniform(key, shape, dtype, _kaiming_std(shape, gain, mode))
+    return centered_uniform(key, shape, dtype, _kaiming_std(shape, gain, mode))
 
 
 @initializer
@@ -122,7 +123,7 @@ def kaiming_normal(
         A tensor of `shape`. Source: as `kaiming_uniform`; `kaiming_normal_` in torch.
 
     Raises:
-        InputError: If `mode` is none of the two.
+        InputError: If `mode` is not one of the two.
 
     Example:
         >>> import luxtorch.random as lr
@@ -130,7 +131,7 @@ def kaiming_normal(
         >>> kaiming_normal(mode="fan_out")(lr.key(0), (8, 3, 5, 5)).shape
         torch.Size([8, 3, 5, 5])
     """
-    return centred_normal(key, shape, dtype, _kaiming_std(shape, gain, mode))
+    return centered_normal(key, shape, dtype, _kaiming_std(shape, gain, mode))
 
 
 def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -148,7 +149,46 @@ def _glorot_std(shape: tuple[int, ...], gain: float) -> float:
 def _kaiming_std(shape: tuple[int, ...], gain: float, mode: str) -> float:
     modes = ("fan_in", "fan_out")
     if mode not in modes:
-        raise InputError(
-            f"There is no mode '{mode}'.", expected="'fan_in' or 'fan_out'", got=repr(mode), fix=suggest(mode, modes)
-        )
+        raise out_of_range("mode", mode, "'fan_in' or 'fan_out'", fix=suggest(mode, modes))
     return gain / math.sqrt(_fans(shape)[modes.index(mode)])
+
+
+_GAINS = {
+    "identity": 1.0,
+    "linear": 1.0,
+    "sigmoid": 1.0,
+    "tanh": 5.0 / 3.0,
+    "relu": math.sqrt(2.0),
+    "selu": 3.0 / 4.0,
+}
+
+
+def calculate_gain(activation: str | Callable[..., Any], negative_slope: float = 0.01) -> float:
+    """Return the gain that an initializer should use before an activation.
+
+    Args:
+        activation: The name of an activation; or the function itself, for instance `torch.tanh`, which is looked up
+            by its name. A function that is not in the table has gain 1.
+        negative_slope: The slope of leaky_relu below zero; other activations ignore it.
+
+    Returns:
+        The gain, as in `torch.nn.init.calculate_gain`.
+
+    Raises:
+        InputError: If there is no activation of that name.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch.init import calculate_gain, glorot_uniform
+        >>> calculate_gain(torch.tanh) == calculate_gain("tanh") == 5 / 3
+        True
+        >>> glorot_uniform(gain=calculate_gain("relu"))
+        glorot_uniform(gain=1.4142135623730951)
+    """
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", "")
+    if name == "leaky_relu":
+        return math.sqrt(2.0 / (1.0 + negative_slope**2))
+    if isinstance(activation, str) and name not in _GAINS:
+        known = [*_GAINS, "leaky_relu"]
+        raise out_of_range("activation", name, f"one of {', '.join(known)}", fix=suggest(name, known))
+    return _GAINS.get(name, 1.0)
