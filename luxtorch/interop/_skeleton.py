@@ -18,7 +18,7 @@ from ._code import check_code, draws_checked, functions_of, sources_of
 from ._duplicate import Alias, Duplicate
 from ._identity import Identity, identity_of
 from ._keys import Keys
-from ._late import called, carried
+from ._late import Called, carried
 from ._names import NAMES, names_of
 from ._part import Part, Placeholder, tensors_of, writes_parameter
 from ._pure_mode import PureMode
@@ -135,7 +135,7 @@ class Body:
             )
         own = self._duplicate.generators
         watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
-        with self._shared.put_back(), watched, called(self, keys), PureMode(keys, self):
+        with self._shared.put_back(), watched, Called(self, keys), PureMode(keys, self):
             yield
 
     def take(self, st: States) -> dict[str, Any]:
