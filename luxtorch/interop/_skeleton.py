@@ -75,7 +75,7 @@ class Body:
     ) -> None:
         self.module = duplicate.module
         self.root = Part(duplicate.module, (), set())
-        self._parts = [*self.root]
+        self._parts = [part for part in self.root if part.busy]
         self._duplicate = duplicate
         self._draws, self._shared = draws, shared
         self._sources: dict[int, tuple[Part, str]] = {}
@@ -86,10 +86,8 @@ class Body:
                 first.add((id(store), name))
         asked = any(asks_for_parameters(part.module) for part in self.root)
         for part in self.root:
-            part.as_parameters, part.traced = asked, traced
-        self._lent_apart = {
-            id(part.module._parameters): part.module for part in self.root if part.lent_apart and not traced
-        }
+            part.as_parameters, part.traced, part.apart = asked, traced, part.apart and not traced
+        self._lent_apart = {id(part.module._parameters): part.module for part in self.root if part.apart}
         self._aliases = [alias for alias in duplicate.aliases if (id(alias.container), alias.name) not in first]
         self._hooked = [part for part in self.root if part.module._backward_hooks or part.module._backward_pre_hooks]
         duplicate.settle(self._lent_apart)
