@@ -116,8 +116,9 @@ class Duplicate:
     def _look(self, besides: Collection[int]) -> None:
         containers = [each for each in self._containers if id(each) not in besides]
         self._empty: list[Any] = [each for each in containers if isinstance(each, dict | set) and not each]
-        modules = {id(vars(module)) for module in self.modules}
-        self._attributes = [(each, each.copy()) for each in containers if id(each) in modules]
+        modules = {id(each) for module in self.modules for each in (vars(module), module._modules) if each}
+        attributes = [each for each in containers if id(each) in modules]
+        self._attributes = attributes, [each.copy() for each in attributes]
         others = [each for each in containers if id(each) not in modules and (not isinstance(each, dict | set) or each)]
         self._others = [(each, before) for each in others if (before := content_of(each)) is not None]
 
@@ -126,10 +127,11 @@ class Duplicate:
         if any(self._empty):
             for each in filter(None, self._empty):
                 each.clear()
-        for each, before in self._attributes:
-            if _differ(each, before):
-                each.clear()
-                each.update(before)
+        if _differ(*self._attributes):
+            for each, before in zip(*self._attributes, strict=True):
+                if _differ(each, before):
+                    each.clear()
+                    each.update(before)
         for each, before in self._others:
             put_back(each, before)
         for cache in self.caches:
@@ -149,7 +151,7 @@ class Duplicate:
         """Count how often what a call has put into containers of the copy holds parts of it."""
         tracked, held, seen = {id(each) for each in self._objects}, Counter[int](), dict[int, Any]()
         changed: list[tuple[Any, Any]] = [(each.values(), ()) for each in self._empty if isinstance(each, dict)]
-        changed += ((each.values(), before.values()) for each, before in self._attributes)
+        changed += ((each.values(), before.values()) for each, before in zip(*self._attributes, strict=True))
         changed += ((now, before) for each, before in self._others if isinstance(now := content_of(each), tuple))
         for now, before in changed:
             old = Counter(map(id, before))
@@ -487,11 +489,11 @@ def content_of(container: Any) -> Any:
 
 def put_back(container: Any, before: Any) -> None:
     """Put back what was in a container, if something else is now."""
-    if kind_of(container) == "numpy":
-        if container.tobytes() != before.tobytes():
+    now = content_of(container)
+    if not isinstance(now, tuple):  # an array
+        if now.tobytes() != before.tobytes():
             container[...] = before
         return
-    now = content_of(container)
     if len(now) == len(before) and _same(now, before):
         return
     if isinstance(container, types.CellType):
@@ -534,10 +536,10 @@ _COPIED: dict[Any, Callable[[Duplicate, Any], Any]] = {
 _PLAIN = frozenset((type(None), bool, int, float, str))
 
 
-def _differ(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
+def _differ(attributes: Any, before: Any) -> bool:
     """Say whether attributes have changed; most are the same objects, which is fast to see."""
     try:
-        return attributes != before
+        return bool(attributes != before)
     except Exception:  # tensors and arrays do not say whether they are equal
         return True
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import checkpoint as of_torch
@@ -28,15 +27,18 @@ class _Call(threading.local):
 _now = _Call()
 
 
-@contextmanager
-def called(body: Body, keys: Keys) -> Iterator[None]:
-    """Let a checkpoint know whose call it is in."""
-    before = _now.body, _now.keys
-    _now.body, _now.keys = body, keys
-    try:
-        yield
-    finally:
-        _now.body, _now.keys = before
+class Called:
+    """Let a checkpoint know whose call it is in; every call enters one, and a generator would cost more."""
+
+    def __init__(self, body: Body, keys: Keys) -> None:
+        self._call = body, keys
+
+    def __enter__(self) -> None:
+        self._before = _now.body, _now.keys
+        _now.body, _now.keys = self._call
+
+    def __exit__(self, *_: object) -> None:
+        _now.body, _now.keys = self._before
 
 
 def carried(function: Callable[..., Any], body: Body, keys: Keys) -> Callable[..., Any]:
@@ -50,7 +52,7 @@ def carried(function: Callable[..., Any], body: Body, keys: Keys) -> Callable[..
         from ._pure_mode import PureMode
 
         again = keys.copy()
-        with called(body, again), PureMode(again, body):
+        with Called(body, again), PureMode(again, body):
             return function(*args, **kwargs)
 
     return later

@@ -207,6 +207,8 @@ def _apart(st: States) -> tuple[States, dict[str, Any]]:
 
 def _copied(x: Any) -> Any:
     """Copy all tensors of a tree, one that stands in several places once."""
+    if isinstance(x, Tensor):
+        return x.clone()
     copies: dict[int, Tensor] = {}
 
     def copied(leaf: Any) -> Any:

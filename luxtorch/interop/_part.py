@@ -81,6 +81,9 @@ class Part:
         stores: By the name of each tensor, the dict in which it stands between calls.
         stood: By name, what stood there when the part was made.
         stateful: Whether there are states here or below.
+        busy: Whether there is anything to take away after a call.
+        lent: The parameters that it was lent, in the order of their names.
+        apart: Whether parameters are lent in a dict of their own, which is dropped after the call.
         trainable: The names of the parameters that require a gradient in the module.
         traced: Whether a compiler runs the module, which does not see that another dict is put in.
         as_parameters: Whether code asks of what is lent whether it is an `nn.Parameter`.
@@ -128,7 +131,9 @@ class Part:
                 self.children[name] = Part(child, (*path, name), seen, registered)
         self.stateful: bool = bool(self.states) or any(child.stateful for child in self.children.values())
         self._shapes = {name: like.shape for name, like in self.parameters.items()}
-        self._lent: list[Any] = []
+        self.lent: list[Any] = []
+        self.busy = bool(self.stood) or self.modal or bool(self._nones)
+        self.apart = bool(self._of_parameters)
         self.trainable = [name for name in self.parameters if getattr(self.stood[name], "trainable", False)]
         self.as_parameters = self.traced = False
         self._names_of_ps = frozenset((*self.parameters, *self.children))
@@ -172,27 +177,27 @@ class Part:
             own: dict[str, Any] = self.module._parameters
             (own if name in self._of_parameters else self.stores[name])[name] = value
 
-    @property
-    def lent_apart(self) -> bool:
-        """Whether parameters are lent in a dict of their own, which is dropped after the call."""
-        return bool(self._of_parameters)
-
     def lend(self, ps: Parameters, st: States) -> None:
         """Put parameters and states into the modules."""
         if ps.keys() != self._names_of_ps or st.keys() != self._names_of_st:
             raise self._wrong_names(ps, st)
-        if self._of_parameters and not self.traced:
-            vars(self.module)["_parameters"] = self._store.copy()
+        own: dict[str, Any]
+        if self.apart:
+            vars(self.module)["_parameters"] = own = self._store.copy()
+        else:
+            own = self.module._parameters
+        # To ask a ComponentVector for all at once costs less; in a trace, for each.
+        given = ps if type(ps) is dict or self.traced else dict(ps.items())
         if self._shapes:
-            own: dict[str, Any] = self.module._parameters
-            self._lent = []
+            self.lent = lent = []
             for name, shape in self._shapes.items():
-                value = ps[name]
+                value = given[name]
                 if value.shape != shape:
                     raise self._wrong_shape("parameter", name, value)
                 own[name] = value
-                self._lent.append(value)
-                if self.as_parameters:
+                lent.append(value)
+            if self.as_parameters:
+                for value in lent:
                     value._is_param = True  # for the time of the call, it is an nn.Parameter to whoever asks
         for name, like in self.states.items():
             value = st[name]
@@ -203,7 +208,7 @@ class Part:
         if self.modal:
             self._set_mode(st[TRAINING].value)
         for name, child in self.children.items():
-            child.lend(ps[name], st[name])
+            child.lend(given[name], st[name])
 
     def take(self, st: States) -> dict[str, Any]:
         """Return the states after a call, detached; `st` are those before it."""
@@ -223,10 +228,8 @@ class Part:
     def check_parameters(self) -> None:
         """Refuse a call that has put another tensor in the place of a parameter."""
         own: dict[str, Any] = self.module._parameters
-        if not all(map(operator.is_, map(own.get, self._shapes), self._lent)):
-            name = next(
-                name for name, value in zip(self._shapes, self._lent, strict=True) if own.get(name) is not value
-            )
+        if not all(map(operator.is_, map(own.get, self._shapes), self.lent)):
+            name = next(name for name, value in zip(self._shapes, self.lent, strict=True) if own.get(name) is not value)
             raise self.located(writes_parameter(name))
 
     def clear(self) -> None:
@@ -234,14 +237,13 @@ class Part:
         if self.modal:
             self._set_mode(self.training)
         if self.as_parameters:
-            for value in self._lent:
+            for value in self.lent:
                 vars(value).pop("_is_param", None)
-        self._lent = []
-        apart = self._of_parameters and not self.traced
-        if apart:
+        self.lent = []
+        if self.apart:
             vars(self.module)["_parameters"] = self._store
-        for name in self.states if apart else self.stood:
-            if not (apart and name in self._of_parameters):
+        for name in self.states if self.apart else self.stood:
+            if not (self.apart and name in self._of_parameters):
                 self._put(name, self.stood[name])
         if self.traced:
             for name in self._nones:

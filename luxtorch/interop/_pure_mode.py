@@ -149,7 +149,7 @@ class PureMode(TorchFunctionMode):
     def _check_write(body: Body, args: Any, kwargs: Any) -> None:
         for target in (*args[:1], *(kwargs[name] for name in ("out", "input", "self", "tensor") if name in kwargs)):
             for each in target if isinstance(target, list | tuple) else (target,):
-                error = body.protected(each) if isinstance(each, Tensor) else None
+                error = body.written(each) if isinstance(each, Tensor) else None
                 if error is not None:
                     raise error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,7 @@ class Shared:
         self._methods = [value for kind in classes for value in vars(kind).values() if type(value) is LRU]
         used = set().union(*(function.__code__.co_names for function in functions))
         attributes = [value for kind in classes for name, value in vars(kind).items() if name in used]
-        for _, each in everything([attributes, functions], set(map(package, functions))):
+        for _, each in everything((attributes, functions), set(map(package, functions))):
             if isinstance(each, types.FunctionType):
                 self._variables += (
                     (each.__globals__, name) for name in names_in_operations(each.__code__, "STORE_GLOBAL")
@@ -49,14 +49,16 @@ class Shared:
                 self._caches.append(each)
         names = set().union(*(names_in_operations(function.__code__, "STORE_ATTR") for function in functions))
         self._attributes = [(kind, name) for kind in classes for name in names]
+        self._any = bool(self._containers or self._variables or self._caches or self._methods or self._attributes)
+
+    def put_back(self) -> AbstractContextManager[None]:
+        """Put back what is changed inside; a cache keeps what plain code has computed."""
+        return self._put_back() if self._any else nullcontext()
 
     @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Put back what is changed inside; a cache keeps what plain code has computed."""
-        if not (self._containers or self._variables or self._caches or self._methods or self._attributes):
-            yield
-            return
-        contents = [(each, content_of(each)) for each in self._containers]
+    def _put_back(self) -> Iterator[None]:
+        # Most are the attributes of functions, of which there are none.
+        contents = [(each, content_of(each) if each else ()) for each in self._containers]
         variables = [(scope, name, scope.get(name, _ABSENT)) for scope, name in self._variables]
         attributes = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in self._attributes]
         computed = [cache.cache_info().misses for cache in self._caches]
@@ -64,7 +66,8 @@ class Shared:
             yield
         finally:
             for each, before in contents:
-                put_back(each, before)
+                if each or before:
+                    put_back(each, before)
             for scope, name, value in variables:
                 if value is _ABSENT:
                     scope.pop(name, None)

@@ -19,7 +19,7 @@ from ._code import check_code, draws_checked, functions_of, sources_of
 from ._duplicate import Alias, Duplicate
 from ._identity import Identity, identity_of
 from ._keys import Keys
-from ._late import called, carried
+from ._late import Called, carried
 from ._names import NAMES, names_of
 from ._part import Part, Placeholder, tensors_of, writes_parameter
 from ._pure_mode import PureMode
@@ -34,13 +34,15 @@ RNG = "rng"
 
 def shares(tensor: Any, other: Any) -> bool:
     """Say whether to write into a tensor is to write into another one."""
-    if tensor is other:
-        return True
+    return tensor is other or _storage_of(tensor) == _storage_of(other)
+
+
+def _storage_of(tensor: Any) -> int:
+    """Return what two tensors have in common if to write into one is to write into the other."""
     try:
-        storages = [storage_id(unwrapped(each)) for each in (tensor, other)]
+        return storage_id(unwrapped(tensor))
     except Exception:  # a kind of tensor without one
-        return False
-    return bool(storages[0] == storages[1])
+        return id(tensor)
 
 
 def _call_of(module: Any) -> Callable[..., Any]:
@@ -76,7 +78,7 @@ class Body:
     ) -> None:
         self.module = duplicate.module
         self.root = Part(duplicate.module, (), set())
-        self._parts = [*self.root]
+        self._parts = [part for part in self.root if part.busy]
         self._duplicate = duplicate
         self._draws, self._shared = draws, shared
         self._sources: dict[int, tuple[Part, str]] = {}
@@ -87,11 +89,10 @@ class Body:
                 first.add((id(store), name))
         asked = any(asks_for_parameters(part.module) for part in self.root)
         for part in self.root:
-            part.as_parameters, part.traced = asked, traced
-        self._lent_apart = {
-            id(part.module._parameters): part.module for part in self.root if part.lent_apart and not traced
-        }
+            part.as_parameters, part.traced, part.apart = asked, traced, part.apart and not traced
+        self._lent_apart = {id(part.module._parameters): part.module for part in self.root if part.apart}
         self._aliases = [alias for alias in duplicate.aliases if (id(alias.container), alias.name) not in first]
+        self._kept_as_given: set[int] | None = None
         self._hooked = [part for part in self.root if part.module._backward_hooks or part.module._backward_pre_hooks]
         duplicate.settle(self._lent_apart)
 
@@ -102,6 +103,7 @@ class Body:
 
     def lend(self, ps: Parameters, st: States) -> None:
         """Put parameters and states into the copy, wherever they stand."""
+        self._kept_as_given = None
         self.root.lend(ps, st)
         for alias in self._aliases:
             self._put(alias, self._duplicate.filled(alias.content, self._value))
@@ -136,7 +138,7 @@ class Body:
             )
         own = self._duplicate.generators
         watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
-        with self._shared.put_back(), watched, called(self, keys), PureMode(keys, self):
+        with self._shared.put_back(), watched, Called(self, keys), PureMode(keys, self):
             yield
 
     def take(self, st: States) -> dict[str, Any]:
@@ -175,6 +177,13 @@ class Body:
                     fix="Register it by register_buffer.",
                 )
         return None
+
+    def written(self, tensor: Tensor) -> LuxtorchError | None:
+        """Return the error of a forward that writes into a tensor, if it must not."""
+        if self._kept_as_given is None:  # most calls write into many tensors, or into none
+            lent = (value for part in self._parts for value in part.lent)
+            self._kept_as_given = {*map(_storage_of, (*lent, *self._duplicate.constants.values()))}
+        return self.protected(tensor) if _storage_of(tensor) in self._kept_as_given else None
 
     def requires_gradient(self, tensor: Tensor) -> bool:
         """Say whether a tensor stands for a parameter that requires a gradient in the module."""
