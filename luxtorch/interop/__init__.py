@@ -1,6 +1,5 @@
 """Modules of torch.nn in and out: from_torch, to_torch, export."""
 
-from . import _causal_mask as _causal_mask
 from ._export import export as export
 from ._from_torch import Model as Model
 from ._from_torch import from_torch as from_torch

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ._pure_modules import Pure
 from ._reach import LRU, importable
+from .pure._modules import Pure
 
 Identity: TypeAlias = tuple[str, tuple[Any, ...]]
 """A text that shows all options, and the classes and functions that it names, which may be redefined."""

@@ -11,7 +11,7 @@ from torch.utils import checkpoint as of_torch
 
 from luxtorch._transforms import transformed, watched
 
-from ._keys import Keys
+from .pure._keys import Keys
 
 if TYPE_CHECKING:
     from ._skeleton import Body
@@ -49,7 +49,7 @@ def carried(function: Callable[..., Any], body: Body, keys: Keys) -> Callable[..
     def later(*args: Any, **kwargs: Any) -> Any:
         if _now.body is body:
             return function(*args, **kwargs)
-        from ._pure_mode import PureMode
+        from .pure._mode import PureMode
 
         again = keys.copy()
         with Called(body, again), PureMode(again, body):

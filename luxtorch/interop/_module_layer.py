@@ -15,12 +15,12 @@ from luxtorch._transforms import functional
 from luxtorch.core import InputError, Layer, Parameters, States, tree_map
 
 from ._inputs import Inputs, arguments
-from ._keys import Keys
 from ._names import NAMES
 from ._part import Part
-from ._pure_mode import PureMode
 from ._reset import reset
 from ._skeleton import RNG, Skeleton
+from .pure._keys import Keys
+from .pure._mode import PureMode
 
 _NO_ROOM = ("(self, *extra_args) is not possible because", "doesn't match the broadcast shape")
 """What torch says where vmap computes a batch that is to be written into one new tensor."""

@@ -13,8 +13,8 @@ from luxtorch._transforms import watched
 from luxtorch.core import InputError
 from luxtorch.random import fold_in, key
 
-from ._keys import Keys
-from ._pure_mode import PureMode
+from .pure._keys import Keys
+from .pure._mode import PureMode
 
 if TYPE_CHECKING:
     from ._part import Part

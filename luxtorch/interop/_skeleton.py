@@ -18,15 +18,15 @@ from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 from ._code import check_code, draws_checked, functions_of, sources_of
 from ._duplicate import Alias, Duplicate
 from ._identity import Identity, identity_of
-from ._keys import Keys
 from ._late import Called, carried
 from ._names import NAMES, names_of
 from ._part import Part, Placeholder, tensors_of, writes_parameter
-from ._pure_mode import PureMode
-from ._pure_modules import make_pure, make_traceable
 from ._reach import asks_for_parameters, left_by_calls
 from ._reset import Place, untouched
 from ._shared import NOTHING, Shared
+from .pure._keys import Keys
+from .pure._mode import PureMode
+from .pure._modules import make_pure, make_traceable
 
 RNG = "rng"
 """The name under which the state of a module with random or unknown code keeps its key."""

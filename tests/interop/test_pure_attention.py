@@ -16,8 +16,8 @@ import luxtorch as lt
 import luxtorch.random as lr
 from luxtorch.core import Static, flatten_names, tree_map
 from luxtorch.interop import Inputs, from_torch
-from luxtorch.interop._keys import Keys
-from luxtorch.interop._pure_mode import PureMode
+from luxtorch.interop.pure._keys import Keys
+from luxtorch.interop.pure._mode import PureMode
 
 KEEP = torch.tensor([[False, False, False], [True, True, False], [True, False, True]])
 MASKS = {

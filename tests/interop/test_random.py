@@ -14,11 +14,10 @@ from torch.func import grad, vmap
 
 import luxtorch.random as lr
 from luxtorch.core import LuxtorchError
-from luxtorch.interop._keys import Keys
-from luxtorch.interop._opened import OPENED
 from luxtorch.interop._part import _MODAL
-from luxtorch.interop._pure_mode import REPLACEMENTS, PureMode
-from luxtorch.interop._pure_modules import _PURE
+from luxtorch.interop.pure._keys import Keys
+from luxtorch.interop.pure._mode import OPENED, REPLACEMENTS, PureMode
+from luxtorch.interop.pure._modules import _PURE
 
 # Each takes x, numbers between 0 and 1 of shape (3, 4).
 DRAWS = {

@@ -10,7 +10,7 @@ from torch.nn.modules import transformer
 from luxtorch._torch import function_modes
 from luxtorch._transforms import transformed, watched
 
-from ._pure_mode import PureMode
+from ._mode import PureMode
 
 _of_torch: Any = transformer._detect_is_causal_mask
 

@@ -14,10 +14,10 @@ from luxtorch.core import InputError
 from luxtorch.layers._batchnorm import batch_normalized, instance_statistics, moments, normalized
 from luxtorch.layers._layernorm import layer_normalized
 
-from ._branch import Branch
+from .._branch import Branch
 from ._keys import Keys
-from ._pure_mode import PureMode
-from ._pure_norms import instance_normalized
+from ._mode import PureMode
+from ._norms import instance_normalized
 
 
 class Pure(nn.Module):

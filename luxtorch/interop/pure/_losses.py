@@ -1,9 +1,9 @@
-"""Losses whose torch functions read numbers off a tensor, or lack a batching rule or a second derivative."""
+"""Losses whose torch functions read numbers off a tensor, or lack a batching rule or a derivative."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luxtorch._ctc import ctc_losses
 from luxtorch._torch import legacy_reduction
-from luxtorch._transforms import reverse_alone, transformed, watched
+from luxtorch._transforms import reverse_alone, traced, transformed, unwrapped, watched
+from luxtorch.core import InputError
 from luxtorch.layers._activations import gated, logsigmoid
 
 from ._keys import Keys
+from ._norms import pairwise_distance
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}
 
@@ -207,7 +210,7 @@ def reduced(loss: Tensor, reduction: str, size_average: bool | None = None, redu
     return loss if reduction == "none" else _REDUCTIONS[reduction](loss)
 
 
-REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+_LOSSES: dict[Any, Callable[..., Any]] = {
     F.bilinear: _bilinear,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
     F.cosine_embedding_loss: _cosine_embedding_loss,
@@ -221,3 +224,172 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.mse_loss: _mse_loss,
     F.smooth_l1_loss: _smooth_l1_loss,
 }
+
+
+@under_transforms(F.soft_margin_loss)
+def _soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    return reduced(torch.log1p(torch.exp(-target * input)), reduction, size_average, reduce)
+
+
+@under_transforms(F.margin_ranking_loss)
+def _margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    return reduced((margin - target * (input1 - input2)).clamp_min(0), reduction, size_average, reduce)
+
+
+@under_transforms(F.triplet_margin_loss)
+def _triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    near, far = pairwise_distance(anchor, positive, p, eps), pairwise_distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, pairwise_distance(positive, negative, p, eps))
+    return reduced((margin + near - far).clamp_min(0), reduction, size_average, reduce)
+
+
+@under_transforms(F.multi_margin_loss)
+def _multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    classes = torch.arange(input.shape[-1], device=input.device)
+    own = classes == target.unsqueeze(-1)
+    excess = (margin - (input * own).sum(-1, keepdim=True) + input).clamp_min(0) ** p
+    excess = excess if weight is None else excess * (weight * own).sum(-1, keepdim=True)
+    return reduced(excess.where(~own, 0.0).mean(-1), reduction, size_average, reduce)
+
+
+@under_transforms(F.multilabel_margin_loss)
+def _multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    counts = (target >= 0).long().cumprod(-1).bool()  # the labels end where the first negative number stands
+    own = target.unsqueeze(-1) == torch.arange(input.shape[-1], device=input.device)
+    others = ~(own & counts.unsqueeze(-1)).any(-2, keepdim=True)
+    excess = (1 - (input.unsqueeze(-2) * own).sum(-1, keepdim=True) + input.unsqueeze(-2)).clamp_min(0)
+    pairs = excess.where(counts.unsqueeze(-1) & others, 0.0)
+    return reduced(pairs.sum((-2, -1)) / input.shape[-1], reduction, size_average, reduce)
+
+
+_MARGINS: dict[Any, Callable[..., Any]] = {
+    F.margin_ranking_loss: _margin_ranking_loss,
+    F.multi_margin_loss: _multi_margin_loss,
+    F.multilabel_margin_loss: _multilabel_margin_loss,
+    F.soft_margin_loss: _soft_margin_loss,
+    F.triplet_margin_loss: _triplet_margin_loss,
+}
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    log_p = log_probs if log_probs.ndim == 3 else log_probs.unsqueeze(1)
+    time, batch, classes = log_p.shape
+    if not 0 <= blank < classes:
+        raise InputError("No class is blank.", expected=f"from 0 to {classes - 1}", got=str(blank))
+    steps, sizes = (_lengths(given, batch, log_p.device) for given in (input_lengths, target_lengths))
+    labels = targets.to(log_p.device).long()
+    longest = labels.shape[-1]
+    _require_range("An input length", steps, 0, time)
+    _require_range("A target length", sizes, 0, longest)
+    if labels.ndim == 1:
+        labels, sizes = _side_by_side(labels, sizes, time)
+    elif labels.shape[0] != batch:
+        raise InputError("The targets are of another batch.", expected=f"{batch} sequences", got=str(labels.shape[0]))
+    losses = ctc_losses(log_p, labels, steps, sizes, blank, zero_infinity)
+    if reduction == "mean":
+        return (losses / sizes.clamp_min(1)).mean()
+    return reduced(losses if log_probs.ndim == 3 else losses.squeeze(0), reduction)
+
+
+def _by_number(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Tensor:
+    name = ("none", "mean", "sum")[reduction]
+    return _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, name, zero_infinity)
+
+
+def _lengths(given: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
+    """Return one length a sequence."""
+    lengths = given if isinstance(given, Tensor) else torch.tensor(given)
+    lengths = lengths.to(device).long().reshape(-1)
+    if lengths.shape[0] != batch:
+        raise InputError("Each sequence has a length.", expected=f"{batch} lengths", got=str(lengths.shape[0]))
+    return lengths
+
+
+def _side_by_side(labels: Tensor, sizes: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    """Return labels that follow one another as one row a sequence, as long as can be aligned, and their lengths."""
+    total = labels.shape[0]
+    _require_range("The sum of the target lengths", sizes.sum(), total, total)
+    starts = sizes.cumsum(0) - sizes
+    places = starts[:, None] + torch.arange(min(time, total), device=labels.device)
+    rows = labels[places.clamp(0, max(total - 1, 0))]
+    return rows, torch.where(sizes.sum() == total, sizes, -1)
+
+
+def _require_range(what: str, values: Tensor, low: int, high: int) -> None:
+    """Raise if numbers are out of range, unless they cannot be seen; the losses are NaN then."""
+    if traced() or watched():
+        return
+    seen = unwrapped(values)
+    wrong = seen[(seen < low) | (seen > high)]
+    if wrong.numel():
+        raise InputError(
+            f"{what} is out of range.",
+            expected=f"from {low} to {high}" if low < high else str(low),
+            got=str(int(wrong.flatten()[0])),
+        )
+
+
+_CTC: dict[Any, Callable[..., Any]] = {
+    F.ctc_loss: under_transforms(F.ctc_loss)(_ctc_loss),
+    torch.ctc_loss: under_transforms(torch.ctc_loss)(_by_number),
+}
+
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {**_LOSSES, **_MARGINS, **_CTC}
