@@ -1,11 +1,11 @@
 """Modules of torch.nn in and out: from_torch, to_torch, export."""
 
-from ._export import export as export
 from ._from_torch import Model as Model
 from ._from_torch import from_torch as from_torch
 from ._inputs import Inputs as Inputs
-from ._load_report import LoadReport as LoadReport
 from ._module_layer import ModuleLayer as ModuleLayer
 from ._to_torch import LayerModule as LayerModule
+from ._to_torch import export as export
 from ._to_torch import to_torch as to_torch
+from ._weights import LoadReport as LoadReport
 from ._weights import load_weights as load_weights

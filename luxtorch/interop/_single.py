@@ -35,8 +35,7 @@ from luxtorch.layers import (
 
 from ._inputs import Inputs, bound
 from ._module_layer import ModuleLayer
-from ._native_dense import Identity
-from ._unbatched import Unbatched
+from ._native import Identity, Unbatched
 
 _ONE = (
     *(AdaptiveMaxPool, AdaptiveMeanPool, AlphaDropout, BatchNorm, Conv, Dense, Dropout, Embedding, FeatureDropout),

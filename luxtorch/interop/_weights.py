@@ -1,32 +1,197 @@
-"""Loading weights that come from elsewhere into parameters and states."""
+"""Weights of torch state_dicts, safetensors and pickles, loaded into the parameters and states of a layer."""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from luxtorch.core import (
     DTypeError,
     InputError,
+    KeyNameError,
+    LuxtorchError,
     Parameters,
     States,
     named_leaves,
     nested_dicts,
     path_name,
+    suggest,
     tree_map,
     tree_map_with_path,
 )
 from luxtorch.core._former import names_today, uncounted
 
-from ._load_report import LoadReport
 from ._names import Names, names_in, public
-from ._weight_files import read_weights
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Say which tensors of a model came from a file, and which did not.
+
+    Attributes:
+        loaded: The names in the model of those that did.
+        missing: The names in the model of those that the file does not have; they are as they were.
+        unexpected: The names in the file of what the model has no place for.
+        mismatched: By their names in the model, why tensors of another shape or kind were not taken.
+        cast: By their names in the model, from which dtype to which tensors were cast.
+        tied: The names in the file that are second names of a tensor that was loaded, with its name in the model.
+    """
+
+    loaded: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: Mapping[str, str] = field(default_factory=dict)
+    cast: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing, unexpected or mismatched."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} loaded"]
+        for what in ("missing", "unexpected"):
+            lines += [f"{what}: {name}" for name in getattr(self, what)]
+        for what in ("mismatched", "cast", "tied"):
+            lines += [f"{what}: {name}: {text}" for name, text in getattr(self, what).items()]
+        return "\n  ".join(lines)
+
+    def error(self, described: Mapping[str, str], renamed: Mapping[str, str]) -> LuxtorchError:
+        """Return the error that lists all that does not fit.
+
+        Args:
+            described: What the model has, by name, in words.
+            renamed: What the unexpected names are called after renaming.
+        """
+        lines = [f"'{name}' is not in the file; in the model it is {described[name]}." for name in self.missing]
+        for name in self.unexpected:
+            new = renamed[name]
+            called = f"'{name}'" if new == name else f"'{name}', here '{new}',"
+            lines.append(f"{called} is only in the file. {suggest(new, self.missing)}".rstrip())
+        lines += [f"'{name}' does not fit: {text}." for name, text in self.mismatched.items()]
+        rename = _prefix(self.missing, [renamed[name] for name in self.unexpected])
+        other = "Map the names with rename=" if self.missing and self.unexpected else "Load into this very model"
+        return (KeyNameError if self.missing or self.unexpected else InputError)(
+            "The weights and the model differ.",
+            expected="the same names and shapes",
+            got="\n            ".join(lines),
+            fix=f"Pass {rename}." if rename else f"{other}, or pass strict=False and read the report.",
+        )
+
+
+def _prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """Return the renaming that makes most names match by a prefix more or less; empty if there is none."""
+    here, there = set(missing), set(unexpected)
+    for longer, shorter, more in ((there, here, False), (here, there, True)):
+        for one in sorted(shorter):
+            for other in sorted(longer):
+                if other.endswith(f".{one}"):
+                    prefix = other.removesuffix(one)
+                    if 2 * sum(prefix + name in longer for name in shorter) > len(shorter):
+                        return f"rename=[(r'^', '{prefix}')]" if more else f"rename=[(r'^{re.escape(prefix)}', '')]"
+    return ""
+
+
+# What a folder may hold, best first.
+_PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth")
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """Return what is in a file by name; nothing in a file is run.
+
+    Args:
+        path: A safetensors file, a file that `torch.save` has written, the index of a model in several files, or a
+            folder with one of these.
+
+    Raises:
+        InputError: If there is no such file, or if it cannot be read.
+    """
+    with _reading(path):
+        if path.is_dir():
+            return read_weights(_file_of(path))
+        if path.suffix == ".json":
+            return _read_index(path)
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(contents, Mapping):
+        raise InputError(
+            "The file holds no tensors by name.",
+            expected="a state_dict",
+            got=f"a {type(contents).__name__}",
+            where=str(path),
+        )
+    return contents
+
+
+def _file_of(folder: Path) -> Path:
+    for pattern in _PATTERNS:
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(
+                "The folder holds several files of weights.",
+                expected="one, or an index of them",
+                got=", ".join(file.name for file in found),
+                fix="Pass the path of one of them.",
+            )
+    raise InputError("The folder holds no weights.", expected=f"one of {', '.join(_PATTERNS)}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # safetensors.torch.save_model stores a tensor of several names under one, and notes the others.
+        for name, stored in (file.metadata() or {}).items():
+            if stored in tensors:
+                tensors.setdefault(name, tensors[stored])
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    files: Any = json.loads(path.read_text())
+    files = files.get("weight_map") if isinstance(files, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise InputError("The file is no index of weights.", expected='JSON with a "weight_map"')
+    shards = {name: read_weights(path.parent / name) for name in sorted(set(files.values()))}
+    for name, shard in files.items():
+        if name not in shards[shard]:
+            raise InputError(f"The tensor '{name}' is not where the index says.", expected=f"in {shard}")
+    return {name: shards[shard][name] for name, shard in files.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let errors say which file it is, and what may be wrong."""
+    try:
+        yield
+    except LuxtorchError as error:
+        error.where = error.where or str(path)
+        raise
+    except Exception as error:  # a damaged pickle may raise whatever there is
+        unsafe = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        message = str(error).strip().splitlines()
+        raise InputError(
+            "The file holds more than tensors." if unsafe else "The file of weights cannot be read.",
+            expected="a safetensors file, a state_dict that torch.save has written, or an index of such files",
+            got=f"{type(error).__name__}: {message[0] if message else 'no message'}",
+            fix="Save module.state_dict() instead of the module." if unsafe else "Check the path; or fetch it again.",
+            where=str(path),
+        ) from error
+
 
 Rename: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None] | Sequence[tuple[str, str]]
 """How names become others: by a dict, by a function, or by pairs of a regular expression and its replacement."""

@@ -12,8 +12,7 @@ from torch import nn
 import luxtorch as lt
 from luxtorch.core import flatten_names
 from luxtorch.interop import Inputs, ModuleLayer, from_torch
-from luxtorch.interop._function import function
-from luxtorch.interop._unbatched import Unbatched
+from luxtorch.interop._native import Unbatched, function
 
 PAIRS = {
     "Linear": (nn.Linear(3, 2, bias=False), lt.Dense(3, 2, bias=False)),
