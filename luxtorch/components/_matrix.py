@@ -1,4 +1,4 @@
-"""`ComponentMatrix`: a Jacobian or Hessian whose blocks are read by names."""
+"""`ComponentMatrix`: a Jacobian or Hessian with named blocks."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class ComponentMatrix(Named):
         return self.data.shape
 
     def detach(self) -> ComponentMatrix:
-        """Return the matrix cut off from its history; the numbers are shared."""
+        """Return the matrix detached from the autograd graph; the memory is shared."""
         return _new(self.data.detach(), self.row_axes, self.col_axes)
 
     def to(self, *args: Any, **kwargs: Any) -> ComponentMatrix:
