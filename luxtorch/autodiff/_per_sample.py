@@ -1,4 +1,4 @@
-"""The gradient of each sample of a batch by itself."""
+"""`per_sample_gradients`: the gradient of a loss for each sample of a batch."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def per_sample_gradients(
 
 def _samples(batch: Tree) -> int:
     """Return the number of samples of a batch, or raise if it does not have one number."""
-    # Sizes are compared, not hashed, nor made numbers of by len: while `jit` traces, they may be symbols.
+    # Sizes are compared, not hashed, and not read by len(): they may be SymInts while `jit` traces.
     found: list[tuple[int, str]] = []
     for path, leaf in named_leaves(batch):
         where = f"'{path}' of the batch" if path else "The batch"

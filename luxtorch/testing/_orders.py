@@ -1,7 +1,7 @@
 """`check_derivatives`: derivatives of orders one to three, by every nesting of transforms, against finite differences.
 
 A word says how a derivative is taken, the outermost transform first: `R` is `torch.func.grad`, `F` is `torch.func.jvp`,
-`r` and `f` are these inside `torch.vmap`, and `T` is `torch.autograd.grad` with `create_graph`, around all others, which
+`r` and `f` are these inside `torch.vmap`, and `T` is `torch.autograd.grad` with `create_graph`, around all others; it
 may raise an error. Derivatives are taken along fixed directions, so that each word gives a number, and all words of one
 order the same number.
 """
