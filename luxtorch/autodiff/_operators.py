@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape
+from luxtorch.core import LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape, wrong_type
 
 from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
@@ -87,9 +87,7 @@ class LinearOperator(ABC):
             return torch.empty(0, dtype=dtype).numpy().dtype
         except TypeError as error:
             expected = "float16, float32 or float64, which NumPy has"
-            raise DTypeError(
-                f"The dtype must be {expected}.", got=str(dtype), fix="Convert the tree with f32(x)."
-            ) from error
+            raise wrong_type("The dtype", dtype, expected, fix="Convert the tree with f32(x).") from error
 
     @property
     def T(self) -> LinearOperator:

@@ -112,11 +112,9 @@ def _samples(batch: Tree) -> int:
             raise InputError(f"{where} must have samples along its first dimension.", got=described(leaf))
         if all(leaf.shape[0] != size for size, _ in found):
             found.append((leaf.shape[0], where))
-    if len(found) != 1:
-        raise InputError(
-            "All tensors of the batch must have the same number of samples."
-            if found
-            else "The batch must have a tensor.",
-            got=", ".join(f"{size} in {where}" for size, where in found) or "an empty tree",
-        )
+    if not found:
+        raise InputError("The batch must have a tensor.", got="an empty tree")
+    if len(found) > 1:
+        got = ", ".join(f"{size} in {where}" for size, where in found)
+        raise InputError("All tensors of the batch must have the same number of samples.", got=got)
     return found[0][0]

@@ -242,7 +242,7 @@ def check_name(axes: Axes, name: str) -> None:
 def refuse_names(a: Axes, b: Axes) -> NoReturn:
     """Raise the error for operands of different names."""
     raise InputError(
-        "The operands do not have the same names and shapes.",
+        "The operands must have the same names and shapes.",
         got=difference(a, b),
         fix="Take the numbers of one of them, as in a + b.flat, if they belong together all the same.",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from luxtorch.core import InputError, KeyNameError, register_node, suggest
+from luxtorch.core import InputError, KeyNameError, out_of_range, register_node, suggest
 from luxtorch.core._html import plain
 from luxtorch.core._outline import tree_html
 
@@ -122,11 +122,8 @@ class ComponentVector(Views):
         for name in names:
             if name not in places:
                 check_name(self.axes, name)
-                raise InputError(
-                    f"The component '{name}' must be at the top level.",
-                    expected=f"some of {', '.join(places)}",
-                    fix="Select from its group, as in cv['dense'][['bias', 'weight']].",
-                )
+                fix = "Select from its group, as in cv['dense'][['bias', 'weight']]."
+                raise out_of_range("A selected component", name, f"at the top level: {', '.join(places)}", fix=fix)
         if len(set(names)) < len(names):
             raise InputError("A component may be selected only once.", got=", ".join(names))
         pieces = self.flat.split_with_sizes([place.size for place in places.values()], -1)
