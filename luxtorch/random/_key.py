@@ -186,7 +186,7 @@ def checked(key: Tensor) -> Tensor:
 
 def is_key(value: object) -> bool:
     """Tell whether something is a key, or a batch of keys."""
-    return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.shape[-1:] == (2,)
+    return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.ndim > 0 and value.shape[-1] == 2
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
