@@ -1,4 +1,4 @@
-"""The CTC loss in plain operations, which every transform knows: torch's kernel has one derivative, in reverse mode."""
+"""The CTC loss in elementary operators, for all transforms: torch's kernel has a first reverse-mode derivative only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Stands for the logarithm of 0: minus infinity has no derivative, and this is out of reach of real losses.
+# For log(0): minus infinity would give NaN gradients, and no real loss is as large as this.
 _NEVER = -1e30
 
 
@@ -60,5 +60,5 @@ def _log_likelihoods(
 
 
 def _shifted(row: Tensor, by: int, first: float) -> Tensor:
-    """Return rows moved to the right, with a value in the places that become free."""
+    """Return rows shifted to the right, filled with a value."""
     return F.pad(row, (by, 0), value=first)[:, : row.shape[1]]

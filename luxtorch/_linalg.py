@@ -1,7 +1,7 @@
-"""Linear algebra of torch whose forward-mode derivative has no right derivative itself, in terms that have one.
+"""Functions of torch.linalg with forward-mode derivatives that can be differentiated again.
 
-torch computes the forward-mode derivative of `solve`, `det` and their kin from a factorization that it takes for a
-constant: what an outer transform makes of it is wrong.
+torch computes the forward-mode derivative of `solve`, `det` and similar functions from a factorization that it treats
+as a constant, so that higher derivatives through it are wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def by_rule(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what a function of torch that has a rule here returns, by the rule where that can be."""
+    """Call a function of torch that is in `RULES`, by its replacement where that applies."""
     if not args:
         args = (kwargs.pop("A" if "A" in kwargs else "input"),)
     if kwargs.get("out") is not None or args[0].is_complex():
@@ -27,7 +27,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
         return _solve(A.mT, B.mT).mT
     vector = B.ndim == 1 or (A.ndim - 1 == B.ndim and B.shape == A.shape[:-1])
     b = B.unsqueeze(-1) if vector else B
-    # The solution itself by torch, and a correction that is zero, but for its derivatives.
+    # The value is that of torch; the added term is zero and carries the derivatives.
     x: Tensor = torch.linalg.solve(A.detach(), b.detach())
     x = x + torch.linalg.inv(A) @ (b - A @ x)
     return x.squeeze(-1) if vector else x
@@ -73,4 +73,4 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.logdet, Tensor.logdet), _logdet),
     **dict.fromkeys((torch.linalg.det, torch.det, Tensor.det), _det),
 }
-"""Functions of torch, each with one that has right derivatives by every nesting."""
+"""Functions of torch, and replacements with right derivatives under every nesting of transforms."""

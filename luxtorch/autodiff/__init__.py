@@ -1,4 +1,4 @@
-"""Derivatives of pure functions over any tree, in the words of Lux and Zygote."""
+"""Derivatives of pure functions over any tree, under the names of Lux and Zygote."""
 
 from ._gradient import gradient as gradient
 from ._gradient import withgradient as withgradient

@@ -1,4 +1,4 @@
-"""The arguments of the functions of this folder, and what the differentiated function returns: checks and errors."""
+"""Checks of arguments and of what the differentiated function returns, with errors that name the leaf."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def check_scalar(y: Tree) -> Tensor:
 
 
 def check_like(u: Tree, x: Tree, like: str) -> list[Tensor]:
-    """Return the leaves of a vector, or raise unless it looks like the tree that it belongs to.
+    """Return the leaves of a vector, or raise unless it has the structure, shapes and dtypes of a tree.
 
     Args:
         u: The vector.

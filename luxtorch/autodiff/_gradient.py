@@ -23,10 +23,10 @@ def withgradient(
         xs: Trees of floating point tensors: tensors, nested dicts, `ComponentVector`s. Complex tensors are allowed in
             reverse mode, with torch's convention.
         mode: `"reverse"` costs a few evaluations of `f`. `"forward"` costs one for every element of `xs`; it needs no
-            backward rules and less memory. It does not heed `torch.no_grad()` in `f`: only `detach()` makes constants.
+            backward rules and less memory. It ignores `torch.no_grad()` in `f`: only `detach()` makes constants.
         has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
         chunk_size: How many elements a forward mode evaluation takes at once; all by default. With 1 there is no
-            `vmap`, for functions that it does not know.
+            `vmap`, for functions that it does not support.
 
     Returns:
         What `f` returned, and the gradient: a tree like `x` for one argument, a tuple of trees for several.
@@ -68,7 +68,7 @@ def gradient(
     Args:
         f: A function of as many trees as `xs` has, that returns a scalar, or `(scalar, aux)`.
         xs: Trees of floating point tensors.
-        mode: `"reverse"` or `"forward"`, as for `withgradient`. Forward mode does not heed `torch.no_grad()` in `f`.
+        mode: `"reverse"` or `"forward"`, as for `withgradient`. Forward mode ignores `torch.no_grad()` in `f`.
         has_aux: Whether `f` returns a pair.
         chunk_size: How many elements a forward mode evaluation takes at once.
 

@@ -1,4 +1,4 @@
-"""Whole Jacobians and Hessians between any trees, and the Jacobians of the samples of a batch."""
+"""Jacobians and Hessians as matrices, between any trees; and the Jacobian of each sample of a batch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def jacobian(
         f: A function of as many trees as `xs` has, that returns a tree of tensors, or `(tree, aux)`.
         xs: Trees of real floating point tensors.
         mode: `"reverse"` works row by row and suits many inputs; `"forward"` works column by column and suits many
-            outputs. Forward mode does not heed `torch.no_grad()` in `f`: only `detach()` makes constants.
+            outputs. Forward mode ignores `torch.no_grad()` in `f`: only `detach()` makes constants.
         has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
         chunk_size: How many rows or columns are computed at once; all by default. With 1 there is no `vmap`, for
-            functions that it does not know.
+            functions that it does not support.
 
     Shape:
         The block of an output of shape `(*M)` by an input of shape `(*N)` has the shape `(*M, *N)`.
@@ -80,7 +80,7 @@ def hessian(
         f: A function of as many trees as `xs` has, that returns a scalar, or `(scalar, aux)`.
         xs: Trees of real floating point tensors.
         mode: How the gradient is differentiated. `"reverse"` (reverse over reverse) is faster and needs no forward
-            rules; `"forward"` (forward over reverse) needs less memory, and does not heed `torch.no_grad()` in `f`.
+            rules; `"forward"` (forward over reverse) needs less memory, and ignores `torch.no_grad()` in `f`.
         has_aux: Whether `f` returns a pair.
         chunk_size: How many rows or columns are computed at once; all by default, and with 1 without `vmap`.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape
+from luxtorch.core import LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape, wrong_type
 
 from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
@@ -23,7 +23,7 @@ V = TypeVar("V")
 
 
 class _Space:
-    """Convert between the trees that look like one tree, and flat vectors.
+    """Convert between trees of one structure and flat vectors.
 
     Args:
         like: The tree.
@@ -57,9 +57,9 @@ class _Space:
 
 
 class LinearOperator(ABC):
-    """Multiply trees, or the flat vectors that stand for them, by a matrix that is never built.
+    """Multiply trees, or flat vectors of their elements, by a matrix that is never built.
 
-    `A @ u` takes what looks like the input to what looks like the output, and a flat vector to a flat vector.
+    `A @ u` takes a tree like the input to a tree like the output, and a flat vector to a flat vector.
     `matvec` and `rmatvec` are for flat vectors alone, torch's or NumPy's, as SciPy's solvers call them.
     """
 
@@ -81,15 +81,13 @@ class LinearOperator(ABC):
 
     @property
     def dtype(self) -> Any:
-        """The NumPy dtype of the flat vectors, as SciPy's protocol wants it."""
+        """The NumPy dtype of the flat vectors, as SciPy's protocol asks."""
         dtype = torch.promote_types(self._inputs.dtype, self._outputs.dtype)
         try:
             return torch.empty(0, dtype=dtype).numpy().dtype
         except TypeError as error:
             expected = "float16, float32 or float64, which NumPy has"
-            raise DTypeError(
-                f"The dtype must be {expected}.", got=str(dtype), fix="Convert the tree with f32(x)."
-            ) from error
+            raise wrong_type("The dtype", dtype, expected, fix="Convert the tree with f32(x).") from error
 
     @property
     def T(self) -> LinearOperator:
@@ -149,7 +147,7 @@ class _Transposed(LinearOperator):
 
 
 class JacVec(LinearOperator):
-    """Stand for the Jacobian of a function at a point.
+    """The Jacobian of a function at a point, as a linear operator.
 
     A product runs forward mode; one with `J.T` runs the backward pass of the graph that was recorded when the operator
     was made.
@@ -192,7 +190,7 @@ class JacVec(LinearOperator):
 
 
 class HesVec(LinearOperator):
-    """Stand for the Hessian of a scalar function at a point. It is symmetric: `H.T` is `H`.
+    """The Hessian of a scalar function at a point, as a linear operator. It is symmetric: `H.T` is `H`.
 
     Args:
         f: A function of one tree that returns a scalar.
@@ -246,7 +244,7 @@ class HesVec(LinearOperator):
 
 
 def _usable(back: Callable[[Tree], Tree], f: Callable[[Tree], Tree], x: Tree) -> Callable[[Tree], Tree]:
-    # A compiler cannot step into a graph that was recorded outside of what it traces.
+    # torch.compile cannot trace the backward pass of a graph that was recorded outside.
     return pullback(f, x)[1] if torch.compiler.is_compiling() else back
 
 

@@ -1,4 +1,4 @@
-"""The gradient of each sample of a batch by itself."""
+"""`per_sample_gradients`: the gradient of a loss for each sample of a batch."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def per_sample_gradients(
 
 def _samples(batch: Tree) -> int:
     """Return the number of samples of a batch, or raise if it does not have one number."""
-    # Sizes are compared, not hashed, nor made numbers of by len: while `jit` traces, they may be symbols.
+    # Sizes are compared, not hashed, and not read by len(): they may be SymInts while `jit` traces.
     found: list[tuple[int, str]] = []
     for path, leaf in named_leaves(batch):
         where = f"'{path}' of the batch" if path else "The batch"
@@ -112,11 +112,9 @@ def _samples(batch: Tree) -> int:
             raise InputError(f"{where} must have samples along its first dimension.", got=described(leaf))
         if all(leaf.shape[0] != size for size, _ in found):
             found.append((leaf.shape[0], where))
-    if len(found) != 1:
-        raise InputError(
-            "All tensors of the batch must have the same number of samples."
-            if found
-            else "The batch must have a tensor.",
-            got=", ".join(f"{size} in {where}" for size, where in found) or "an empty tree",
-        )
+    if not found:
+        raise InputError("The batch must have a tensor.", got="an empty tree")
+    if len(found) > 1:
+        got = ", ".join(f"{size} in {where}" for size, where in found)
+        raise InputError("All tensors of the batch must have the same number of samples.", got=got)
     return found[0][0]

@@ -1,4 +1,4 @@
-"""Products of a Jacobian or a Hessian with a vector, without the matrix."""
+"""Jacobian-vector, vector-Jacobian and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def record(f: Callable[..., Tree], xs: Trees, has_aux: bool, like: str) -> tuple
 def pushforward(f: Callable[..., Tree], *xs: Tree, has_aux: bool = False) -> Callable[..., tuple[Tree, Tree]]:
     """Return the function that computes `f` together with the product of its Jacobian and a vector, by forward mode.
 
-    Forward mode does not heed `torch.no_grad()` in `f`: only `detach()` makes constants. Some of torch's linear algebra
-    is wrong where another transform differentiates forward mode; here it is written in functions that are right, and
-    where that cannot be done a warning names the function.
+    Forward mode ignores `torch.no_grad()` in `f`: only `detach()` makes constants. Some of torch's linear algebra
+    is wrong where another transform differentiates forward mode; it is replaced by right functions here, and where that
+    is not possible a warning names the function.
 
     Args:
         f: A function of as many trees as `xs` has, that returns a tree of tensors, or `(tree, aux)`.
@@ -178,7 +178,7 @@ def hvp(f: Callable[[X], Tensor], x: X, u: X, *, mode: Mode = "reverse") -> X:
         x: A tree of floating point tensors.
         u: A tree like `x`.
         mode: How the gradient is differentiated. `"reverse"` (reverse over reverse) is faster and needs no forward
-            rules; `"forward"` (forward over reverse) needs less memory, and does not heed `torch.no_grad()` in `f`.
+            rules; `"forward"` (forward over reverse) needs less memory, and ignores `torch.no_grad()` in `f`.
 
     Returns:
         A tree like `x`.

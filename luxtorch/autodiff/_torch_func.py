@@ -55,7 +55,7 @@ WithAux: TypeAlias = Callable[..., tuple[Tree, Tree]]
 """A function that returns a value and an auxiliary output, each a tree."""
 T = TypeVar("T")
 
-_NO_HOOKS = "Gradients of functions know no hooks on saved tensors: leave save_on_cpu and its like outside."
+_NO_HOOKS = "Gradients of functions do not support hooks on saved tensors: enter save_on_cpu and the like outside."
 
 
 def usable() -> bool:
@@ -74,7 +74,7 @@ def usable() -> bool:
 
 
 def value_and_gradients(f: WithAux, xs: Trees) -> tuple[Tensor, Tree, Trees]:
-    """Return the scalar value of `f(*xs)`, its auxiliary output, and the gradients: trees like the arguments."""
+    """Return the scalar `f(*xs)`, its auxiliary output, and the gradients: trees like the arguments."""
     if not usable():
         transform: Callable[..., Any] = torch.func.grad_and_value(_packed(f), tuple(range(len(xs))), has_aux=True)
         grads, (value, aux) = transform(*xs)
@@ -152,7 +152,7 @@ def _jvp_of_torch(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tr
     return value, product, unpack(aux)
 
 
-# Inside of a functorch level.
+# Functorch levels.
 
 
 def gradients(
@@ -182,7 +182,7 @@ def gradients(
     if not _AVAILABLE:
         found = torch.autograd.grad(recorded, inputs, weights, retain, create, allow_unused=True)
     else:
-        # The engine has threads for other devices, which torch prepares for in Python.
+        # The engine has threads for other devices, and torch does some Python for these.
         run = _run_here if recorded[0].is_cpu and inputs[0].is_cpu else _engine_run_backward
         found = run(recorded, tuple(weights), retain, create, tuple(inputs), True, accumulate_grad=False)
     return [_like(x, g) for g, x in zip(found, inputs, strict=True)]
@@ -215,7 +215,7 @@ def _reverse(at: Callable[[int], T]) -> T:
 
 def _forward(at: Callable[[int, int], T]) -> T:
     """Call a function inside of a new forward-mode level, of which it gets the number and that of the dual numbers."""
-    # Loaded late, as by torch: with it comes half a compiler. And it counts the levels.
+    # Imported late, as torch does, because it is slow. It also counts the levels.
     from torch._functorch import eager_transforms as counter
 
     _maybe_load_decompositions()  # type: ignore[no-untyped-call]
@@ -234,7 +234,7 @@ def _forward(at: Callable[[int, int], T]) -> T:
 
 @contextmanager
 def _no_inference() -> Iterator[None]:
-    """Leave inference mode, and keep the grad modes as they are in it."""
+    """Leave inference mode, but keep its grad modes."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -265,11 +265,11 @@ def _outside(level: int) -> Callable[[Tensor], Tensor]:
 
 
 def _leave(tree: T, level: int) -> T:
-    """Return a tree with its tensors unwrapped of a level."""
+    """Unwrap the tensors of a tree from a level."""
     return map_tensors(_outside(level), tree)  # type: ignore[no-any-return]
 
 
-# Auxiliary outputs: torch.func lets nothing but tensors through.
+# Auxiliary outputs, of which torch.func accepts tensors only.
 
 
 class _Packed:
@@ -318,7 +318,7 @@ def _packed(f: WithAux, spec: TreeSpec | None = None) -> WithAux:
     return packed
 
 
-# Functions of torch whose forward-mode derivative is not differentiable itself.
+# Functions of torch whose forward-mode derivative cannot be differentiated again.
 
 
 def _with_rules(f: Callable[..., T]) -> Callable[..., T]:

@@ -1,4 +1,4 @@
-"""`vmap` in chunks, or a loop without it; and with it Jacobians, row by row or column by column."""
+"""`vmap` in chunks or a loop in its place, and Jacobians by it: row by row or column by column."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(
     xs: Sequence[Tensor],
     chunk_size: int | None,
 ) -> Blocks:
-    """Return the block of every output by every input, row by row, in reverse mode.
+    """Return the derivative of every output by every input, row by row, in reverse mode.
 
     Args:
         vjp: Takes a vector like the outputs to a vector like the inputs.
@@ -38,7 +38,7 @@ def rows(
 
 
 def columns(f: WithAux, ys: Sequence[Tensor], xs: Sequence[Tensor], chunk_size: int | None) -> Blocks:
-    """Return the block of every output by every input, column by column, in forward mode.
+    """Return the derivative of every output by every input, column by column, in forward mode.
 
     Args:
         f: Takes the inputs to a tree of the outputs, and something auxiliary.

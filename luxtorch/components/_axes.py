@@ -1,4 +1,4 @@
-"""The static half of a named vector: which name covers which elements, with which shape; and reading it in traces."""
+"""`Axes`, the static part of a named vector: the names, shapes and offsets of its components; also under compile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ComponentNameError(KeyNameError, AttributeError):
 
 
 class Place(NamedTuple):
-    """Where one component lies: it covers `size` elements from `start`, and `leaves` leaves from `leaf`."""
+    """The location of one component: it covers `size` elements from `start`, and `leaves` leaves from `leaf`."""
 
     child: Axes | Shape
     start: int
@@ -90,7 +90,7 @@ class Axes:
         return self._keys
 
     def place(self, name: str) -> Place:
-        """Return where a component lies; a name below the top level is dotted.
+        """Return the location of a component; a name below the top level is dotted.
 
         Raises:
             KeyNameError: If there is no such component.
@@ -136,7 +136,7 @@ class Axes:
 
 _INTERNED: WeakValueDictionary[Entries, Axes] = WeakValueDictionary()
 
-# As a pytree constant, axes are one comparison among the guards of a compiled graph.
+# Axes are a pytree constant: torch.compile guards on them by a single comparison.
 register_constant(Axes)
 
 
@@ -157,7 +157,7 @@ def _places(entries: Entries) -> Iterator[tuple[str, Place]]:
 
 
 def difference(a: Axes, b: Axes) -> str:
-    """Return in words where two axes differ first."""
+    """Describe the first difference of two axes."""
     left, right = a.shapes, b.shapes
     for name in {**left, **right}:
         if left.get(name) != right.get(name):
@@ -167,18 +167,18 @@ def difference(a: Axes, b: Axes) -> str:
     return "another order, '{}' against '{}'".format(*next(pair for pair in orders if pair[0] != pair[1]))
 
 
-# While torch.compile traces, axes are read as constants of the graph, so that nothing of the lookup is traced.
+# Under torch.compile, axes are read as constants of the graph, so that the lookup itself is not traced.
 
 
 class _Kept:
-    """Hold the axes that traces have met: they cannot be constants themselves, but the name of an attribute can."""
+    """Hold the axes that were traced: they cannot be constants of a graph, but the name of an attribute can."""
 
 
 _KEPT = _Kept()
 
 
 def _keep(axes: Axes) -> str:
-    """Return the attribute that holds the axes from now on."""
+    """Store axes, and return the name of the attribute that holds them."""
     attribute = f"axes_{id(axes)}"
     setattr(_KEPT, attribute, axes)
     return attribute
@@ -217,7 +217,7 @@ def _top(axes: Axes) -> tuple[tuple[str, tuple[Any, ...]], ...]:
 
 
 def top(axes: Axes) -> Iterable[tuple[str, Place]]:
-    """Return the names of the top level with their places."""
+    """Return the names of the top level with their locations."""
     return [(name, _as_place(place)) for name, place in _top(axes)] if is_dynamo_compiling() else axes.top
 
 
@@ -227,7 +227,7 @@ def _find(axes: Axes, name: str) -> tuple[Any, ...] | None:
 
 
 def find(axes: Axes, name: str) -> Place | None:
-    """Return the place of a component of the top level in a trace; None if there is none of that name."""
+    """Return the location of a top-level component, under torch.compile; None if the name is unknown."""
     place = _find(axes, name)
     return None if place is None else _as_place(place)
 
@@ -242,7 +242,7 @@ def check_name(axes: Axes, name: str) -> None:
 def refuse_names(a: Axes, b: Axes) -> NoReturn:
     """Raise the error for operands of different names."""
     raise InputError(
-        "The operands do not have the same names and shapes.",
+        "The operands must have the same names and shapes.",
         got=difference(a, b),
         fix="Take the numbers of one of them, as in a + b.flat, if they belong together all the same.",
     )

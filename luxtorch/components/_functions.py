@@ -1,4 +1,4 @@
-"""Operators and torch functions of named values: element by element keeps the names, all else gives plain tensors."""
+"""Operators and `__torch_function__` of named values: elementwise functions keep the names, others return tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _reflected(op: Callable[[Any, Any], Tensor]) -> Callable[[N, Any], N]:
 
 
 class Named:
-    """Operators with numbers, tensors and values of the same names; the result has these names."""
+    """Elementwise operators with numbers, tensors and values of the same names; the result has these names."""
 
     @abstractmethod
     def _strip(self) -> Tensor:
@@ -87,14 +87,14 @@ class Named:
     __ror__ = _reflected(operator.or_)
     __rxor__ = _reflected(operator.xor)
 
-    # Equality is by element, as it is for tensors, which leaves the identity to be hashed.
+    # Equality is elementwise, as for tensors, so that the hash is by identity.
     __hash__ = object.__hash__
 
-    # An operator with a NumPy array to the left fails, where NumPy would take the names apart.
+    # An operator with a NumPy array on its left fails, instead of a loop of NumPy over the names.
     __array_ufunc__ = None
 
 
-# The functions that compute every element by itself, as torch names them to `__torch_function__`.
+# The elementwise functions, by the names that `__torch_function__` sees.
 ELEMENTWISE = frozenset(
     """
     __and__ __floordiv__ __or__ __xor__ abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh
@@ -118,7 +118,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {}
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
-    """Register a function that is called instead of a torch function, and given it, where an argument has names."""
+    """Register a function to call in place of a torch function, which it gets first, where an argument has names."""
 
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(names, handler))

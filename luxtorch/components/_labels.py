@@ -1,4 +1,4 @@
-"""From the elements of a flat vector to their names, and back."""
+"""Labels: the name of each element of a flat vector, and the index of a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ComponentMatrix`: a Jacobian or Hessian whose blocks are read by names."""
+"""`ComponentMatrix`: a Jacobian or Hessian with named blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, register_node, wrong_shape, wrong_type
+from luxtorch.core import InputError, out_of_range, register_node, wrong_shape, wrong_type
 from luxtorch.core._html import plain
 from luxtorch.core._outline import tree_html
 
@@ -101,20 +101,14 @@ class ComponentMatrix(Named):
     def __getitem__(self, key: Any) -> Any:
         if not (isinstance(key, tuple) and any(isinstance(side, str) for side in key)):
             if isinstance(key, str):
-                raise InputError(
-                    "A block is read by its rows and its columns.",
-                    got=f"'{key}' alone",
-                    fix=f"Write H['{key}', :] for these rows, or H[:, '{key}'] for these columns.",
-                )
+                fix = f"Write H['{key}', :] for these rows, or H[:, '{key}'] for these columns."
+                raise out_of_range("The index of a block", key, "a pair, of rows and columns", fix=fix)
             if isinstance(key, tuple) and key == (slice(None), slice(None)):
                 return self
             return self.data[key]
         if len(key) != 2 or not all(isinstance(side, str) or side == slice(None) for side in key):
-            raise InputError(
-                "A block is read by names, or by a name and a colon.",
-                got=repr(key),
-                fix="Take the block by its names first, then index it by numbers.",
-            )
+            fix = "Take the block by its names first, then index it by numbers."
+            raise out_of_range("The index of a block", key, "a pair of names, or of a name and a colon", fix=fix)
         rows, row_axes = _side(self.row_axes, key[0], "rows")
         columns, col_axes = _side(self.col_axes, key[1], "columns")
         block = self.data[..., rows, columns]
@@ -143,7 +137,7 @@ class ComponentMatrix(Named):
         return self.data.shape
 
     def detach(self) -> ComponentMatrix:
-        """Return the matrix cut off from its history; the numbers are shared."""
+        """Return the matrix detached from the autograd graph; the memory is shared."""
         return _new(self.data.detach(), self.row_axes, self.col_axes)
 
     def to(self, *args: Any, **kwargs: Any) -> ComponentMatrix:

@@ -1,4 +1,4 @@
-"""From a tree of tensors to its axes and its flat vector, with errors that name the leaf."""
+"""Ravel a tree of tensors: its axes and its flat vector, with errors that name the leaf."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _axes(tree: Mapping[Any, Any] | Sequence[Any], prefix: str, batch_dims: int,
                 expected = f"{batch_dims} leading batch dimensions, as batch_dims says"
                 raise wrong_shape(f"The leaf '{path}'", value, expected)
             leaves.append((path, value))
-            # `index`, because torch.compile may know a size by a symbol, and names are for fixed sizes.
+            # `index`, because a size may be a SymInt under torch.compile, and axes have fixed sizes.
             entries.append((name, tuple(index(size) for size in value.shape[batch_dims:])))
         elif isinstance(value, (Mapping, list, tuple)):
             entries.append((name, _axes(value, f"{path}.", batch_dims, leaves)))
@@ -52,7 +52,7 @@ def _axes(tree: Mapping[Any, Any] | Sequence[Any], prefix: str, batch_dims: int,
 
 
 def _check_kind(leaf: Tensor, path: str) -> None:
-    """Raise an error if the elements of a leaf cannot be copied one after another into a flat tensor."""
+    """Raise unless a leaf is a dense tensor, which can be copied into a flat one."""
     if leaf.layout is not torch.strided or leaf.is_nested:
         raise DTypeError(
             f"The leaf '{path}' must be a dense tensor.",
@@ -90,7 +90,7 @@ def ravel(leaves: NamedLeaves, batch_dims: int, dtype: torch.dtype | None) -> Te
                 )
         leaves = [(path, leaf.to(dtype)) for path, leaf in leaves]
     for path, leaf in leaves:
-        # By its name: a program that does not shard need not load torch's module for that.
+        # By its name, as importing DTensor takes long, and most programs do not shard.
         if not is_dynamo_compiling() and type(unwrapped(leaf)).__name__ == "DTensor":
             raise DTypeError(
                 f"The leaf '{path}' must not be sharded: copying it into one vector would gather it on every rank.",
@@ -137,7 +137,7 @@ def _check_one(
 
 
 def check_flat(flat: object, axes: Axes) -> None:
-    """Raise an error unless a flat tensor has one element for each element of the axes."""
+    """Raise unless the last dimension of a tensor has the size of the axes."""
     if not isinstance(flat, Tensor):
         fix = "Read a Jacobian between two vectors by ComponentMatrix.from_jacobian." if isinstance(flat, Named) else ""
         raise wrong_type("The data of a ComponentVector", flat, "a tensor", fix=fix)

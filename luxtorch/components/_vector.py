@@ -1,4 +1,4 @@
-"""`ComponentVector`: one flat tensor that is read by names."""
+"""`ComponentVector`: parameters as one flat tensor with named components."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from luxtorch.core import InputError, KeyNameError, register_node, suggest
+from luxtorch.core import InputError, KeyNameError, out_of_range, register_node, suggest
 from luxtorch.core._html import plain
 from luxtorch.core._outline import tree_html
 
@@ -105,7 +105,7 @@ class ComponentVector(Views):
         return self.flat[key]
 
     def __getattr__(self, name: str) -> Any:
-        # Special methods that Python asks for are not misspelt components, and a trace cannot make our error.
+        # Special methods that Python looks up are not misspelt components, and our error cannot be raised in a trace.
         if name.startswith("__") or (is_dynamo_compiling() and name not in self.axes):
             raise AttributeError(name)
         return self[name]
@@ -122,11 +122,8 @@ class ComponentVector(Views):
         for name in names:
             if name not in places:
                 check_name(self.axes, name)
-                raise InputError(
-                    f"The component '{name}' must be at the top level.",
-                    expected=f"some of {', '.join(places)}",
-                    fix="Select from its group, as in cv['dense'][['bias', 'weight']].",
-                )
+                fix = "Select from its group, as in cv['dense'][['bias', 'weight']]."
+                raise out_of_range("A selected component", name, f"at the top level: {', '.join(places)}", fix=fix)
         if len(set(names)) < len(names):
             raise InputError("A component may be selected only once.", got=", ".join(names))
         pieces = self.flat.split_with_sizes([place.size for place in places.values()], -1)
@@ -167,7 +164,7 @@ class ComponentVector(Views):
         """Return a component, or `default` where there is none of that name."""
         return self[name] if name in self.axes else default
 
-    # Making other values.
+    # Conversions.
 
     def to_dict(self) -> dict[str, Any]:
         """Return the components as nested dicts of views.
@@ -221,7 +218,7 @@ class ComponentVector(Views):
         return named(self.flat.to(*args, **kwargs), self.axes)
 
     def detach(self) -> ComponentVector:
-        """Return the vector cut off from its history; the numbers are shared."""
+        """Return the vector detached from the autograd graph; the memory is shared."""
         return named(self.flat.detach(), self.axes)
 
     def clone(self) -> ComponentVector:
@@ -252,7 +249,7 @@ class ComponentVector(Views):
         """Whether autograd records what happens to the flat tensor."""
         return self.flat.requires_grad
 
-    # What Python and torch ask for.
+    # Protocols of Python and torch.
 
     def _strip(self) -> Tensor:
         return self.flat
@@ -321,7 +318,7 @@ class ComponentVector(Views):
         return isinstance(self.flat, Tensor) and self.flat.shape[-1:] == (self.axes.size,)
 
 
-# Larger leaves show their shapes alone.
+# Larger leaves are printed as their shapes.
 _MOST_ELEMENTS = 100
 
 

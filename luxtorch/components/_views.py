@@ -1,4 +1,4 @@
-"""Reading the components of a flat tensor: as views that come from one split, and are kept as long as they are good."""
+"""Components as views of a flat tensor: they come from one split, and are cached until they are stale."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Views(Named):
     axes: Axes
     """The names and shapes of the components."""
 
-    # The tensor, or whatever a tree library puts in its place; of a group, once it was asked for.
+    # The tensor, or whatever a tree library puts in its place; of a group, made on first use.
     _data: Any = None
-    # A group has the tensor that it is a part of, with its start in it, and what tells whether its own may be kept.
+    # Of a group: the tensor that it is a part of, its start in it, and the stamp of its own tensor.
     _whole: tuple[Tensor, int] | None = None
     _part_stamp: Stamp | None = None
-    # The group's pieces of the split of that tensor, as long as nobody has asked for a tensor of the group.
+    # Of a group: its pieces of the split of that tensor, until the tensor of the group is read.
     _pieces: Sequence[Tensor] | None = None
-    # The components once they were read, and what tells whether they may be read again.
+    # The cached components, and the stamp that tells whether they are stale.
     _components: dict[str, Tensor | Self] | None = None
     _stamp: Stamp | None = None
-    # Whether nothing but the whole is differentiated by, see `split_once`.
+    # Whether derivatives are taken only with respect to the whole, see `split_once`.
     _once: bool = False
-    # How deep in function transforms torch.compile traced the making of this object, if it did.
+    # The number of function transforms around the construction of this object, if torch.compile traced it.
     _traced_at: int | None = None
 
     @property
@@ -54,7 +54,7 @@ class Views(Named):
         return self._data if self._whole is None else self._part(*self._whole)  # type: ignore[no-any-return]
 
     def _part(self, whole: Tensor, start: int) -> Any:
-        """Return the tensor of a group: the same one each time, and from now on the components are views of it."""
+        """Return the tensor of a group, which is cached; the components become views of it."""
         data = self._data
         if is_dynamo_compiling():
             return _narrowed_in_trace(whole, start, self.axes.size, _transform_depth()) if data is None else data
@@ -64,7 +64,7 @@ class Views(Named):
         return data
 
     def _root(self, data: Tensor, whole: Tensor) -> None:
-        """Keep a tensor as that of a group, and forget views that do not come from it."""
+        """Cache a tensor as that of a group, and drop views of another tensor."""
         stamp = _take_stamp(whole, data, recorded=data.requires_grad or not whole.requires_grad)
         self.__dict__.update(_data=data, _part_stamp=stamp, _pieces=None, _components=None, _stamp=None)
 
@@ -77,7 +77,7 @@ class Views(Named):
         return self._in_trace() if is_dynamo_compiling() else self._kept()
 
     def _kept(self) -> dict[str, Tensor | Self]:
-        """Return the components of the top level: made at the first call, and kept."""
+        """Return the components of the top level, from the cache where it is not stale."""
         components, stamp = self._components, self._stamp
         stale = stamp is not None and _is_stale(stamp)
         if components is None or stale:
@@ -105,7 +105,7 @@ class Views(Named):
         return self._read(pieces, nested)
 
     def _in_trace(self, name: str | None = None) -> dict[str, Tensor | Self]:
-        """Return the components of the top level, or a single one, in a trace of torch.compile.
+        """Return the components of the top level, or a single one, under torch.compile.
 
         What is kept on an object from outside of the trace becomes an output of the compiled graph, and a reason to
         compile again. So only objects made in the trace keep their components, and where a backward may follow:
@@ -154,7 +154,7 @@ class Views(Named):
                 group._root(pieces[number], whole)
             else:
                 group.__dict__["_pieces"] = pieces[leaf : leaf + leaves]
-                if not is_dynamo_compiling():  # or the graph would depend on what was read of the vector before
+                if not is_dynamo_compiling():  # or the graph would depend on what was read before
                     group.__dict__.update(_stamp=self._stamp, _once=self._once)
         return components
 
@@ -169,7 +169,7 @@ class Views(Named):
 def make(cls: type[R], data: Any, axes: Axes) -> R:
     """Return an object with these elements and names, without checks."""
     vector = object.__new__(cls)
-    # Past `__setattr__`, which may refuse.
+    # Not through `__setattr__`, which raises.
     state = vector.__dict__
     state["_data"] = data
     state["axes"] = axes
@@ -179,7 +179,7 @@ def make(cls: type[R], data: Any, axes: Axes) -> R:
 
 
 def split_once(vector: R) -> R:
-    """Return a vector for a function that nothing but the whole of the vector is differentiated by.
+    """Return a vector for a function that is differentiated only with respect to the whole vector.
 
     All leaves then come from one split also where a tape runs: they are not computed from the groups that they are in.
     """
@@ -195,9 +195,9 @@ def _shaped(piece: Tensor, batch: Shape, shape: Shape) -> Tensor:
     return piece.view(*batch, *shape) if batch or shape else piece.squeeze(-1)
 
 
-# Whether views that were made of a tensor earlier can still stand for it.
+# Whether cached views are stale.
 
-# What torch reports as the level of a tensor whose transform has ended.
+# The level that torch reports for a tensor whose transform has ended.
 _ENDED = -2
 
 # The tensor, one of its views, the tensor's version, whether autograd recorded, and whether a transform owns the view.
@@ -205,7 +205,7 @@ Stamp: TypeAlias = "tuple[Tensor, Tensor, int, bool, bool]"
 
 
 def _take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> Stamp:
-    """Return what has to be known later about views made just now; `recorded` is whether autograd recorded that."""
+    """Return what `_is_stale` needs to know about new views; `recorded` is whether autograd recorded them."""
     # Only where autograd records does a later change of the tensor matter; an inference tensor has no version at all.
     version = version_of(tensor) if tensor.requires_grad else -1
     return (
@@ -218,7 +218,7 @@ def _take_stamp(tensor: Tensor, view: Tensor, recorded: bool | None = None) -> S
 
 
 def _is_stale(stamp: Stamp) -> bool:
-    """Return whether the views have to be made again.
+    """Tell whether views have to be made again.
 
     They have to if autograd records now and did not then, if the tensor was changed in place (autograd refuses the
     views of one split after that), or if they were made in a transform of torch.func that has ended.
@@ -230,10 +230,10 @@ def _is_stale(stamp: Stamp) -> bool:
 
 
 def _narrowed(whole: Tensor, start: int, size: int) -> Tensor:
-    """Return a part of the last dimension, as the transforms know it that know the whole.
+    """Return a part of the last dimension, wrapped by just the transforms that wrap the whole.
 
-    Whatever transform is running wraps what is made in it, also if it knows nothing of the whole. But a transform that
-    is to differentiate by a part takes it as a value from outside.
+    A running transform wraps every new tensor, also a part of a tensor that it does not wrap. But a transform that is
+    to differentiate by the part takes it as a value from outside.
     """
     part, level = whole.narrow(-1, start, size), level_of(whole)
     while level_of(part) > level:
@@ -242,7 +242,7 @@ def _narrowed(whole: Tensor, start: int, size: int) -> Tensor:
 
 
 def _narrowed_in_trace(whole: Tensor, start: int, size: int, depth: int) -> Tensor:
-    """Return the same where torch.compile traces, `depth` transforms deep, and the whole comes from outside."""
+    """Return the same under torch.compile, inside of `depth` transforms, for a whole from outside of them."""
     part = whole.narrow(-1, start, size)
     for level in range(depth, 0, -1):
         part = unwrap_for_grad(part, level)

@@ -1,4 +1,4 @@
-"""Training on several processes: averaged gradients, shared-out data, sharded parameters, and their checkpoints."""
+"""Training on several processes: averaged gradients, sharded data, sharded parameters, and their checkpoints."""
 
 from ._average import DistributedRule as DistributedRule
 from ._average import average_gradients as average_gradients

@@ -94,11 +94,11 @@ def average_states(st: T) -> T:
 
 
 class DistributedRule(ChainedGradientTransformation):
-    """Average the gradients of all ranks, then do what another rule does.
+    """Average the gradients of all ranks, then apply another rule.
 
     It is a chain of two gradient transformations, of which the first is `average_gradients`. A rule that collects
     gradients of several calls, such as `AccumGrad`, belongs into an `OptimiserChain` inside of it. Frozen and missing
-    gradients do not travel. It is not for sharded parameters: `gather_parameters` averages their gradients.
+    gradients are not sent. It is not for sharded parameters: `gather_parameters` averages their gradients.
 
     Args:
         rule: A rule of `luxtorch.optim`, or a torchopt optimizer.
@@ -184,7 +184,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def _in_trace(x: Tensor) -> Tensor:
-    """Return the same where torch.compile traces: it refuses functions of autograd that have rules for transforms."""
+    """Return the same under torch.compile, which does not support an autograd.Function with a vmap or jvp rule."""
     if _in_forward_mode():
         value, tangent = forward_ad.unpack_dual(x, level=0)  # type: ignore[no-untyped-call]
         if tangent is not None:
@@ -200,7 +200,7 @@ def _in_forward_mode() -> bool:
 
 @torch.library.custom_op("luxtorch::distributed_mean", mutates_args=())
 def _mean(x: Tensor) -> Tensor:
-    # Divided first, for the sum of many gradients may be beyond float16.
+    # Divided first, as the sum of many gradients may overflow float16.
     total = (x / dist.get_world_size()).contiguous()
     with collective("all-reduce"):
         dist.all_reduce(total)
@@ -214,7 +214,7 @@ def _(x: Tensor) -> Tensor:
 
 @_mean.register_vmap
 def _(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
-    return mean(x), in_dims[0]  # element by element
+    return mean(x), in_dims[0]  # the mean is elementwise
 
 
 class _Traced(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Checkpoints that all ranks write together, and that any number of ranks can read."""
+"""Sharded checkpoints: all ranks write them together, and any number of ranks can read them."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _named(tree: Any) -> dict[str, Tensor]:
 
 
 def _describe(tree: Any) -> dict[str, Any]:
-    """Return what must be alike in the tree that is saved and in the one that is loaded."""
+    """Describe a tree by what has to be the same when it is saved and when it is loaded."""
     leaves = {
         name: f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
         for name, leaf in named_leaves(tree)
@@ -164,7 +164,7 @@ def _empty_like(leaf: Tensor) -> Tensor:
 def _storage(done: str, path: Path) -> Iterator[None]:
     """Let torch read or write a checkpoint, and explain what fails."""
     with collective("checkpoint"), warnings.catch_warnings():
-        # That it is alone is nothing to warn of.
+        # A single process is not worth a warning.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
             yield
@@ -173,7 +173,7 @@ def _storage(done: str, path: Path) -> Iterator[None]:
 
 
 def _on_first_rank(action: Callable[[], None], path: Path) -> None:
-    """Do something on one rank, and let all ranks know whether it went well."""
+    """Run an action on the first rank, and raise on all ranks if it fails."""
     outcome = [""]
     if rank() == 0:
         try:
@@ -215,7 +215,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[str], path: Path) -> None:
-    """Raise an error that lists the differences, unless a folder has just what a tree needs, some counts apart."""
+    """Raise an error that lists the differences, unless a folder has just the leaves of a tree, except some counts."""
     file, tree = saved["leaves"], {name: text for name, text in like["leaves"].items() if name not in counts}
     like = {**like, "leaves": tree}
     missing, extra = [name for name in tree if name not in file], [name for name in file if name not in tree]

@@ -1,4 +1,4 @@
-"""Sharded parameters, of which every rank holds a part: gathered for a call, with the derivatives of that."""
+"""Sharded parameters, of which every rank holds a part: to shard them, and to gather them for a call."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _all_ranks(device_type: str) -> DeviceMesh:
 
 
 def gather_parameters(ps: T) -> T:
-    """Return whole parameters from sharded ones: an all-gather of each tensor, of a ComponentVector one in all.
+    """Return whole parameters from sharded ones: an all-gather of each tensor, a single one for a ComponentVector.
 
     The derivative is the mean of the ranks' gradients, sharded: one reduce-scatter. So an objective that begins with
     it can be given to `lt.gradient` or to a training step, with the sharded parameters.
@@ -220,11 +220,11 @@ class Gathered(WrapperLayer):
         return self.layer(x, gather_parameters(ps), st)
 
 
-# From the shards of a tensor to the whole of it and back, both with their derivatives.
+# All-gather and reduce-scatter of a tensor with their derivatives.
 
 
 def _innermost(tensor: Tensor) -> Tensor:
-    """Return what the transforms of torch.func have wrapped; in a trace nothing is wrapped."""
+    """Return the tensor inside of the wrappers of torch.func, of which there are none under torch.compile."""
     return tensor if is_compiling() else unwrapped(tensor)
 
 
@@ -289,7 +289,7 @@ class _TracedScatterMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # A rank's derivative stands for its share of the mean of all ranks, and the mean is taken in `_Gather`.
+        # The derivative on a rank is its share of the mean over all ranks, and the mean is taken in `_Gather`.
         return _gather(grad), None, None
 
 
@@ -302,7 +302,7 @@ class _ScatterMean(_TracedScatterMean):
     def vmap(
         info: Any, in_dims: tuple[int, None, None], whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]
     ) -> tuple[Tensor, int]:
-        # What is split is one dimension further behind where the batch has come in front of it.
+        # The split dimension moves by one if the batch dimension is in front of it.
         batch = in_dims[0]
         moved = [Shard(p.dim + (batch <= p.dim)) if isinstance(p, Shard) else p for p in placements]
         return _scatter_mean(whole, mesh, moved), batch

@@ -1,4 +1,4 @@
-"""Giving every rank the values of one of them, and random keys of its own."""
+"""The same values on all ranks, by a broadcast, and different random keys."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def fold_in_rank(tree: T) -> T:
 
 
 def _broadcast(tensors: list[Tensor], root: int) -> list[Tensor]:
-    """Return the tensors of the root, in one broadcast of their bytes: so any dtype can travel, keys included."""
+    """Return the tensors of the root, in one broadcast of their bytes, so that any dtype can be sent, keys included."""
     raw = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     joined = torch.cat(raw)
     with collective("broadcast"):
         dist.broadcast(joined, root)
-    # Each gets memory of its own: a tensor must begin at a multiple of the size of its elements.
+    # Cloned, because the memory of a tensor must be aligned to the size of its elements.
     pieces = joined.split_with_sizes([piece.numel() for piece in raw])
     return [
         piece.clone().view(tensor.dtype).view(tensor.shape).requires_grad_(tensor.requires_grad)

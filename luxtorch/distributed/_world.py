@@ -1,4 +1,4 @@
-"""Joining and leaving the other processes, which process this is and of how many, and the error where they fail."""
+"""The process group: joining it, rank and world size, and the error if processes fail."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def collective(what: str) -> Iterator[None]:
     except LuxtorchError:
         raise
     except RuntimeError as error:
-        # What the transport reports has a place in C++ in front, and advice and a stack trace behind.
+        # The message starts with a C++ source location, and ends with advice and a stack trace.
         message = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines() or [""]
         raise DistributedError(
             f"The {what} of all ranks failed.",

@@ -14,7 +14,7 @@ from luxtorch._errors import InputError, wrong_type
 
 from ._initializer import initializer
 
-# What `dtype.to_real()` says, which torch.compile cannot trace.
+# As `dtype.to_real()`, which torch.compile cannot trace.
 _PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 

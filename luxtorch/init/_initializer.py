@@ -1,4 +1,4 @@
-"""`initializer`, which makes an initializer of a function: called with a key it draws, without one it binds options."""
+"""`initializer` makes an initializer from a function: called with a key it draws, without one it binds options."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class BoundInitializer:
 
     def __call__(self, key: Tensor | None = None, shape: Sequence[int] | int | None = None, **options: Any) -> Any:
         """Draw as the initializer does, or bind more options."""
-        # A layer hands on its own dtype and device; None among them means that it has none to say.
+        # A layer passes its own dtype and device, which are None by default.
         given = {name: value for name, value in options.items() if value is not None}
         return self.init(key, shape, **{**dict(self.options), **given})
 
@@ -76,7 +76,7 @@ class BoundInitializer:
 
 
 def initializer(rule: Callable[..., Tensor]) -> BindableInitializer:
-    """Turn a rule into an initializer that checks its arguments and can bind its options.
+    """Turn a function into an initializer that checks its arguments and can bind its options.
 
     Args:
         rule: A function `rule(key, shape, dtype, *, option=default, ...)` that returns a tensor of `shape` and `dtype`

@@ -17,7 +17,7 @@ from ._initializer import initializer
 
 @initializer
 def orthogonal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, gain: float = 1.0) -> Tensor:
-    """Draw a matrix with orthonormal rows or columns, whichever are fewer, evenly among all of them.
+    """Draw a matrix with orthonormal rows or columns, whichever are fewer, uniformly (by the Haar measure).
 
     Args:
         key: A key; without it and the shape, the options are bound.
@@ -48,7 +48,7 @@ def orthogonal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, gain:
     rows, columns = shape[0], math.prod(shape[1:])
     wide = torch.promote_types(dtype, torch.float32)
     q, r = torch.linalg.qr(centered_normal(key, (max(rows, columns), min(rows, columns)), wide, 1.0))
-    # A factorization is unique up to these signs; without them, the draw would not be an even one.
+    # QR is unique up to these signs; without them the distribution would not be uniform.
     matrix: Tensor = q * r.diagonal().sgn() * gain
     return (matrix if rows >= columns else matrix.mT).reshape(shape).to(dtype)
 

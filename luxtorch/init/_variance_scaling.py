@@ -1,4 +1,4 @@
-"""Variance scaling: initializers that keep the variance of a signal from layer to layer, by the fans of the weight."""
+"""Variance scaling: initializers that keep the variance of activations from layer to layer, by fan-in and fan-out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._initializer import initializer
 
 @initializer
 def glorot_uniform(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, gain: float = 1.0) -> Tensor:
-    """Draw uniformly with standard deviation `gain * sqrt(2 / (fan_in + fan_out))`, also known as Xavier's rule.
+    """Draw uniformly with standard deviation `gain * sqrt(2 / (fan_in + fan_out))` (Xavier initialization).
 
     Args:
         key: A key; without it and the shape, the options are bound.
@@ -44,7 +44,7 @@ def glorot_uniform(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, g
 
 @initializer
 def glorot_normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, gain: float = 1.0) -> Tensor:
-    """Draw normally with standard deviation `gain * sqrt(2 / (fan_in + fan_out))`, also known as Xavier's rule.
+    """Draw normally with standard deviation `gain * sqrt(2 / (fan_in + fan_out))` (Xavier initialization).
 
     Args:
         key: A key; without it and the shape, the options are bound.
@@ -74,7 +74,7 @@ def kaiming_uniform(
     gain: float = math.sqrt(2.0),
     mode: Literal["fan_in", "fan_out"] = "fan_in",
 ) -> Tensor:
-    """Draw uniformly with standard deviation `gain / sqrt(fan)`, also known as He's rule.
+    """Draw uniformly with standard deviation `gain / sqrt(fan)` (He initialization).
 
     Args:
         key: A key; without it and the shape, the options are bound.
@@ -109,7 +109,7 @@ def kaiming_normal(
     gain: float = math.sqrt(2.0),
     mode: Literal["fan_in", "fan_out"] = "fan_in",
 ) -> Tensor:
-    """Draw normally with standard deviation `gain / sqrt(fan)`, also known as He's rule.
+    """Draw normally with standard deviation `gain / sqrt(fan)` (He initialization).
 
     Args:
         key: A key; without it and the shape, the options are bound.

@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw takes a key, and no global generator is read or moved."""
+"""Random numbers from explicit keys, as in JAX: no global generator is read or advanced."""
 
 from ._draws import bernoulli as bernoulli
 from ._draws import normal as normal

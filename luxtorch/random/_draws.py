@@ -1,4 +1,4 @@
-"""Draws: tensors of random numbers, each a function of a key and a shape."""
+"""Distributions: tensors of random numbers as functions of a key and a shape."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def truncated_normal(
         raise out_of_range("low", low, f"below high, which is {high}")
     shape, dtype = _checked(key, shape, dtype)
     cuts = (low - mean) / std, (high - mean) / std
-    # Probabilities close to 0 have more digits than those close to 1: an upper tail is drawn as a lower one, reflected.
+    # Floating point is finer near 0 than near 1, so an upper tail is drawn as a lower one and reflected.
     sign = -1.0 if cuts[0] > 0 else 1.0
     below, above = sorted(0.5 * math.erfc(-sign * cut / math.sqrt(2.0)) for cut in cuts)
     central = cuts[0] <= 0 <= cuts[1] and dtype != torch.float64

@@ -1,4 +1,4 @@
-"""Keys: making them, and deriving new ones from them."""
+"""Random keys: making, splitting and folding them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luxtorch._torch import compile_constant
 from . import _ops
 
 Rng: TypeAlias = int | Tensor | torch.Generator
-"""What a user may seed with: an integer, a key, or a generator (which then moves on)."""
+"""What a user may seed with: an integer, a key, or a generator (which is advanced)."""
 
 _WORD = 2**64
 
@@ -23,7 +23,7 @@ _WORD = 2**64
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
     """Make a key from a seed.
 
-    A key is what `torch.func._random` calls one: a uint64 tensor of shape (2,). It is a value, not a machine: drawing
+    A key is what `torch.func._random` calls one: a uint64 tensor of shape (2,). It is a value without state: drawing
     from it twice gives the same numbers twice. Whoever needs fresh numbers derives a fresh key, by `split` or
     `fold_in`.
 
@@ -51,7 +51,7 @@ def as_key(rng: Rng) -> Tensor:
     """Return the key that an integer, a key or a generator stands for.
 
     Args:
-        rng: A seed; a key, returned as it is; or a `torch.Generator`, which is moved on by one draw, so that
+        rng: A seed; a key, returned as it is; or a `torch.Generator`, which is advanced by one draw, so that
             two calls with the same generator give two keys, as in Lux.
 
     Returns:
@@ -152,12 +152,12 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
 
 @compile_constant  # which cannot trace a hash
 def _number_of(name: str) -> int:
-    """Return 64 bits that stand for a name, the same on every machine."""
+    """Return a 64-bit hash of a name, the same on every machine."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def replicate(rng: Rng) -> Rng:
-    """Copy a source of randomness, so that drawing from the copy leaves the original where it was.
+    """Copy a source of randomness, so that drawing from the copy does not advance the original.
 
     Args:
         rng: A `torch.Generator`, which is cloned with its state; a key or a seed, which are values and are returned
@@ -186,11 +186,11 @@ def checked(key: Tensor) -> Tensor:
 
 def is_key(value: object) -> bool:
     """Tell whether something is a key, or a batch of keys."""
-    return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.shape[-1:] == (2,)
+    return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.ndim > 0 and value.shape[-1] == 2
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
-    """Take a tensor apart for pickle and copy, as torch does, but so that keys can be put together again.
+    """Reduce a tensor for pickle and copy, as torch does, but so that keys can be rebuilt.
 
     For its newer dtypes, such as that of keys, torch passes a storage that only `torch.load` knows how to read.
     """

@@ -1,4 +1,4 @@
-"""The random primitives as torch operators, so that vmap, grad and compile all know what to do with them.
+"""The random primitives as custom operators of torch, with rules for vmap, grad and compile.
 
 The kernels themselves have no vmap rule, but they take a batch of keys: each rule below only moves the batch
 of keys to the front. It is a rule of a `torch.library.custom_op` because the `vmap` method of an
@@ -121,10 +121,10 @@ def _batch_first(key: Tensor, dim: int | None) -> Tensor:
 
 
 def call(operator: Callable[..., Tensor], kernel: str, key: Tensor, *arguments: Any) -> Tensor:
-    """Run a primitive: through its operator where a transform looks on, else straight by the kernel.
+    """Run a primitive: through its operator under transforms, else by the kernel itself.
 
-    Going through the operator costs more than the draw of a small mask itself. The kernels know no number that is a
-    symbol, as a size may be while `jit` traces.
+    Going through the operator costs more than the draw of a small mask itself. The kernels take no SymInt,
+    as a size may be while `jit` traces.
     """
     if transformed() or type(arguments[0]) is torch.SymInt or not _philox.has_kernels(key.device.type):
         return operator(key, *arguments)

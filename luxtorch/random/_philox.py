@@ -1,4 +1,4 @@
-"""Draws by torch's own stateless Philox kernels, where torch has them: the only file that names them."""
+"""Random numbers by torch's private stateless Philox kernels, where it has them."""
 
 from __future__ import annotations
 

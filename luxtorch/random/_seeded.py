@@ -1,4 +1,4 @@
-"""Draws by a `torch.Generator` seeded from the key, where torch has no stateless kernels.
+"""Random numbers by a `torch.Generator` seeded from the key, where torch has no stateless kernels.
 
 The bits differ from those of the kernels; nothing else does. On the CPU torch's generator takes 32 bits of a
 seed, so that two of some 65,000 keys can be expected to draw the same numbers.

@@ -1,4 +1,4 @@
-"""For those who write layers: the laws of luxtorch, checked."""
+"""Checks for authors of layers: `check_layer` and `check_derivatives`."""
 
 from ._compare import LawError as LawError
 from ._laws import check_layer as check_layer

@@ -1,4 +1,4 @@
-"""Comparing trees of tensors, and the error of a broken law."""
+"""Assertions that two trees of tensors are alike, and `LawError`, which they raise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`check_layer` and the laws, one function each: what every layer must do under every transform.
 
-Inside transforms and compilers a jitted function steps aside. So that this holds for every layer, the laws of
-transforms transform the jitted function, and compare with the one that is not.
+Inside of transforms and compilers, a jitted function runs without jit. To check this for every layer, the laws of
+transforms transform the jitted function, and compare with the plain one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def setup_law(s: Subject) -> None:
 
 
 def purity_law(s: Subject) -> None:
-    """The same arguments give the same result to the bit; they are left as they are, and so is the global generator."""
+    """The same arguments give the same result to the bit; they are not changed, and neither is the global generator."""
     before, generators = copy.deepcopy((s.x, s.ps, s.st)), _generators()
     first = s.call(s.x, s.ps, s.st)
     same_values("purity, arguments", (s.x, s.ps, s.st), before)
@@ -76,7 +76,7 @@ def state_law(s: Subject) -> None:
 def gradient_law(s: Subject) -> None:
     """Gradients agree with finite differences in double precision.
 
-    At a kink, as of a maximum, the differences ahead and behind differ; there it is the point beside it that counts.
+    At a kink, as of a maximum, the differences ahead and behind differ; there a point nearby is checked.
     """
     s = s.in_double()
     if variables := s.variables():
@@ -95,8 +95,8 @@ def forward_law(s: Subject) -> None:
 
 
 def orders_law(s: Subject) -> None:
-    """Derivatives of first, second and third order are the same by all transforms, and those of differences."""
-    s = s.in_double().bent()
+    """Derivatives of orders one to three agree for all nestings of transforms, and with finite differences."""
+    s = s.in_double().nonlinear()
     if variables := s.variables():
         check_words(lambda v: s.of_variables(v)[0], variables, s.key, s.words or QUICK, differences=s.differences)
 
@@ -123,7 +123,7 @@ def vmap_models_law(s: Subject) -> None:
 def jit_law(s: Subject) -> None:
     """The jitted layer, its gradient, and its new states alone are each traced once, and equal to the eager ones.
 
-    So they are where parameters and states are closed over.
+    The same holds for a function that closes over parameters and states.
     """
     for function in [*s.calls(), *s.states_alone()]:
         jitted = jit(jit(function, backend="replay"), backend="replay")
@@ -157,7 +157,7 @@ def compile_law(s: Subject) -> None:
 def component_vector_law(s: Subject) -> None:
     """A ComponentVector of the parameters gives what the dict of them gives, gradients included.
 
-    Parameters of several dtypes, such as real and complex ones, have no place in one vector.
+    Parameters of several dtypes, such as real and complex ones, cannot be in one vector.
     """
     if len({leaf.dtype for leaf in tree_leaves(s.ps)}) == 1:
         vector = ComponentVector(s.ps)
@@ -183,7 +183,7 @@ def value_law(s: Subject) -> None:
 
 
 def names_law(s: Subject) -> None:
-    """A missing, misspelt or extra name raises an error that tells where."""
+    """A missing, misspelt or extra name raises an error with the path of the place."""
     for position, tree in enumerate((s.ps, s.st)):
         for where, broken in _broken(tree):
             trees = [s.ps, s.st]
@@ -253,7 +253,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
 }
 
 OLD_NAMES = {"second_order": "orders"}
-"""What laws were called that are part of others now."""
+"""Former names of laws that are now part of others."""
 
 
 def check_layer(
@@ -266,7 +266,7 @@ def check_layer(
     backend: str | Callable[..., Any] = "aot_eager",
     words: Iterable[str] = QUICK,
 ) -> None:
-    """Check that a layer keeps every law of luxtorch; for the tests of whoever writes one.
+    """Check that a layer keeps every law of luxtorch; for the tests of its author.
 
     In each mode it is called, differentiated, vmapped and compiled; its arguments are watched, and
     its parameters are misspelt. The laws, by name: `setup`, `purity`, `state`, `gradient`, `forward`,
@@ -315,7 +315,7 @@ def check_layer(
 
 
 def _distinct(modes: Iterable[Callable[[States], States]], st: States) -> list[Callable[[States], States]]:
-    """Leave out modes that make of a state what one before them makes: a layer without a mode is checked once."""
+    """Leave out modes that give the same state as an earlier one: a layer without modes is checked once."""
     made: list[tuple[Callable[[States], States], States]] = []
     for set_mode in modes:
         state = set_mode(st)

@@ -1,9 +1,9 @@
-"""Derivatives of orders one to three, by every nesting of transforms, against differences of lower ones.
+"""`check_derivatives`: derivatives of orders one to three, by every nesting of transforms, against finite differences.
 
 A word says how a derivative is taken, the outermost transform first: `R` is `torch.func.grad`, `F` is `torch.func.jvp`,
-`r` and `f` are these inside `torch.vmap`, and `T` is `backward` along an autograd tape, around all others, and may be
-refused. The derivative of each order is one along fixed directions, so that each word gives a number, and all words of
-an order the same one.
+`r` and `f` are these inside `torch.vmap`, and `T` is `torch.autograd.grad` with `create_graph`, around all others; it
+may raise an error. Derivatives are taken along fixed directions, so that each word gives a number, and all words of one
+order the same number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from luxtorch.core import InputError, described, out_of_range, tree_flatten, tre
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._compare import LawError
-from ._subject import bent, drawn, moved, weighted
+from ._subject import moved, nonlinear, normal_like, weighted
 
 Function = Callable[[Any], Tensor]
 """A function of a tree of real numbers that returns one number."""
@@ -29,7 +29,7 @@ ORDERS = (1, 2, 3)
 WORDS = tuple("".join(word) for order in ORDERS for word in product("RF", repeat=order))
 """All words of reverse and forward mode."""
 QUICK = (*WORDS, "T", "r", "f", "TT", "TF", "rF", "fR", "Rr", "Ff", "TTT", "TFR", "RfR", "FrF", "rFr", "fRf")
-"""These, and of the others enough for each pair of neighbours."""
+"""These, and enough others for every pair of neighboring letters."""
 EVERY = tuple(
     "T" * taped + "".join(word)
     for order in ORDERS
@@ -38,12 +38,12 @@ EVERY = tuple(
 )
 
 _STEP, _BESIDE = 2e-6, 1e-2
-_ROUGH, _EXACT = 1e-5, 1e-7  # how far a number may be from one by differences, and from one by other transforms
+_ROUGH, _EXACT = 1e-5, 1e-7  # tolerances against finite differences, and against other transforms
 _FAR, _POINTS = 30.0, 5
 
 
 def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iterable[str] = QUICK) -> None:
-    """Check that a function has the derivatives that it should, whatever transforms they are taken by.
+    """Check that a function has the derivatives that it should, by every nesting of transforms.
 
     Derivatives of the first, second and third order are taken along random directions, by nested transforms, and
     compared with finite differences of the next lower order, and with one another. At a kink, where the differences
@@ -51,7 +51,7 @@ def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iter
 
     Args:
         f: A function of as many trees as `xs` has, that returns a tree of tensors.
-        xs: Trees of floating point tensors, of double precision: differences of others mean nothing.
+        xs: Trees of floating point tensors, of double precision, as finite differences need it.
         rng: A seed, a key or a generator for the directions.
         words: By what transforms. A word names them, the outermost first: `R` for reverse mode, `F` for forward mode,
             `r` and `f` for these inside vmap, `T` for an autograd tape around all others,
@@ -74,13 +74,13 @@ def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iter
         if not (isinstance(leaf, Tensor) and leaf.dtype == torch.float64):
             problem = "Derivatives are checked in double precision: all leaves must be torch.float64 tensors."
             raise InputError(problem, got=described(leaf), fix="Pass lt.f64(x).")
-    check_words(lambda xs: weighted(bent(f(*xs))), xs, as_key(rng), words)
+    check_words(lambda xs: weighted(nonlinear(f(*xs))), xs, as_key(rng), words)
 
 
 def check_words(
     f: Function, x: Any, key: Tensor, words: Iterable[str] = QUICK, *, differences: bool = True, law: str = "orders"
 ) -> None:
-    """Raise unless all words give the derivatives of `f` at `x`; where `f` has a kink, at a point near it.
+    """Raise unless all words give the derivatives of `f` at `x`; at a kink of `f`, at a point nearby.
 
     Args:
         f: The function.
@@ -93,12 +93,12 @@ def check_words(
     words = tuple(words)
     if unknown := [word for word in words if word not in EVERY]:
         raise out_of_range("A word", unknown[0], "one to three of R, F, r, f, which may begin with T instead")
-    directions = [drawn(fold_in(key, order), x) for order in ORDERS]
+    directions = [normal_like(fold_in(key, order), x) for order in ORDERS]
     fault = _fault(f, x, directions, words, differences, law)
     number = 0
     while fault is not None and fault.kink and number < _POINTS:
-        # A derivative at a kink is a convention. Whether the rule behind it is right is seen beside it.
-        near = drawn(fold_in(fold_in(key, "near"), number), x)
+        # The derivative at a kink is a convention, so the rule behind it is checked at a point nearby.
+        near = normal_like(fold_in(fold_in(key, "near"), number), x)
         fault = _fault(f, moved(x, near, _BESIDE), directions, words, differences, law)
         number += 1
     if fault is not None:
@@ -113,7 +113,7 @@ class _Fault(NamedTuple):
 
 
 class _Slope(NamedTuple):
-    """A derivative by differences, how far those of two steps differ, and how far it jumps at the point itself."""
+    """A derivative by finite differences, the difference between two step sizes, and the jump at the point."""
 
     value: float
     doubt: float
@@ -139,7 +139,7 @@ def _fault(
         kink = slope is not None and slope.kink
         here = _number(law, trusted, "R" * order, x)
         if slope is not None and not abs(here - slope.value) <= _ROUGH * slope.scale:
-            # What is at a kink need not be between the slopes on its sides, where several units meet theirs at once.
+            # The value at a kink of several units at once may lie outside of the slopes on its two sides.
             sane = order > 1 or abs(here - slope.value) <= _FAR * abs(slope.jump)
             return _Fault(_disagree(law, "R" * order, here, slope.value, "differences"), kink and sane)
         for word in words:
@@ -147,7 +147,7 @@ def _fault(
                 try:
                     got = _number(law, _derivative(f, word, directions), word, x)
                 except LawError:
-                    if word[0] == "T":  # torch says so: there is no number that could be wrong
+                    if word[0] == "T":  # torch raises an error instead of a wrong number
                         continue
                     raise
                 if not abs(got - here) <= _EXACT * max(1.0, abs(here), slope.scale if slope else 0.0):
@@ -168,17 +168,17 @@ def _disagree(law: str, word: str, got: float, expected: float, by: str) -> LawE
 
 
 def _slope(f: Function, x: Any, direction: Any, here: float) -> _Slope:
-    """Return the derivative of a function along a direction, by differences of two steps."""
+    """Return the directional derivative of a function, by central differences with two step sizes."""
     values = [float(f(moved(x, direction, step)).detach()) for step in (-_STEP, -_STEP / 2, _STEP / 2, _STEP)]
     wide, narrow = (values[3] - values[0]) / (2 * _STEP), (values[2] - values[1]) / _STEP
-    # Ahead less behind: for a smooth function in proportion to the step, at a kink the same for both.
+    # Forward minus backward difference: proportional to the step if smooth, the same for both steps at a kink.
     bends = ((values[3] + values[0] - 2 * here) / _STEP, (values[2] + values[1] - 2 * here) / (_STEP / 2))
     scale = max(1.0, abs(narrow), abs(here)) if isfinite(narrow) else 1.0
     return _Slope((4 * narrow - wide) / 3, abs(wide - narrow), 2 * bends[1] - bends[0], scale)
 
 
 def _derivative(f: Function, word: str, directions: Sequence[Any]) -> Function:
-    """Return the derivative that a word stands for, as a function of the point; the last letter acts first."""
+    """Return the derivative that a word stands for, as a function of the point; the last letter is the innermost."""
     for letter, direction in zip(reversed(word), directions, strict=False):
         f = _LETTERS[letter](f, direction)
     return f
@@ -193,7 +193,7 @@ def _forward(f: Function, direction: Any) -> Function:
 
 
 def _inside_vmap(letter: Callable[[Function, Any], Function]) -> Callable[[Function, Any], Function]:
-    """Return a letter that takes the derivative at two points at once, of which the second is the one asked for."""
+    """Return a letter that takes the derivative at two points at once by vmap, and returns the second one."""
 
     def inside(f: Function, direction: Any) -> Function:
         def of_second(x: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the laws are checked on: a layer with an input, and the functions that the laws need of it."""
+"""The layer under test with an input, and the functions of it that the laws check."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Subject:
     set_mode: Callable[[States], States]
     backend: str | Callable[..., Any]
     differences: bool = True
-    """Whether the layer's derivatives are those that finite differences see."""
+    """Whether the layer's derivatives agree with finite differences, as they do not for straight-through estimators."""
     words: tuple[str, ...] | None = None
-    """By what transforms derivatives of all orders are taken."""
+    """The nestings of transforms that derivatives are taken by, see `check_derivatives`."""
 
     def call(self, x: Any, ps: Any, st: States) -> tuple[Any, States]:
         """Call the layer."""
@@ -54,8 +54,8 @@ class Subject:
         return torch.func.grad(lambda p: self.objective(x, p, st), has_aux=True)(ps)  # type: ignore[no-any-return]
 
     def calls(self) -> list[Callable[[Any, Any, States], tuple[Any, States]]]:
-        """Return what is to give the same under a transform: the call, and where there are parameters the gradient."""
-        # `jit` takes the object of a method for an argument, so these are not methods.
+        """Return the functions to transform: the call, and its gradient if there are parameters."""
+        # Not methods, because `jit` would take their object for an argument.
         calls = [lambda x, ps, st: self.call(x, ps, st), lambda x, ps, st: self.gradient(x, ps, st)]
         return calls if tree_leaves(self.ps) else calls[:1]
 
@@ -78,7 +78,7 @@ class Subject:
         return replace(self, x=x, ps=ps, st=st)
 
     def variables(self) -> dict[str, Any]:
-        """Return what the layer can be differentiated by: its parameters, and the input where all of that is numbers.
+        """Return what the layer is differentiated by: its parameters, and the input if it is of floating point numbers.
 
         Of complex numbers, these are the real and imaginary parts.
         """
@@ -96,9 +96,9 @@ class Subject:
         )
         return self.objective(x, ps, self.st)
 
-    def bent(self) -> Subject:
-        """Return the same with outputs bent, so that no layer is linear."""
-        return replace(self, layer=Bent(self.layer))
+    def nonlinear(self) -> Subject:
+        """Return the same with a nonlinear function of the outputs, so that all derivatives matter."""
+        return replace(self, layer=Nonlinear(self.layer))
 
     def inputs(self, number: int) -> list[Any]:
         """Return several inputs; integers in them are the same in all."""
@@ -114,29 +114,29 @@ class Subject:
         return [ps for ps, _ in pairs], [self.set_mode(st) for _, st in pairs]
 
     def direction(self, tree: Any) -> Any:
-        """Return random numbers in the shape of a tree."""
-        return drawn(fold_in(self.key, "direction"), tree)
+        """Return normal random numbers in the shape of a tree."""
+        return normal_like(fold_in(self.key, "direction"), tree)
 
 
-class Bent(WrapperLayer):
-    """Call a layer, and bend what it returns."""
+class Nonlinear(WrapperLayer):
+    """Call a layer, and apply a nonlinear function to its output."""
 
     layer: Layer
 
     def __call__(self, x: Any, ps: Any, st: States) -> tuple[Any, States]:
-        """Return the bent output, and the layer's new state."""
+        """Return the nonlinear function of the output, and the layer's new state."""
         y, st = self.layer(x, ps, st)
-        return bent(y), st
+        return nonlinear(y), st
 
 
-def bent(tree: Any) -> Any:
-    """Return each tensor bent: a function that is linear has other derivatives than the first only then."""
+def nonlinear(tree: Any) -> Any:
+    """Return x + sin(x) / 2 of each tensor, so that also a linear layer has derivatives of higher orders."""
 
-    def bend(leaf: Any) -> Any:
+    def added(leaf: Any) -> Any:
         real = in_parts(leaf)
         return _whole(real + real.sin() / 2, leaf) if is_real(real) else leaf
 
-    return tree_map(bend, tree)
+    return tree_map(added, tree)
 
 
 def weighted(tree: Any) -> Tensor:
@@ -152,15 +152,15 @@ def weighted(tree: Any) -> Tensor:
     return total
 
 
-def drawn(key: Tensor, tree: Any) -> Any:
-    """Return random numbers in the shape of a tree."""
+def normal_like(key: Tensor, tree: Any) -> Any:
+    """Return normal random numbers in the shape of a tree."""
     leaves, structure = tree_flatten(tree)
     pairs = zip(split(key, len(leaves)), leaves, strict=True)
     return tree_unflatten([normal(key, leaf.shape, dtype=leaf.dtype) for key, leaf in pairs], structure)
 
 
 def moved(tree: Any, direction: Any, step: float) -> Any:
-    """Return a tree a step further in a direction."""
+    """Return `tree + step * direction`."""
     return tree_map(lambda leaf, along: leaf + step * along if is_real(leaf) else leaf, tree, direction)
 
 
@@ -180,5 +180,5 @@ def _doubled(leaf: Any) -> Any:
 
 
 def is_real(leaf: object) -> bool:
-    """Tell whether something is a tensor of real floating numbers."""
+    """Tell whether something is a real floating point tensor."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -227,7 +227,7 @@ def test_sizes_that_change(graphs):
         (lambda cv: cv["layer_9"] + 1, "There is no component 'layer_9'"),
         (lambda cv: cv["layer_1.wight"] + 1, "Did you mean 'layer_1.weight'"),
         (lambda cv: cv + cv[["layer_1"]], r"'layer_2.inner.weight', \(3,\) against missing"),
-        (lambda cv: torch.dot(cv, cv[["layer_1"]]), "do not have the same names"),
+        (lambda cv: torch.dot(cv, cv[["layer_1"]]), "must have the same names"),
     ],
 )
 def test_errors_come_through_a_trace(cv, graphs, function, problem):

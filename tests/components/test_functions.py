@@ -239,7 +239,7 @@ OTHERS = {
     ],
 )
 def test_different_axes_are_an_error(cv, other, combine):
-    with pytest.raises(InputError, match="do not have the same names and shapes") as caught:
+    with pytest.raises(InputError, match="must have the same names and shapes") as caught:
         combine(cv, other(cv))
     assert ".flat" in str(caught.value)
 
