@@ -18,7 +18,7 @@ HOME = "_torch.py"
 LIVE_BY_THE_INSIDES = {
     "autodiff/_torch_func.py": "functorch levels",
     "core/_tree.py": "torch.utils._pytree",
-    "interop/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
+    "interop/pure/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
     "layers/recurrent/_kernels.py": "kernels of recurrent layers",
     "optim/": "torch._foreach_*",
