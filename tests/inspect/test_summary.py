@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import luxtorch as lt
 from luxtorch import InputError, KeyNameError
-from luxtorch.surgery._summary import summary
-from luxtorch.surgery._summary_table import amount
+from luxtorch.inspect._summary import amount, summary
 
 SIZES = some.integers(1, 9)
 
