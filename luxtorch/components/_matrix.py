@@ -13,7 +13,7 @@ from luxtorch.core import DTypeError, InputError, register_node
 from ._axes import Axes
 from ._elementwise import Named
 from ._functions import call_with_names, handles, strip
-from ._show import matrix_text
+from ._show import matrix_html, matrix_text
 from ._trace import refuse_names
 from ._vector import ComponentVector, named
 
@@ -206,9 +206,7 @@ class ComponentMatrix(Named):
         return matrix_text(self.data, self.row_axes, self.col_axes)
 
     def _repr_html_(self) -> str:
-        from ._html import matrix_html
-
-        return matrix_html(self)
+        return matrix_html(self.data, self.row_axes, self.col_axes)
 
 
 def _new(data: Any, row_axes: Axes | None, col_axes: Axes | None) -> ComponentMatrix:

@@ -1,4 +1,4 @@
-"""Named values as text."""
+"""Named values as text and in notebooks, with statistics of their parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+
+from luxtorch.core._describe import tree_html
+from luxtorch.core._table import plain
 
 from ._axes import Axes
 
@@ -47,3 +50,25 @@ def matrix_text(data: Any, row_axes: Axes | None, col_axes: Axes | None) -> str:
             f"  {str(data.detach()).replace(chr(10), chr(10) + '  ')}",
         ]
     )
+
+
+def vector_html(vector: Any) -> str:
+    """Return a vector as a tree of its components."""
+    flat = vector.flat
+    if not isinstance(flat, Tensor) or flat.shape[-1:] != (vector.axes.size,):
+        return plain(repr(vector))  # a tree library has put something else in the place of the elements
+    return tree_html(vector)
+
+
+def matrix_html(data: Any, row_axes: Axes | None, col_axes: Axes | None) -> str:
+    """Return a matrix as a tree of its blocks."""
+    if not isinstance(data, Tensor):
+        return plain(matrix_text(data, row_axes, col_axes))
+    columns = _sides(col_axes)
+    blocks = {row: {column: data[..., i, j] for column, j in columns} for row, i in _sides(row_axes)}
+    return tree_html(blocks, f"ComponentMatrix of shape {tuple(data.shape)}")
+
+
+def _sides(axes: Axes | None) -> list[tuple[str, slice]]:
+    """Return the names at the top of a side, with the rows or columns that they cover."""
+    return [(":", slice(None))] if axes is None else [(name, axes.slice(name)) for name in axes]

@@ -16,7 +16,7 @@ from ._build import check_flat, describe, ravel
 from ._elementwise import Named
 from ._functions import call_with_names, handles, strip
 from ._reading import Reading, make
-from ._show import vector_text
+from ._show import vector_html, vector_text
 from ._trace import check_name, intern, refuse_names, top
 
 Component: TypeAlias = "Tensor | ComponentVector"
@@ -310,8 +310,6 @@ class ComponentVector(Reading):
         return vector_text(self.flat, self.axes)
 
     def _repr_html_(self) -> str:
-        from ._html import vector_html
-
         return vector_html(self)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, KeyNameError, Layer, setup, suggest, tree_leaves, tree_map
 from luxtorch.core._nowhere import NOWHERE, without_numbers
+from luxtorch.core._table import Line, aligned, html, plain
 
 from ._watch import Call, Path, holds_modules, watched, watched_modules
 
@@ -295,33 +295,35 @@ class Summary:
         raise KeyNameError("No layer has this path.", expected=", ".join(paths[1:]), got=path, fix=suggest(path, paths))
 
     def __str__(self) -> str:
-        cells = [_HEAD, *self._cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
-        lines = ["  ".join(map(_aligned, range(len(_HEAD)), row, widths)).rstrip() for row in cells]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([lines[0], rule, *lines[1:], rule, *self._totals()])
+        cells = [(f"{'  ' * row.depth}{label}", *cells) for row, label, cells in self._lines()]
+        head, *lines = aligned([_HEAD, *cells], [True, True, False, False, False, False])
+        rule = "-" * len(head)
+        return "\n".join([head, rule, *lines, rule, *self._totals()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in _HEAD)
-        rows = ["".join(_cell(i, text) for i, text in enumerate(row)) for row in self._cells()]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        totals = "<br>".join(map(escape, self._totals()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{totals}</p>"
+        waiting: list[tuple[int, Line]] = []
+        for row, label, cells in reversed(self._lines()):
+            inside = []
+            while waiting and waiting[-1][0] > row.depth:
+                inside.append(waiting.pop()[1])
+            waiting.append((row.depth, Line(label, cells=cells, below=tuple(inside))))
+        return html(_HEAD[1:], waiting[0][1]) + plain("\n".join(self._totals()))
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def _lines(self) -> list[tuple[SummaryRow, str, tuple[str, ...]]]:
+        """Return the rows that are shown, each with what stands first and what stands in the columns."""
         return [
             (
-                "  " * row.depth
-                + (f"{row.name} = " if row.name else "")
-                + _short(row.layer)
-                + (f" x{row.calls}" if row.calls > 1 else ""),
-                "" if row.output is None else _short(str(row.output)),
-                f"{row.parameters:_}" if row.parameters else "",
-                amount(row.flops) if row.flops else "",
-                amount(row.weight_bytes, "B") if row.weight_bytes else "",
-                amount(row.output_bytes, "B") if row.output_bytes else "",
+                row,
+                f"{row.name} = " * bool(row.name) + _short(row.layer) + f" x{row.calls}" * (row.calls > 1),
+                (
+                    "" if row.output is None else _short(str(row.output)),
+                    f"{row.parameters:_}" if row.parameters else "",
+                    amount(row.flops) if row.flops else "",
+                    amount(row.weight_bytes, "B") if row.weight_bytes else "",
+                    amount(row.output_bytes, "B") if row.output_bytes else "",
+                ),
             )
             for row in self.rows
             if self.depth is None or row.depth <= self.depth
@@ -348,15 +350,6 @@ def amount(number: int, unit: str = "") -> str:
     while value >= 999.5 and prefix < len(prefixes) - 1:
         value, prefix = value / 1000, prefix + 1
     return f"{value:.3g} {prefixes[prefix]}{unit}".strip()
-
-
-def _aligned(i: int, text: str, width: int) -> str:
-    return text.ljust(width) if i < 2 else text.rjust(width)
-
-
-def _cell(i: int, text: str) -> str:
-    align = "left" if i < 2 else "right"
-    return f'<td style="text-align: {align}; white-space: pre">{escape(text)}</td>'
 
 
 def _short(text: str) -> str:
