@@ -170,6 +170,11 @@ if _TYPE_CHECKING:
     from . import optim as optim
     from . import testing as testing
     from . import training as training
+    from .inspect import NonFiniteError as NonFiniteError
+    from .inspect import capture as capture
+    from .inspect import check_purity as check_purity
+    from .inspect import debug_mode as debug_mode
+    from .inspect import summary as summary
     from .interop import Inputs as Inputs
     from .interop import LayerModule as LayerModule
     from .interop import export as export
@@ -179,12 +184,8 @@ if _TYPE_CHECKING:
     from .surgery import EMA as EMA
     from .surgery import Frozen as Frozen
     from .surgery import LoRA as LoRA
-    from .surgery import NonFiniteError as NonFiniteError
     from .surgery import Shared as Shared
-    from .surgery import capture as capture
-    from .surgery import check_purity as check_purity
     from .surgery import combine as combine
-    from .surgery import debug_mode as debug_mode
     from .surgery import freeze as freeze
     from .surgery import get_layer as get_layer
     from .surgery import layer_map as layer_map
@@ -194,7 +195,6 @@ if _TYPE_CHECKING:
     from .surgery import remove_weight_norm as remove_weight_norm
     from .surgery import replace_layer as replace_layer
     from .surgery import share_parameters as share_parameters
-    from .surgery import summary as summary
     from .surgery import unfreeze as unfreeze
     from .surgery import unshare_parameters as unshare_parameters
     from .surgery import weight_norm as weight_norm
@@ -204,17 +204,14 @@ if _TYPE_CHECKING:
 # in, takes models apart, or checks laws: these come when they are first asked for.
 _LATE_FOLDERS = frozenset(("distributed", "optim", "testing", "training"))
 _LATE_NAMES = {
+    "inspect": ("NonFiniteError", "capture", "check_purity", "debug_mode", "summary"),
     "interop": ("Inputs", "LayerModule", "export", "from_torch", "load_weights", "to_torch"),
     "surgery": (
         "EMA",
         "Frozen",
         "LoRA",
-        "NonFiniteError",
         "Shared",
-        "capture",
-        "check_purity",
         "combine",
-        "debug_mode",
         "freeze",
         "get_layer",
         "layer_map",
@@ -224,7 +221,6 @@ _LATE_NAMES = {
         "remove_weight_norm",
         "replace_layer",
         "share_parameters",
-        "summary",
         "unfreeze",
         "unshare_parameters",
         "weight_norm",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, out_of_range, register_node, wrong_shape, wrong_type
-from luxtorch.core._html import plain
-from luxtorch.core._outline import tree_html
+from luxtorch.core._describe import tree_html
+from luxtorch.core._table import plain
 
 from ._axes import Axes, refuse_names
 from ._functions import Named, call_with_names, handles, strip

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from luxtorch.core import InputError, KeyNameError, out_of_range, register_node, suggest
-from luxtorch.core._html import plain
-from luxtorch.core._outline import tree_html
+from luxtorch.core._describe import tree_html
+from luxtorch.core._table import plain
 
 from ._axes import Axes, check_name, intern, refuse_names, top
 from ._functions import Named, call_with_names, handles, strip

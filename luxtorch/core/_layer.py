@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, field, fields
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -14,6 +14,8 @@ from typing_extensions import dataclass_transform
 
 from ._locate import located
 from ._nowhere import NOWHERE
+from ._table import Line, html, runs
+from ._tree import count, named_leaves, subtree
 from ._value import Value
 
 Parameters: TypeAlias = Mapping[str, Any]
@@ -113,14 +115,10 @@ class Layer(Value, ABC):
         return ", ".join(shown)
 
     def __repr__(self) -> str:
-        from ._show import show
-
-        return show(self)
+        return _text(self)
 
     def _repr_html_(self) -> str:
-        from ._layer_html import layer_html
-
-        return layer_html(self)
+        return _html(self)
 
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:
@@ -133,3 +131,101 @@ def show_value(value: Any) -> str:
     if isinstance(value, torch.dtype | str | int | float | tuple):
         return str(value) if not isinstance(value, str) else repr(value)
     return getattr(value, "__name__", None) or str(value)
+
+
+_INDENT = "    "
+
+
+def _text(layer: Layer) -> str:
+    """Return a model as a tree: a line a layer, its parameters' shapes and counts beside it, totals at the end.
+
+    Runs of equal layers are folded into one line.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> print(lt.Chain(lt.Dense(2, 8, torch.tanh), *[lt.Dense(8, 8)] * 3, lt.BatchNorm(8)))
+        Chain(
+            layer_1 = Dense(2 -> 8, tanh),    # 24 parameters: weight (8, 2), bias (8,)
+            layer_(2-4) = Dense(8 -> 8),      # 3 x 72 parameters: weight (8, 8), bias (8,)
+            layer_5 = BatchNorm(8),           # 16 parameters: weight (8,), bias (8,); 17 states
+        )                                     # total: 256 parameters, 17 states
+    """
+    ps, st = layer.initial_parameters(NOWHERE), layer.initial_states(NOWHERE)
+    lines = list(_text_lines("", layer, ps, st, 0, 1))
+    if len(lines) > 1:
+        lines[-1] = (lines[-1][0].rstrip(","), f"total: {_counts(ps, st)}")
+    else:
+        lines = [(lines[0][0].rstrip(","), lines[0][1])]
+    width = max(len(text) for text, _ in lines) + 4
+    return "\n".join(f"{text:<{width}}# {note}" if note else text for text, note in lines)
+
+
+def _text_lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: int) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a layer, each with the note that belongs beside it."""
+    label = f"{name} = " if name else ""
+    head = f"{_INDENT * depth}{label}{type(layer).__name__}("
+    children = layer.children()
+    if not children:
+        yield f"{head}{layer.extra_repr()}),", _note(ps, st, times)
+        return
+    arguments = layer.extra_repr()
+    yield f"{head}{arguments}," if arguments else head, ""
+    for first, shown, child, repeats in _folded(children, ps, st):
+        yield from _text_lines(shown, child, subtree(ps, first), subtree(st, first), depth + 1, repeats)
+    yield f"{_INDENT * depth}),", ""
+
+
+def _folded(children: Mapping[str, Layer], ps: Any, st: Any) -> Iterator[tuple[str, str, Layer, int]]:
+    """Yield each run of equal layers once: its first name, the name to show, the layer, the length of the run."""
+    # Where some parameters are frozen or shared, equal layers may have different trees.
+    items = [(name, (child, _shapes(ps, name), _shapes(st, name))) for name, child in children.items()]
+    for shown, start, length in runs(items):
+        first, (layer, *_) = items[start]
+        yield first, shown, layer, length
+
+
+def _shapes(tree: Any, name: str) -> list[Any]:
+    return [(path, getattr(leaf, "shape", ())) for path, leaf in named_leaves(subtree(tree, name))]
+
+
+def _note(ps: Any, st: Any, times: int) -> str:
+    shapes = [f"{name} {_shape(leaf)}" for name, leaf in named_leaves(ps)]
+    counts = _counts(ps, st, shapes=", ".join(shapes) if len(shapes) <= 8 else "")
+    return f"{times} x {counts}" if counts and times > 1 else counts
+
+
+def _counts(ps: Any, st: Any, shapes: str = "") -> str:
+    parameters, states = count(ps), count(st)
+    parts = [f"{parameters:_} parameters" + (f": {shapes}" if shapes else "")] if parameters else []
+    parts += [f"{states:_} states"] if states else []
+    return ("; " if shapes else ", ").join(parts)
+
+
+def _shape(leaf: Any) -> str:
+    return str(tuple(leaf.shape))
+
+
+def _html(layer: Layer) -> str:
+    """Return a model as HTML: a line a layer, with the counts of its parameters and states.
+
+    Runs of equal layers are folded into one line, as in `str(layer)`.
+    """
+    ps, st = layer.initial_parameters(NOWHERE), layer.initial_states(NOWHERE)
+    return html(("parameters", "states"), _html_line("", layer, ps, st, 1))
+
+
+def _html_line(name: str, layer: Layer, ps: Any, st: Any, times: int) -> Line:
+    arguments, children = layer.extra_repr(), layer.children()
+    label = f"{name} = " * bool(name) + type(layer).__name__ + f"({arguments})" * bool(arguments)
+    shapes = [] if children else [f"{name} {_shape(leaf)}" for name, leaf in named_leaves(ps)]
+    below = tuple(
+        _html_line(shown, child, subtree(ps, first), subtree(st, first), repeats)
+        for first, shown, child, repeats in _folded(children, ps, st)
+    )
+    cells = (_count(ps, times), _count(st, times))
+    return Line(label, ", ".join(shapes) if len(shapes) <= 8 else "", cells, below=below)
+
+
+def _count(tree: Any, times: int) -> str:
+    number = count(tree)
+    return (f"{times} x " * (times > 1) + f"{number:_}") if number else ""

@@ -7,8 +7,10 @@ from typing import Any
 from luxtorch._errors import InputError, suggest
 from luxtorch._transforms import transform_level
 
+from ._describe import tree_html
 from ._layer import Layer, Parameters, States
 from ._mode import test_mode, train_mode, update_state
+from ._table import section, shown
 
 _PUBLIC = ("layer", "parameters", "states", "train_mode", "test_mode", "update_state")
 
@@ -106,9 +108,6 @@ class StatefulLayer:
         return f"StatefulLayer of {self.layer!r}"
 
     def _repr_html_(self) -> str:
-        from ._html import section, shown
-        from ._outline import tree_html
-
         trees = {"parameters": self.parameters, "states": self.states}
         parts = [tree_html(tree, name) for name, tree in trees.items() if tree is not None]
         return section("StatefulLayer", [shown(self.layer), *parts])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from luxtorch.core import InputError
-from luxtorch.surgery._global_random import generators, moved, restored
+from luxtorch.inspect._global_random import generators, moved, restored
 
 from ._part import tensors_of
 from ._reach import code_of, everything, names_used, package, reaches

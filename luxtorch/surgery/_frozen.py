@@ -13,8 +13,8 @@ from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path, select_any
 from luxtorch.layers._containers import as_layer
 
-from ._rewired import Rewired, Triple, everywhere, layers_of
-from ._trees import closed, join, merged, names_of, opened, ordered, pruned, taken
+from ._partition import closed, join, merged, ordered, pruned, taken
+from ._rewired import Rewired, Triple, everywhere, layers_of, names_of, opened
 
 
 class Frozen(Rewired):

@@ -17,8 +17,8 @@ from luxtorch.layers._containers import as_layer
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._frozen import frozen_names, thawed, with_frozen
-from ._rewired import Rewired, Triple, everywhere, layers_of
-from ._trees import closed, join, matrices, opened, ordered, require_shapes
+from ._partition import closed, join, ordered
+from ._rewired import Rewired, Triple, everywhere, layers_of, matrices, opened, require_shapes
 
 _BASE, _A, _B = "base", "lora_A", "lora_B"
 _PARTS = frozenset((_BASE, _A, _B))

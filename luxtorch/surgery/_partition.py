@@ -1,14 +1,13 @@
-"""Trees of parameters in parts: `partition` and `combine`."""
+"""Trees of parameters in parts, and put together again: `partition` and `combine`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, flatten_names, nested_dicts
 from luxtorch.core._paths import Path, select
-
-from ._trees import closed, merged, ordered, taken
 
 
 def partition(tree: Mapping[str, Any], *paths: Path) -> tuple[Any, ...]:
@@ -113,3 +112,67 @@ def _tree(function: str, tree: Any) -> dict[str, Any]:
             fix="Paths come after the tree: lt.partition(ps, 'layer_1')." * (function == "partition"),
         )
     return nested_dicts(tree)
+
+
+def join(path: str, name: str) -> str:
+    """Return the path of what has a name below a path."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def closed(tree: Mapping[str, Any], like: Any) -> Any:
+    """Return a tree as a ComponentVector, if `like` is one."""
+    return ComponentVector(tree, batch_dims=like.flat.dim() - 1) if isinstance(like, ComponentVector) else tree
+
+
+def taken(tree: Mapping[str, Any], names: Collection[str], path: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what has none of some dotted names, and what has one; each with every group."""
+    rest: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    for name, entry in tree.items():
+        place = join(path, name)
+        if isinstance(entry, Mapping):
+            rest[name], chosen[name] = taken(entry, names, place)
+        else:
+            (chosen if place in names else rest)[name] = entry
+    return rest, chosen
+
+
+def pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree without empty groups."""
+    entries = {name: pruned(entry) if isinstance(entry, Mapping) else entry for name, entry in tree.items()}
+    return {name: entry for name, entry in entries.items() if not isinstance(entry, Mapping) or entry}
+
+
+def merged(tree: Mapping[str, Any], more: Mapping[str, Any], *, new_groups: bool = False) -> dict[str, Any]:
+    """Return all that stands in two trees.
+
+    Args:
+        tree: The first.
+        more: The other.
+        new_groups: Whether there may be groups in the other that the first does not have.
+
+    Raises:
+        KeyError: If something stands in both, or a group is missing; with its dotted name.
+    """
+    whole = dict(tree)
+    for name, entry in more.items():
+        if isinstance(entry, Mapping) and isinstance(whole.get(name), Mapping):
+            try:
+                whole[name] = merged(whole[name], entry, new_groups=new_groups)
+            except KeyError as error:
+                raise KeyError(join(name, error.args[0])) from None
+        elif name in whole or (isinstance(entry, Mapping) and not new_groups):
+            raise KeyError(name)
+        else:
+            whole[name] = entry
+    return whole
+
+
+def ordered(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree in the order of another, as far as that goes."""
+    names = [name for name in like if name in tree] + [name for name in tree if name not in like]
+    return {name: _ordered_entry(tree[name], like.get(name)) for name in names}
+
+
+def _ordered_entry(entry: Any, like: Any) -> Any:
+    return ordered(entry, like) if isinstance(entry, Mapping) and isinstance(like, Mapping) else entry

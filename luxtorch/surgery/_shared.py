@@ -15,8 +15,8 @@ from luxtorch.core._paths import Name, places
 from luxtorch.core._values import physical
 from luxtorch.layers._containers import as_layer
 
-from ._rewired import Rewired, Triple, everywhere
-from ._trees import closed, merged, names_of, opened, ordered, taken
+from ._partition import closed, merged, ordered, taken
+from ._rewired import Rewired, Triple, everywhere, names_of, opened
 
 
 class Shared(Rewired):

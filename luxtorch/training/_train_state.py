@@ -11,7 +11,9 @@ from torchopt.base import GradientTransformation
 
 from luxtorch import optim
 from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, register_node, suggest, tree_leaves
+from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
+from luxtorch.core._table import plain, section, shown
 from luxtorch.optim._opt_state import in_force
 from luxtorch.optim._optimiserchain import as_one
 from luxtorch.optim._rule import structure_of
@@ -266,9 +268,12 @@ class TrainState:
         return "\n".join(("TrainState(", *(f"    {line}" for line in lines), ")"))
 
     def _repr_html_(self) -> str:
-        from ._train_state_html import train_state_html
-
-        return train_state_html(self)
+        trees = self._trees
+        if trees is None:
+            return plain(repr(self))  # it was given away
+        parameters, states = tree_html(trees.parameters, "parameters"), tree_html(trees.states, "states")
+        parts = [shown(self.model), plain(repr(trees.optimizer_state)), parameters, states]
+        return section("TrainState", parts, progress(trees))
 
 
 def make(statics: Statics, trees: Trees, own: tuple[int, ...] | None = None) -> TrainState:

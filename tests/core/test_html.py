@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import luxtorch as lt
 from luxtorch import optim, training
 from luxtorch.core import describe, tree_map
-from luxtorch.core._html import plain, section, shown, table
-from luxtorch.core._lines import MANY, Line
+from luxtorch.core._table import MANY, Line, plain, section, shown
+from luxtorch.core._table import html as table
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 
@@ -219,6 +219,27 @@ def test_a_box_shows_its_parts():
     without = Page(lt.StatefulLayer(MODEL, None, st)._repr_html_()).text
     assert "weight" in text.split("running_var")[0].split("parameters (")[1]
     assert "parameters (" not in without and "running_var" in without
+
+
+class Blocks(torch.nn.Module):
+    """Call modules in a list, which is not called itself: it has no row."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+        self.last = torch.nn.Tanh()
+
+    def forward(self, x):
+        return self.last(self.blocks[1](self.blocks[0](x)))
+
+
+def test_a_summary_shows_the_rows_that_are_printed():
+    layer, _, _ = lt.from_torch(Blocks())
+    table = lt.summary(lt.Chain(layer, lt.Dense(2, 3)), (4, 2))
+    printed = [line for line in str(table).splitlines() if not line.startswith("-")]
+    page = Page(table._repr_html_())
+    assert page.text.split() == " ".join(printed).removeprefix("layer").split()
+    assert page.opened == 2
 
 
 def test_a_function_is_a_model_too():

@@ -35,12 +35,12 @@ RETURNED = {
     "luxtorch.optim.MinimizeResult": lt.optim.minimize,
     "luxtorch.optim.OptState": lt.optim.setup,
     "luxtorch.optim.RuleState": lt.optim.setup,
-    "luxtorch.surgery.DebugModel": lt.debug_mode,
-    "luxtorch.surgery.Impurity": lt.check_purity,
-    "luxtorch.surgery.Observation": lt.debug_mode,
-    "luxtorch.surgery.PurityReport": lt.check_purity,
-    "luxtorch.surgery.Summary": lt.summary,
-    "luxtorch.surgery.SummaryRow": lt.summary,
+    "luxtorch.inspect.DebugModel": lt.debug_mode,
+    "luxtorch.inspect.Impurity": lt.check_purity,
+    "luxtorch.inspect.Observation": lt.debug_mode,
+    "luxtorch.inspect.PurityReport": lt.check_purity,
+    "luxtorch.inspect.Summary": lt.summary,
+    "luxtorch.inspect.SummaryRow": lt.summary,
     "luxtorch.training.Progress": lt.training.progress,
 }
 HELPERS = {

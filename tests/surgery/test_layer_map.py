@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_map, tree_structure
 import luxtorch as lt
 from luxtorch.core import InputError, KeyNameError
 from luxtorch.surgery._frozen import Frozen, freeze
-from luxtorch.surgery._layer_map import layer_map
-from luxtorch.surgery._replace_layer import get_layer, replace_layer
+from luxtorch.surgery._layer_map import get_layer, layer_map, replace_layer
 
 MODEL = lt.Chain(
     lt.Dense(3, 4, torch.tanh),

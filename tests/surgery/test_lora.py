@@ -13,9 +13,8 @@ from luxtorch import optim
 from luxtorch.core import InputError, KeyNameError
 from luxtorch.init import zeros
 from luxtorch.surgery._frozen import freeze, unfreeze
-from luxtorch.surgery._layer_map import layer_map
+from luxtorch.surgery._layer_map import get_layer, layer_map, replace_layer
 from luxtorch.surgery._lora import LoRA, lora, merge_lora
-from luxtorch.surgery._replace_layer import get_layer, replace_layer
 
 KINDS = {
     "Dense": (lambda: lt.Dense(6, 5, torch.tanh), (3, 6), {"weight": (5, 6)}),

@@ -11,8 +11,7 @@ import luxtorch as lt
 from luxtorch import optim, training
 from luxtorch.core import InputError, KeyNameError
 from luxtorch.surgery._frozen import freeze
-from luxtorch.surgery._layer_map import layer_map
-from luxtorch.surgery._replace_layer import get_layer, replace_layer
+from luxtorch.surgery._layer_map import get_layer, layer_map, replace_layer
 from luxtorch.surgery._shared import Shared, share_parameters, unshare_parameters
 
 TIED = ("embed.weight", "logits.weight")

@@ -14,11 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_structure
 
 import luxtorch as lt
 from luxtorch.surgery._frozen import freeze, unfreeze
-from luxtorch.surgery._layer_map import layer_map
+from luxtorch.surgery._layer_map import layer_map, remove_weight_norm, replace_layer, weight_norm
 from luxtorch.surgery._lora import lora, merge_lora
-from luxtorch.surgery._replace_layer import replace_layer
 from luxtorch.surgery._shared import share_parameters, unshare_parameters
-from luxtorch.surgery._weight_norm import remove_weight_norm, weight_norm
 from luxtorch.testing._laws import LAWS
 
 

@@ -12,8 +12,8 @@ import luxtorch as lt
 from luxtorch import optim
 from luxtorch.core import InputError, KeyNameError
 from luxtorch.surgery._frozen import freeze
+from luxtorch.surgery._layer_map import remove_weight_norm, weight_norm
 from luxtorch.surgery._shared import share_parameters
-from luxtorch.surgery._weight_norm import remove_weight_norm, weight_norm
 
 MODEL = lt.Chain(lt.Dense(3, 4, torch.tanh), lt.LayerNorm(4), lt.Dense(4, 2))
 

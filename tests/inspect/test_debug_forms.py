@@ -11,11 +11,11 @@ from torch import Tensor
 
 import luxtorch as lt
 from luxtorch.core import tree_leaves, tree_map
+from luxtorch.inspect._capture import capture
+from luxtorch.inspect._debug import debug_mode
+from luxtorch.inspect._purity import check_purity
+from luxtorch.inspect._summary import summary
 from luxtorch.interop import Inputs
-from luxtorch.surgery._capture import capture
-from luxtorch.surgery._debug import debug_mode
-from luxtorch.surgery._purity_check import check_purity
-from luxtorch.surgery._summary import summary
 from tests.interop.forms import FORMS
 
 FILES = [

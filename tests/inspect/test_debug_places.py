@@ -9,8 +9,8 @@ from torch import nn
 import luxtorch as lt
 from luxtorch.core import Layer, tree_leaves, tree_map
 from luxtorch.core._replace import replace_children
-from luxtorch.surgery._debug import debug_mode
-from luxtorch.surgery._debug_error import NonFiniteError
+from luxtorch.inspect._debug import debug_mode
+from luxtorch.inspect._debug_check import NonFiniteError
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import luxtorch as lt
 from luxtorch import InputError
 from luxtorch.core import tree_leaves
-from luxtorch.surgery._purity_check import check_purity
+from luxtorch.inspect._purity import check_purity
 
 
 class Faulty(lt.Layer):

@@ -9,7 +9,7 @@ from torch import nn
 import luxtorch as lt
 from luxtorch import InputError, KeyNameError
 from luxtorch.core import tree_leaves, tree_map
-from luxtorch.surgery._capture import capture
+from luxtorch.inspect._capture import capture
 
 MODEL = lt.Chain(
     stem=lt.Dense(3, 4, torch.tanh),

@@ -16,8 +16,8 @@ import luxtorch as lt
 from luxtorch import InputError, LayerError
 from luxtorch.core import tree_leaves, tree_map
 from luxtorch.core._values import Statistics
-from luxtorch.surgery._debug import debug_mode
-from luxtorch.surgery._debug_error import NonFiniteError
+from luxtorch.inspect._debug import debug_mode
+from luxtorch.inspect._debug_check import NonFiniteError
 
 MODEL = lt.Chain(first=lt.Dense(2, 3), block=lt.Chain(act=torch.sqrt, last=lt.Dense(3, 1)))
 

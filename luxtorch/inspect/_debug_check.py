@@ -1,4 +1,4 @@
-"""What debug mode does around each layer: look for NaN and Inf, forward and backward, and keep statistics."""
+"""What debug mode does at each layer: look for NaN and Inf, forward and backward, and keep statistics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,101 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from luxtorch.core import Layer, Value, path_name, tree_flatten_with_path, tree_map_with_path
+from luxtorch.core import Layer, LuxtorchError, Value, path_name, tree_flatten_with_path, tree_map_with_path
 from luxtorch.core._values import Statistics, physical, readable
 
-from ._debug_error import NonFiniteError, Observation, Place, note
-from ._debug_tap import tap
-from ._modules import holds_modules, watched_modules
-from ._watch import Call, Path, map_own
+from ._watch import Call, Path, describe, holds_modules, map_own, watched_modules
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hold where in a model something happens: in a layer, or in a module of torch.nn inside one.
+
+    Attributes:
+        names: The names that lead there.
+        layer: The layer; of a module, the layer that it is in.
+        what: The layer, or the module, on one line.
+        outer: Whether there are others inside, between which there may be code.
+    """
+
+    names: tuple[str, ...]
+    layer: Layer
+    what: str
+    outer: bool
+
+    @staticmethod
+    def of(layer: Layer, path: Path) -> Place:
+        """Return the place of a layer."""
+        return Place(tuple(filter(None, path)), layer, describe(layer), bool(layer.children()))
+
+    def inside(self, name: str, module: nn.Module) -> Place:
+        """Return the place of a module inside a layer."""
+        what = f"{type(module).__name__} {module.extra_repr()}".strip()
+        return Place((*self.names, *name.split(".")), self.layer, what, any(True for _ in module.children()))
+
+    @property
+    def name(self) -> str:
+        """The last name that leads there."""
+        return self.names[-1] if self.names else "model"
+
+    def __str__(self) -> str:
+        return f"{'.'.join(('model', *self.names))} ({describe(self.layer)})"
+
+
+class NonFiniteError(LuxtorchError, FloatingPointError):
+    """Report where NaN or Inf first appeared; `lt.debug_mode` raises it.
+
+    Attributes:
+        path: The path of the layer, such as `"encoder.layer_2"`; empty for the model itself.
+        direction: `"forward"` or `"backward"`.
+    """
+
+    path: str = ""
+    direction: str = ""
+
+    @staticmethod
+    def at(place: Place, direction: str, problem: str, *, got: list[str], fix: str = "") -> NonFiniteError:
+        """Return the error for a place."""
+        shown = ("\n" + " " * 12).join(got)
+        error = NonFiniteError(problem, expected="finite numbers", got=shown, fix=fix, where=str(place))
+        error.path, error.direction = ".".join(place.names), direction
+        error.__dict__["_place"] = place
+        return error
+
+
+def note(error: Exception, place: Place, inputs: list[tuple[str, Tensor]]) -> None:
+    """Add to an exception in which layer it arose, once; it keeps its type, which others may wait for."""
+    if isinstance(error, LuxtorchError) or hasattr(error, "_luxtorch_place"):
+        return
+    error._luxtorch_place = place  # type: ignore[attr-defined]
+    notes = [
+        *getattr(error, "__notes__", []),
+        f"In {place}, called on",
+        *(f"  {title}: {leaf.dtype} {tuple(leaf.shape)}" for title, leaf in inputs),
+    ]
+    error.__notes__ = notes  # type: ignore[attr-defined]  # Python 3.10 has no add_note, and shows none
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Hold statistics of what went into a layer, or came out of it; `lt.debug_mode(record=...)` makes them.
+
+    Attributes:
+        path: The path of the layer, such as `"encoder.layer_2"`; empty for the model itself.
+        layer: The layer on one line.
+        what: `"input"`, `"output"`, `"gradient by input"`, `"gradient by output"` or
+            `"gradient by parameter 'weight'"`; where there are several inputs or outputs, with the name of the one.
+        statistics: The statistics.
+    """
+
+    path: str
+    layer: str
+    what: str
+    statistics: Statistics
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model'} ({self.layer}), {self.what}: {self.statistics}"
+
 
 Titled: TypeAlias = list[tuple[str, Tensor]]
 """Tensors, each with what to call it."""
@@ -246,3 +334,40 @@ def _own(kind: str, layer: Layer, tree: Any) -> Titled:
 
     map_own(keep, layer, tree)
     return found
+
+
+def tap(tensor: Any, look: Callable[[Tensor], None]) -> Any:
+    """Return a tensor as it is; in the backward pass, call a function on its gradient.
+
+    Anything that has no gradient is returned too. It takes part in reverse mode, in forward mode and in vmap; where
+    gradients are differentiated again, what flows through the first time is shown.
+    """
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return _Tap.apply(tensor, look)
+
+
+class _Tap(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, look: Callable[[Tensor], None]) -> Tensor:
+        return tensor.clone()  # a view would forbid a module of torch.nn to write into it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.look = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.look(grad)
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        # torch switches forward mode off in here: to an outer one the result of an operator would be a constant.
+        return _Tap.apply(tangent, _ignore)  # type: ignore[no-any-return]
+
+
+def _ignore(grad: Tensor) -> None:
+    """Look at nothing: tangents are not watched."""

@@ -11,8 +11,7 @@ import torch
 
 from luxtorch.core import InputError, Layer, Parameters, States, WrapperLayer, suggest
 
-from ._debug_check import Checker, running
-from ._debug_error import NonFiniteError, Observation
+from ._debug_check import Checker, NonFiniteError, Observation, running
 from ._watch import watched
 
 NanCheck = Literal["none", "forward", "backward", "both"]

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
-from luxtorch.core import InputError, Layer, setup, tree_leaves, tree_map
+from luxtorch.core import InputError, KeyNameError, Layer, setup, suggest, tree_leaves, tree_map
 from luxtorch.core._nowhere import NOWHERE, without_numbers
+from luxtorch.core._table import Line, aligned, html, plain
 
-from ._modules import holds_modules, watched_modules
-from ._summary_table import Summary, SummaryRow
-from ._watch import Call, Path, watched
+from ._watch import Call, Path, holds_modules, watched, watched_modules
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -226,3 +225,132 @@ _FORMULAS: dict[Any, Any] = {
     torch.ops.aten.addmv: lambda _, *shapes, **__: _matrix_vector(*shapes[:2]),
     torch.ops.aten.dot: lambda a, *_, **__: 2 * a[0],
 }
+
+
+_HEAD = ("layer", "output shape", "parameters", "FLOPs", "weights", "outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRow:
+    """Hold what a layer is, returns and costs, with all that is inside.
+
+    Attributes:
+        path: The path, such as `"encoder.layer_2"`; empty for the model itself. The layer in a wrapper has the path of
+            the wrapper, as their trees are the same.
+        depth: The level: 0 for the model itself.
+        name: The last name in the path.
+        layer: The layer, for instance `"Dense(3 -> 2)"`.
+        output: The shape of what it returned last, a tree of shapes if that is a tree; None if it was not called.
+        calls: How often it was called.
+        parameters: The number of parameters.
+        states: The number of states.
+        flops: The floating point operations of all its calls.
+        weight_bytes: The memory of parameters and states.
+        output_bytes: The memory of what the innermost layers return in all calls.
+    """
+
+    path: str
+    depth: int
+    name: str
+    layer: str
+    output: Any
+    calls: int
+    parameters: int
+    states: int
+    flops: int
+    weight_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Hold the rows of a table of a model's layers; `print` shows them, and so does a notebook.
+
+    Attributes:
+        rows: A row for each layer, outer ones before those inside.
+        input_bytes: The memory of the input.
+        depth: How many levels are shown; all if None.
+        total: The row of the model itself.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    input_bytes: int
+    depth: int | None = None
+
+    @property
+    def total(self) -> SummaryRow:
+        """The row of the model itself."""
+        return self.rows[0]
+
+    def __getitem__(self, path: str) -> SummaryRow:
+        """Return the row of a path, that of a wrapper before that of the layer inside.
+
+        Raises:
+            KeyNameError: If there is none.
+        """
+        for row in self.rows:
+            if row.path == path:
+                return row
+        paths = [row.path for row in self.rows]
+        raise KeyNameError("No layer has this path.", expected=", ".join(paths[1:]), got=path, fix=suggest(path, paths))
+
+    def __str__(self) -> str:
+        cells = [(f"{'  ' * row.depth}{label}", *cells) for row, label, cells in self._lines()]
+        head, *lines = aligned([_HEAD, *cells], [True, True, False, False, False, False])
+        rule = "-" * len(head)
+        return "\n".join([head, rule, *lines, rule, *self._totals()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        waiting: list[tuple[int, Line]] = []
+        for row, label, cells in reversed(self._lines()):
+            inside = []
+            while waiting and waiting[-1][0] > row.depth:
+                inside.append(waiting.pop()[1])
+            waiting.append((row.depth, Line(label, cells=cells, below=tuple(inside))))
+        return html(_HEAD[1:], waiting[0][1]) + plain("\n".join(self._totals()))
+
+    def _lines(self) -> list[tuple[SummaryRow, str, tuple[str, ...]]]:
+        """Return the rows that are shown, each with what stands first and what stands in the columns."""
+        return [
+            (
+                row,
+                f"{row.name} = " * bool(row.name) + _short(row.layer) + f" x{row.calls}" * (row.calls > 1),
+                (
+                    "" if row.output is None else _short(str(row.output)),
+                    f"{row.parameters:_}" if row.parameters else "",
+                    amount(row.flops) if row.flops else "",
+                    amount(row.weight_bytes, "B") if row.weight_bytes else "",
+                    amount(row.output_bytes, "B") if row.output_bytes else "",
+                ),
+            )
+            for row in self.rows
+            if self.depth is None or row.depth <= self.depth
+        ]
+
+    def _totals(self) -> list[str]:
+        row = self.total
+        return [
+            f"total: {row.parameters:_} parameters, {row.states:_} states, {amount(row.flops, 'FLOPs')} forward",
+            f"memory: weights {amount(row.weight_bytes, 'B')}, input {amount(self.input_bytes, 'B')}, "
+            f"outputs {amount(row.output_bytes, 'B')}",
+        ]
+
+
+def amount(number: int, unit: str = "") -> str:
+    """Return a number with the prefix that fits.
+
+    Example:
+        >>> amount(1_234_567, "B"), amount(12, "B")
+        ('1.23 MB', '12 B')
+    """
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    value, prefix = float(number), 0
+    while value >= 999.5 and prefix < len(prefixes) - 1:
+        value, prefix = value / 1000, prefix + 1
+    return f"{value:.3g} {prefixes[prefix]}{unit}".strip()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
