@@ -11,7 +11,7 @@ from torch import Tensor
 from luxtorch import optim
 from luxtorch._torch import storage_id, storage_users
 from luxtorch.core import map_tensors, tensors
-from luxtorch.optim._fused import numbers, unobserved
+from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair
 
 from ._train_state import TrainState, Trees, make, peek, spend

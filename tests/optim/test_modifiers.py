@@ -357,7 +357,7 @@ class TestKernel:
             calls.append(args)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(torch, "_fused_adamw_", spy)
+        monkeypatch.setattr("luxtorch.optim.rules._adam.fused_adamw_", spy)
         return calls
 
     @pytest.mark.parametrize(
@@ -581,9 +581,9 @@ class TestOptimiserChain:
         with pytest.raises(InputError, match="WeightDecay would have the wrong sign(.|\n)*OptimiserChain"):
             optim.setup(torchopt.chain(optim.Adam(), WeightDecay()), ps)
 
-    @pytest.mark.parametrize("bad", [torchopt.adam(), torch.optim.Adam, 0.1])
+    @pytest.mark.parametrize("bad", [torch.optim.Adam, 0.1])
     def test_other_rules(self, bad):
-        with pytest.raises(DTypeError, match="not a rule of luxtorch.optim(.|\n)*torchopt.chain"):
+        with pytest.raises(DTypeError, match="not a gradient transformation"):
             OptimiserChain(ClipNorm(), bad)
 
     def test_state_of_other_names(self):

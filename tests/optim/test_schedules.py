@@ -222,7 +222,8 @@ def test_a_fused_kernel_all_the_same(monkeypatch, make, draw):
     calls = []
     kernel = torch._fused_adamw_
     monkeypatch.setattr(
-        torch, "_fused_adamw_", lambda *args, **options: calls.append(options) or kernel(*args, **options)
+        "luxtorch.optim.rules._adam.fused_adamw_",
+        lambda *args, **options: calls.append(options) or kernel(*args, **options),
     )
     ps, grads = make(draw()), make(draw())
     opt_state = optim.setup(optim.AdamW(linear(0.1, 0.0, 4), weight_decay=constant(0.5)), ps)

@@ -17,7 +17,7 @@ from torch import Tensor
 import luxtorch as lt
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError
-from luxtorch.optim._scipy import scipy_least_squares, scipy_minimize
+from luxtorch.optim.solvers._scipy import scipy_least_squares, scipy_minimize
 
 # Beside the value they take nothing, the gradient, the products with the Hessian too, or the Hessian too.
 METHODS = {

@@ -1,4 +1,4 @@
-"""L-BFGS, and what it remembers: the last steps, and how the gradient changed over each of them."""
+"""L-BFGS, a quasi-Newton rule, and its memory: the last steps, and how the gradient changed over each of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 from luxtorch.components import ComponentVector
 from luxtorch.core import InputError, tree_leaves
 
-from ._accumgrad import choose
-from ._fused import Slots, unobserved
-from ._hyperparameters import Number
-from ._leaves import Leaves, pair
-from ._list_rule import ListRule, Updates
-from ._rule_state import RuleState, check_names
+from .._hyperparameters import Number
+from .._kernels import unobserved
+from .._leaves import Leaves, pair
+from .._rule import ListRule, Updates
+from .._rule_state import RuleState, Slots, check_names
+from ..modifiers._chain import choose
 
 ALL = "(all)"
 """The name in the state for what is remembered of all parameters together."""
+
 
 # Where the gradient changes by less than this along a step, nothing is learnt of it: torch's number.
 _LEAST_CURVATURE = 1e-10
