@@ -2,6 +2,7 @@
 
 from ._adjust import adjust as adjust
 from ._adjust import transfer as transfer
+from ._hyperparameters import Range as Range
 from ._leafwise import LeafwiseRule as LeafwiseRule
 from ._opt_state import OptState as OptState
 from ._opt_state import freeze as freeze

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, KeyNameError, suggest
+from luxtorch.core import InputError, KeyNameError, unknown_name
 from luxtorch.core._paths import Path, select
 
 from ._hyperparameters import Number, Numbers, replace
@@ -96,17 +96,14 @@ def _replace(
             )
         if isinstance(hyper, Tensor):
             hyper = dict.fromkeys(state.leaves, hyper)
-    return state._replace(hyper=map_hyper(lambda old: replace(old, rule.hyperparameters, values), hyper, chosen))
+    return state._replace(
+        hyper=map_hyper(lambda old: replace(old, rule.hyperparameters, rule.ranges, values), hyper, chosen)
+    )
 
 
 def _unknown(name: str, known: set[str]) -> InputError | KeyNameError:
     if known:
-        return KeyNameError(
-            f"The rule has no hyperparameter '{name}'.",
-            expected=", ".join(sorted(known)),
-            got=name,
-            fix=suggest(name, known),
-        )
+        return unknown_name(name, sorted(known), "hyperparameter")
     return InputError(
         "The optimizer has no hyperparameters that could be adjusted; torchopt hides its own in functions.",
         fix="Use the rule of the same name in luxtorch.optim, or set up a new optimizer.",

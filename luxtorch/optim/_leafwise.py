@@ -20,7 +20,7 @@ from ._rule_state import Hyper, RuleState, Slots, by_leaf, check_names
 
 
 class LeafwiseRule(ListRule):
-    """Be a rule that treats each parameter by itself.
+    """A rule that treats each parameter by itself.
 
     A rule is its hyperparameters, what it remembers of a parameter (`slots`), and its formula (`delta`).
 

@@ -7,7 +7,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,22 +16,23 @@ from typing_extensions import Self, dataclass_transform
 
 from luxtorch.core import DTypeError, InputError, KeyNameError, tree_leaves
 
-from ._hyperparameters import check, pack, readable, show, unpack
+from ._hyperparameters import NOT_NEGATIVE, Range, check, declared, pack, readable, show, unpack
 from ._kernels import unobserved
 from ._leaves import Leaves, from_components, pair, rebuild, to_components
 from ._rule_state import Hyper, RuleState, Slots, map_hyper
-from ._schedules import Scaled, Schedule, Value, evaluate, scale_of, schedule_of
+from ._schedules import Value, evaluate, rescaled, scale_of, schedule_of
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 class Rule(GradientTransformation):
-    """Be a rule: an immutable description of how gradients become updates.
+    """A rule: an immutable description of how gradients become updates.
 
     A subclass becomes a frozen dataclass: two rules with equal fields are equal. A field whose default is a float
     or a tuple of floats is a hyperparameter: when a state is set up its value moves there as a tensor, where it can
     be adjusted, differentiated and batched. In place of a float it may be a schedule: one of this package, or any
     function of the number of steps taken, such as torchopt's. A field of any other kind, such as a flag or a count,
-    is part of the structure: a compiled step is compiled anew for each value.
+    is part of the structure: a compiled step is compiled anew for each value. Hyperparameters are not negative; other
+    ranges are declared by `Annotated[..., Range("[0, 1)")]`.
 
     Subclasses define `init` and `update`, as torchopt asks. Most rules treat one parameter at a time: write those
     as a `LeafwiseRule`.
@@ -40,18 +41,17 @@ class Rule(GradientTransformation):
     hyperparameters: ClassVar[dict[str, tuple[int, ...]]] = {}
     """The names of the hyperparameters, and the shapes of their tensors."""
 
+    ranges: ClassVar[dict[str, tuple[Range, ...]]] = {}
+    """Where their values lie, see `Range`."""
+
     # Without fields a rule is no namedtuple to the tree libraries, which would take it apart into two functions.
     _fields = None  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True)(cls)
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        cls.hyperparameters = {
-            name: (len(default),) if isinstance(default, tuple) else ()
-            for name, default in defaults.items()
-            if isinstance(default, (float, tuple))
-        }
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        cls.hyperparameters, cls.ranges = declared(cls, fields)
         torch.serialization.add_safe_globals([cls])  # torch.load(weights_only=True) may make one
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -60,10 +60,19 @@ class Rule(GradientTransformation):
     def __post_init__(self) -> None:
         for name, shape in self.hyperparameters.items():
             value = getattr(self, name)
-            if value is not None:  # it is in a state, see `bare`
-                check(name, value if shape else scale_of(value), shape)
+            if all(each is not None for each in (value if isinstance(value, tuple) else (value,))):  # see `bare`
+                one_for_all = bool(shape) and callable(value)  # a schedule is that of one number
+                check(name, value if one_for_all else scale_of(value), shape, self._ranges_of(name, value))
             if isinstance(value, list):  # a rule is hashable
                 object.__setattr__(self, name, tuple(value))
+
+    def _ranges_of(self, name: str, value: Any) -> tuple[Range, ...]:
+        """Return where a hyperparameter lies; of one that follows a schedule, where its factor does."""
+        schedule = schedule_of(value)
+        if not isinstance(schedule, tuple):
+            return self.ranges[name] if schedule is None else (NOT_NEGATIVE,)
+        ranges = self.ranges[name] * len(schedule)
+        return tuple(r if s is None else NOT_NEGATIVE for r, s in zip(ranges, schedule, strict=False))
 
     def __ne__(self, other: object) -> bool:
         return not self == other  # a tuple would compare its items
@@ -110,7 +119,7 @@ ChangeState: TypeAlias = "Callable[[ListRule, RuleState], RuleState]"
 
 
 class ListRule(Rule):
-    """Be a rule that works on the list of all leaves, whatever the tree that they come from.
+    """A rule that works on the list of all leaves, whatever the tree that they come from.
 
     A subclass defines `updates`; and `step`, if it can do better than to add the updates to the parameters. That
     is how the last rule of a chain keeps its fused kernel: those before it change the list of gradients, and the
@@ -203,11 +212,7 @@ class ListRule(Rule):
             rows = [unpack(vector, self.hyperparameters) for vector in vectors]
             for name, shape in self.hyperparameters.items():
                 value = _common([readable(row[name], shape) for row in rows])
-                schedule = schedule_of(getattr(self, name))
-                if schedule is not None and value is not None:
-                    alone = isinstance(value, float) and value == 1.0
-                    value = schedule if alone else Scaled(cast("Schedule", schedule), value)
-                object.__setattr__(rule, name, value)
+                object.__setattr__(rule, name, rescaled(schedule_of(getattr(self, name)), value))
         return rule
 
     def own_numbers(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -249,7 +254,8 @@ class ListRule(Rule):
         factors: list[Value] = []
         for name, shape in self.hyperparameters.items():
             schedule = schedule_of(getattr(self, name))
-            factors += [1.0] * prod(shape) if schedule is None else [evaluate(schedule, step)]
+            each = schedule if isinstance(schedule, tuple) else (schedule,) * prod(shape)
+            factors += [1.0 if one is None else evaluate(one, step) for one in each]
         if isinstance(step, float):
             factor = torch.tensor(factors, dtype=torch.float64)
         else:
@@ -292,7 +298,11 @@ class ListRule(Rule):
             value = getattr(self, field.name)
             if field.name in vectors:
                 text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
-                if schedule_of(value) is not None:
+                if isinstance(value, tuple):  # of schedules
+                    numbers = readable(vectors[field.name], self.hyperparameters[field.name])
+                    each = map(rescaled, value, numbers)
+                    text = f"{field.name}=({', '.join(map(repr, each))})"
+                elif schedule_of(value) is not None:
                     alone = text == f"{field.name}=1.0"
                     text = f"{field.name}={value!r}" if alone else f"{text} * {value!r}"
                 parts.append(text)

@@ -185,7 +185,7 @@ def test_a_rule_per_member_is_cast_and_transferred(models: Any) -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "3"])
 def test_the_number_of_members(n: Any) -> None:
-    with pytest.raises(lt.InputError, match="number of members"):
+    with pytest.raises(lt.InputError, match="n must be a positive integer"):
         optim.per_member(optim.Adam(), n)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, tree_map
+from luxtorch.core import DTypeError, InputError, described, out_of_range, tree_map
 
 from .._kernels import unobserved
 from .._leaves import Leaves, to_components
@@ -170,7 +170,7 @@ class AccumGrad(ListRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.n) is not int or self.n < 1:
-            raise InputError("The number of calls is not a positive integer.", expected="n >= 1", got=repr(self.n))
+            raise out_of_range("n", self.n, "a positive integer")
 
     def counts(self) -> bool:
         return True
@@ -235,7 +235,7 @@ def as_rule(rule: GradientTransformation) -> ListRule:
         raise DTypeError(
             "The rule is not a gradient transformation.",
             expected="a rule such as optim.Adam(1e-3), or a torchopt optimizer",
-            got=repr(rule) if isinstance(rule, type) else type(rule).__name__,
+            got=described(rule),
             fix="torch.optim optimizers change parameters in place; use the rule of the same name here.",
         )
     parts = transformations(rule)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import out_of_range
 
 from .._hyperparameters import Number
 from .._kernels import numbers, unobserved
@@ -85,7 +85,7 @@ class ClipNorm(ListRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.p > 0:
-            raise InputError("The order of the norm is not positive.", expected="p > 0", got=repr(self.p))
+            raise out_of_range("p", self.p, "above 0")
 
     def splits_vectors(self) -> bool:
         return self.per_array

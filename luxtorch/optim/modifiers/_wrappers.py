@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, tree_leaves
+from luxtorch.core import InputError, out_of_range, tree_leaves
 
 from .._hyperparameters import pack
 from .._leaves import Leaves
@@ -50,7 +50,7 @@ class MixedPrecision(ListRule):
 
     def __init__(self, rule: GradientTransformation, dtype: torch.dtype = torch.float32) -> None:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise InputError("The copies cannot have this dtype.", expected="a floating point dtype", got=repr(dtype))
+            raise out_of_range("dtype", dtype, "a floating point dtype")
         object.__setattr__(self, "rule", as_rule(rule))
         object.__setattr__(self, "dtype", dtype)
 
@@ -121,11 +121,7 @@ class PerMember(ListRule):
 
     def __init__(self, rule: GradientTransformation, n: int) -> None:
         if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
-            raise InputError(
-                "The number of members is not a positive integer.",
-                expected="per_member(rule, n) with n of at least 1",
-                got=f"{n!r:.80}",
-            )
+            raise out_of_range("n", n, "a positive integer, the number of members")
         object.__setattr__(self, "rule", as_rule(rule))
         object.__setattr__(self, "n", n)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luxtorch._torch import fused_adam_, fused_adamw_
 
-from .._hyperparameters import Number, Numbers
+from .._hyperparameters import Betas, Number
 from .._kernels import (
     SlotList,
     Step,
@@ -47,7 +47,7 @@ class Adam(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
 
     def slots(self, p: Tensor) -> Slots:
@@ -84,7 +84,7 @@ class AdamW(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.01
 
@@ -122,7 +122,7 @@ class AMSGrad(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.0
 
@@ -167,7 +167,7 @@ class AdaMax(LeafwiseRule):
     """
 
     lr: Number = 0.002
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.0
 
@@ -222,7 +222,7 @@ class LAMB(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-6
     weight_decay: Number = 0.01
 

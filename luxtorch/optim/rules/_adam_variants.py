@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._hyperparameters import Number, Numbers
+from .._hyperparameters import Betas, Number
 from .._kernels import (
     SlotList,
     Step,
@@ -50,7 +50,7 @@ class NAdam(LeafwiseRule):
     """
 
     lr: Number = 0.002
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.0
     momentum_decay: Number = 0.004
@@ -123,7 +123,7 @@ class RAdam(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.0
     decoupled_weight_decay: bool = False
@@ -200,7 +200,7 @@ class OAdam(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.5, 0.9)
+    betas: Betas = (0.5, 0.9)
     eps: Number = 1e-8
 
     def slots(self, p: Tensor) -> Slots:
@@ -246,7 +246,7 @@ class AdaBelief(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    betas: Numbers = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Number = 1e-16
 
     def slots(self, p: Tensor) -> Slots:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luxtorch._torch import fused_adagrad_
 
-from .._hyperparameters import Number
+from .._hyperparameters import Number, Share
 from .._kernels import SlotList, Step, Tensors, alike, averages, averages_of_squares, by_leaf, run_fused, with_penalty
 from .._leafwise import LeafwiseRule, counted, decayed, sqrt, zeros
 from .._rule_state import Slots
@@ -83,7 +83,7 @@ class AdaDelta(LeafwiseRule):
     """
 
     lr: Number = 1.0
-    rho: Number = 0.9
+    rho: Share = 0.9
     eps: Number = 1e-6
     weight_decay: Number = 0.0
 
@@ -139,7 +139,7 @@ class RMSProp(LeafwiseRule):
     """
 
     lr: Number = 0.01
-    alpha: Number = 0.99
+    alpha: Share = 0.99
     eps: Number = 1e-8
     weight_decay: Number = 0.0
     centered: bool = False

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import functional
-from luxtorch.core import InputError
+from luxtorch.core import InputError, out_of_range
 
-from .._hyperparameters import Number
+from .._hyperparameters import Number, Positive, Share
 from .._leafwise import LeafwiseRule, counted, rms, zeros
 from .._rule_state import Slots
 
@@ -52,7 +52,7 @@ class Muon(LeafwiseRule):
 
     lr: Number = 0.001
     weight_decay: Number = 0.1
-    momentum: Number = 0.95
+    momentum: Share = 0.95
     eps: Number = 1e-7
     nesterov: bool = True
     ns_steps: int = 5
@@ -64,10 +64,8 @@ class Muon(LeafwiseRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adjust_lr_fn not in ("original", "match_rms_adamw", "spectral_unclamped"):
-            raise InputError(
-                "The step of a matrix cannot be scaled like this.",
-                expected="adjust_lr_fn 'original', 'match_rms_adamw' or 'spectral_unclamped'",
-                got=repr(self.adjust_lr_fn),
+            raise out_of_range(
+                "adjust_lr_fn", self.adjust_lr_fn, "'original', 'match_rms_adamw' or 'spectral_unclamped'"
             )
 
     def splits_vectors(self) -> bool:
@@ -149,7 +147,7 @@ class Adafactor(LeafwiseRule):
 
     lr: Number = 0.01
     decay_rate: Number = 0.8
-    d: Number = 1.0
+    d: Positive = 1.0
     weight_decay: Number = 0.0
     eps2: Number = 1e-3
     eps1: float | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from .._hyperparameters import Number, Numbers
+from .._hyperparameters import Betas, Number, Numbers, Range, Share
 from .._kernels import SlotList, Step, Tensors, add_scaled, alike, averages, by_leaf, shrunk
 from .._leafwise import LeafwiseRule, sign, zeros
 from .._rule_state import Slots
@@ -68,7 +69,7 @@ class Momentum(LeafwiseRule):
     """
 
     lr: Number = 0.01
-    momentum: Number = 0.9
+    momentum: Share = 0.9
 
     def slots(self, p: Tensor) -> Slots:
         return {"velocity": torch.zeros_like(p)}
@@ -112,7 +113,7 @@ class Nesterov(LeafwiseRule):
     """
 
     lr: Number = 0.001
-    momentum: Number = 0.9
+    momentum: Share = 0.9
 
     def slots(self, p: Tensor) -> Slots:
         return {"velocity": torch.zeros_like(p)}
@@ -171,7 +172,7 @@ class Rprop(LeafwiseRule):
     """
 
     lr: Number = 0.01
-    etas: Numbers = (0.5, 1.2)
+    etas: Annotated[Numbers, Range("(0, 1)"), Range("(1, inf)")] = (0.5, 1.2)
     step_sizes: Numbers = (1e-6, 50.0)
 
     def slots(self, p: Tensor) -> Slots:
@@ -213,7 +214,7 @@ class Lion(LeafwiseRule):
     """
 
     lr: Number = 0.0001
-    betas: Numbers = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     weight_decay: Number = 0.0
 
     needs_params = True

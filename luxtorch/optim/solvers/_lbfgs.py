@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import InputError, tree_leaves
+from luxtorch.core import InputError, out_of_range, tree_leaves
 
 from .._hyperparameters import Number
 from .._kernels import unobserved
@@ -66,11 +66,7 @@ class LBFGS(ListRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.history_size) is not int or self.history_size < 1:
-            raise InputError(
-                "The number of remembered steps is not a positive integer.",
-                expected="history_size >= 1",
-                got=repr(self.history_size),
-            )
+            raise out_of_range("history_size", self.history_size, "a positive integer")
 
     def by_parameter(self) -> bool:
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import DTypeError, InputError
+from luxtorch.core import DTypeError, InputError, out_of_range
 
 from .._leaves import pair, rebuild, to_components
 from .._opt_state import OptState
@@ -116,7 +116,7 @@ class _Limits(NamedTuple):
         for name, value in self._asdict().items():
             least = 1 if name.startswith("max") else 0
             if not value >= least:
-                raise InputError(f"'{name}' is out of range.", expected=f"{name} >= {least}", got=repr(value))
+                raise out_of_range(name, value, f"at least {least}")
 
     def reason(self, g: Tensor, step: Tensor, change: float, iterations: int, evaluations: int) -> str:
         """Return why to end after an iteration, or nothing."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError
+from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError, out_of_range, wrong_type
 
 from .._leaves import pair, rebuild, to_components
 from ._minimize import FlatObjective, Objective
@@ -150,7 +150,7 @@ def scipy_least_squares(
     """
     optimize = _scipy("least_squares", options, "fun", "x0", "args", "kwargs", "jac")
     if mode not in ("reverse", "forward"):
-        raise InputError(f"There is no mode {mode!r}.", expected="'reverse' or 'forward'", got=repr(mode))
+        raise out_of_range("mode", mode, "'reverse' or 'forward'")
     with torch.no_grad():
         problem = Residuals(residuals, ps, mode, chunk_size)
         problem.check_start(problem.value(problem.start), problem.jacobian(problem.start))
@@ -212,7 +212,7 @@ class Problem:
     def bounds(self, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
         """Return lower and upper bounds as arrays, or raise unless the parameters lie between them."""
         if not (isinstance(bounds, tuple) and len(bounds) == 2):
-            raise InputError("The bounds are not a pair.", expected="(lower, upper)", got=f"{bounds!r:.80}")
+            raise wrong_type("bounds", bounds, "a pair (lower, upper)")
         lower, upper = self._bound(bounds[0], -math.inf, "lower"), self._bound(bounds[1], math.inf, "upper")
         inside = (lower <= self.start) & (self.start <= upper)
         if not inside.all():
