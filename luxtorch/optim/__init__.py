@@ -31,7 +31,9 @@ from .modifiers import OptimiserChain as OptimiserChain
 from .modifiers import SignDecay as SignDecay
 from .modifiers import WeightDecay as WeightDecay
 from .modifiers import per_member as per_member
+from .rules import ASGD as ASGD
 from .rules import LAMB as LAMB
+from .rules import SGD as SGD
 from .rules import AdaBelief as AdaBelief
 from .rules import AdaDelta as AdaDelta
 from .rules import Adafactor as Adafactor

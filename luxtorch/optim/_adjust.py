@@ -86,6 +86,7 @@ def _replace(
                 got=f"{name}={getattr(rule, name)!r}",
                 fix="Write the change into the schedule, with optim.join or optim.piecewise.",
             )
+    rule.check_adjusted(values, state)
     hyper = state.hyper
     if chosen is not None:
         if not rule.by_parameter():

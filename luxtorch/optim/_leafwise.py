@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from luxtorch.core import InputError
 
 from ._kernels import InPlace, Kernel, numbers, on_clones, unobserved
 from ._leaves import Leaves
-from ._rule import ListRule, Updates
+from ._rule import ListRule, Updates, negative
 from ._rule_state import Hyper, RuleState, Slots, by_leaf, check_names
 
 
@@ -23,6 +24,9 @@ class LeafwiseRule(ListRule):
     """A rule that treats each parameter by itself.
 
     A rule is its hyperparameters, what it remembers of a parameter (`slots`), and its formula (`delta`).
+
+    Args:
+        maximize: Whether to step up instead of down: the formula gets the gradients with the other sign.
 
     Example:
         >>> import torch
@@ -38,6 +42,8 @@ class LeafwiseRule(ListRule):
         >>> p
         tensor([-0.5000,  0.5000])
     """
+
+    maximize: bool = dataclasses.field(default=False, kw_only=True)
 
     kernel: ClassVar[Kernel | None] = None
     """The formula over whole lists of leaves, for eager steps that nothing observes."""
@@ -85,7 +91,8 @@ class LeafwiseRule(ListRule):
                 continue
             old = state.leaves[name]
             # The square of a small float16 number is zero.
-            delta, new = self.delta(g.float() if g.dtype == torch.float16 else g, p, old, hyper[name])
+            g = g.float() if g.dtype == torch.float16 else g
+            delta, new = self.delta(-g if self.maximize else g, p, old, hyper[name])
             if delta.shape != p.shape:
                 _check_shapes(self, leaves, state)
             # A 0-d parameter would be promoted by the float64 hyperparameters.
@@ -98,6 +105,8 @@ class LeafwiseRule(ListRule):
         if kernel is None or not unobserved():
             return None
         names, params, grads = leaves.names, list(leaves.params), leaves.grads
+        if self.maximize:
+            grads = negative(grads)
         slots = dict(state.leaves)
         for hyper, places in _groups(leaves, self.hyper_now(state)):
             values = numbers(hyper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, ClassVar, TypeAlias
 
@@ -185,6 +185,9 @@ class ListRule(Rule):
                 "torch.view_as_real(p) as the parameter, and view it as complex in the model.",
                 where=next(name for name in leaves.names if name in leaves.in_parts),
             )
+
+    def check_adjusted(self, values: Mapping[str, Any], state: RuleState) -> None:
+        """Raise if hyperparameters cannot get these values in the middle of training."""
 
     def keeps_copies(self) -> bool:
         """Say whether the state holds copies of the parameters, which nothing else may change."""

@@ -14,6 +14,8 @@ from ._adaptive import AdaGrad as AdaGrad
 from ._adaptive import RMSProp as RMSProp
 from ._matrix import Adafactor as Adafactor
 from ._matrix import Muon as Muon
+from ._sgd import ASGD as ASGD
+from ._sgd import SGD as SGD
 from ._sgd import Descent as Descent
 from ._sgd import Lion as Lion
 from ._sgd import Momentum as Momentum

@@ -69,6 +69,7 @@ class AdamW(LeafwiseRule):
         betas: How much of the two averages is kept.
         eps: Added to the root of the second average.
         weight_decay: How much the parameters shrink, relative to the learning rate.
+        amsgrad: Whether steps are scaled by the largest average square so far, as those of `AMSGrad` are.
 
     Example:
         >>> import torch
@@ -87,18 +88,19 @@ class AdamW(LeafwiseRule):
     betas: Betas = (0.9, 0.999)
     eps: Number = 1e-8
     weight_decay: Number = 0.01
+    amsgrad: bool = False
 
     needs_params = True
 
     def slots(self, p: Tensor) -> Slots:
-        return adam_slots(p)
+        return counted(p, "exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else adam_slots(p)
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         direction, slots = adam_direction(g, slots, h)
         return -h["lr"] * (direction + h["weight_decay"] * p), slots
 
     def in_place(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> None:
-        _adamw_(params, grads, slots, *h)
+        _adamw_(params, grads, slots, *h, amsgrad=self.amsgrad)
 
 
 class AMSGrad(LeafwiseRule):
@@ -132,11 +134,8 @@ class AMSGrad(LeafwiseRule):
         return counted(p, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        new, (bias_correction1, bias_correction2) = adam_averages(decayed(g, p, h), slots, h)
-        new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], new["exp_avg_sq"])
-        root = sqrt(new["max_exp_avg_sq"]) / bias_correction2.sqrt() + h["eps"]
-        direction = new["exp_avg"] / bias_correction1 / root
-        return -h["lr"] * direction, new
+        direction, slots = adam_direction(decayed(g, p, h), slots, h)
+        return -h["lr"] * direction, slots
 
     def in_place(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> None:
         lr, beta1, beta2, eps, weight_decay = h
@@ -256,9 +255,15 @@ def adam_slots(p: Tensor) -> Slots:
 
 
 def adam_direction(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-    """Return the direction of an Adam step, to be multiplied by the learning rate, and the new slots."""
+    """Return the direction of an Adam step, to be multiplied by the learning rate, and the new slots.
+
+    Where there is a slot for the largest average square so far, that is the scale.
+    """
     new, (bias_correction1, bias_correction2) = adam_averages(g, slots, h)
-    return new["exp_avg"] / bias_correction1 / (sqrt(new["exp_avg_sq"]) / bias_correction2.sqrt() + h["eps"]), new
+    square = new["exp_avg_sq"]
+    if "max_exp_avg_sq" in slots:
+        square = new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], square)
+    return new["exp_avg"] / bias_correction1 / (sqrt(square) / bias_correction2.sqrt() + h["eps"]), new
 
 
 def adam_averages(g: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Slots, Tensor]:
@@ -286,7 +291,16 @@ def _adamw_(
     beta2: float,
     eps: float,
     weight_decay: float = 0.0,
+    *,
+    amsgrad: bool = False,
 ) -> None:
     """Take the step of AdamW in place; without decay it is that of Adam."""
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": False}
-    run_fused(fused_adamw_, params, grads, slots, ("exp_avg", "exp_avg_sq", "", "step"), **options)
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "amsgrad": amsgrad}
+    run_fused(
+        fused_adamw_,
+        params,
+        grads,
+        slots,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else "", "step"),
+        **options,
+    )

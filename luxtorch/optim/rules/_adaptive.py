@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from luxtorch._torch import fused_adagrad_
+from luxtorch.core import InputError, out_of_range
 
-from .._hyperparameters import Number, Share
+from .._hyperparameters import Fixed, Number, Share
 from .._kernels import SlotList, Step, Tensors, alike, averages, averages_of_squares, by_leaf, run_fused, with_penalty
 from .._leafwise import LeafwiseRule, counted, decayed, sqrt, zeros
-from .._rule_state import Slots
+from .._rule_state import RuleState, Slots
 
 
 class AdaGrad(LeafwiseRule):
@@ -23,6 +26,7 @@ class AdaGrad(LeafwiseRule):
         lr_decay: How much the step count diminishes the learning rate: `lr / (1 + lr_decay * (step - 1))`.
         weight_decay: How much of the parameter is added to its gradient.
         eps: Added to the root.
+        initial_accumulator_value: Where the sums of squares begin.
 
     Example:
         >>> import torch
@@ -42,11 +46,17 @@ class AdaGrad(LeafwiseRule):
     lr_decay: Number = 0.0
     weight_decay: Number = 0.0
     eps: Number = 1e-10
+    initial_accumulator_value: Fixed[float] = 0.0
 
     needs_params = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.initial_accumulator_value < math.inf:
+            raise out_of_range("initial_accumulator_value", self.initial_accumulator_value, "in [0, inf)")
+
     def slots(self, p: Tensor) -> Slots:
-        return counted(p, "sum")
+        return {**counted(p), "sum": torch.full_like(p, self.initial_accumulator_value)}
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         g = decayed(g, p, h)
@@ -123,6 +133,8 @@ class RMSProp(LeafwiseRule):
         eps: Added to the root.
         weight_decay: How much of the parameter is added to its gradient.
         centered: Whether the average square is that of the gradient's distance from its own average.
+        momentum: How much of a velocity is kept, which the scaled gradients are added to. A rule that is set up with 0
+            has no velocity.
 
     Example:
         >>> import torch
@@ -135,7 +147,7 @@ class RMSProp(LeafwiseRule):
 
     Tieleman and Hinton, lecture 6.5 of "Neural networks for machine learning", 2012; centered by Graves,
     "Generating sequences with recurrent neural networks", 2013. The numbers and defaults are those of
-    `torch.optim.RMSprop` without its momentum; the name is that of Optimisers.jl.
+    `torch.optim.RMSprop`; the name is that of Optimisers.jl.
     """
 
     lr: Number = 0.01
@@ -143,11 +155,23 @@ class RMSProp(LeafwiseRule):
     eps: Number = 1e-8
     weight_decay: Number = 0.0
     centered: bool = False
+    momentum: Share = 0.0
 
     needs_params = True
 
     def slots(self, p: Tensor) -> Slots:
-        return zeros(p, "square_avg", "grad_avg") if self.centered else zeros(p, "square_avg")
+        centered = ("grad_avg",) if self.centered else ()
+        plain = isinstance(self.momentum, (int, float)) and self.momentum == 0
+        return zeros(p, "square_avg", *centered, *(() if plain else ("momentum_buffer",)))
+
+    def check_adjusted(self, values: Mapping[str, Any], state: RuleState) -> None:
+        if "momentum" in values and not any("momentum_buffer" in slots for slots in state.leaves.values()):
+            raise InputError(
+                "RMSProp was set up without momentum.",
+                expected="a rule with a momentum from the beginning",
+                got=f"momentum={values['momentum']!r}",
+                fix="Change the rule: optim.transfer(opt_state, optim.RMSProp(momentum=0.9), ps).",
+            )
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         g, alpha = decayed(g, p, h), h["alpha"]
@@ -157,10 +181,13 @@ class RMSProp(LeafwiseRule):
             new["grad_avg"] = slots["grad_avg"] + (1 - alpha) * (g - slots["grad_avg"])
             # Of a constant gradient no spread is left, but for rounding: torch's may become negative, and its root NaN.
             spread = (square_avg - new["grad_avg"] * new["grad_avg"]).clamp(min=0.0)
-        return -h["lr"] * g / (sqrt(spread) + h["eps"]), new
+        direction = g / (sqrt(spread) + h["eps"])
+        if "momentum_buffer" in slots:
+            direction = new["momentum_buffer"] = h["momentum"] * slots["momentum_buffer"] + direction
+        return -h["lr"] * direction, new
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
-        lr, alpha, eps, weight_decay = h
+        lr, alpha, eps, weight_decay, momentum = h
         if not alike(params, grads, slots):
             return None
         grads = with_penalty(grads, params, weight_decay)
@@ -172,4 +199,8 @@ class RMSProp(LeafwiseRule):
             torch._foreach_clamp_min_(spread, 0.0)
         root = torch._foreach_sqrt(spread)
         torch._foreach_add_(root, eps)
-        return torch._foreach_addcdiv(params, grads, root, value=-lr), by_leaf(new)
+        if "momentum_buffer" not in slots[0]:
+            return torch._foreach_addcdiv(params, grads, root, value=-lr), by_leaf(new)
+        new["momentum_buffer"] = velocity = torch._foreach_mul([leaf["momentum_buffer"] for leaf in slots], momentum)
+        torch._foreach_addcdiv_(velocity, grads, root)
+        return torch._foreach_add(params, velocity, alpha=-lr), by_leaf(new)

@@ -11,7 +11,7 @@ from torch import Tensor
 from luxtorch._transforms import functional
 from luxtorch.core import InputError, out_of_range
 
-from .._hyperparameters import Number, Positive, Share
+from .._hyperparameters import Fixed, Number, Positive, Share
 from .._leafwise import LeafwiseRule, counted, rms, zeros
 from .._rule_state import Slots
 
@@ -32,6 +32,7 @@ class Muon(LeafwiseRule):
         adjust_lr_fn: How the step of an m x n matrix is scaled: "original" by `max(1, m / n)**0.5`,
             "match_rms_adamw" by `0.2 * max(m, n)**0.5`, "spectral_unclamped" by `(m / n)**0.5`.
         ns_dtype: The dtype of the Newton-Schulz steps; None is that of the parameter.
+        ns_coefficients: The coefficients of x, x**3 and x**5 in a Newton-Schulz step.
 
     Raises:
         InputError: If a parameter is not a matrix. Give the others another rule.
@@ -58,6 +59,7 @@ class Muon(LeafwiseRule):
     ns_steps: int = 5
     adjust_lr_fn: str = "original"
     ns_dtype: torch.dtype | None = torch.bfloat16
+    ns_coefficients: Fixed[tuple[float, float, float]] = _QUINTIC
 
     needs_params = True
 
@@ -84,7 +86,8 @@ class Muon(LeafwiseRule):
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         average = slots["momentum_buffer"] + (1 - h["momentum"]) * (g - slots["momentum_buffer"])
         ahead = g + h["momentum"] * (average - g) if self.nesterov else average
-        direction = _orthogonal(ahead.to(self.ns_dtype or p.dtype), h["eps"], self.ns_steps).to(p.dtype)
+        x = ahead.to(self.ns_dtype or p.dtype)
+        direction = _orthogonal(x, h["eps"], self.ns_steps, self.ns_coefficients).to(p.dtype)
         return -h["lr"] * (self._scale(*p.shape) * direction + h["weight_decay"] * p), {"momentum_buffer": average}
 
     def _scale(self, rows: int, columns: int) -> float:
@@ -94,13 +97,13 @@ class Muon(LeafwiseRule):
         return math.sqrt(ratio if self.adjust_lr_fn == "spectral_unclamped" else max(1.0, ratio))
 
 
-def _orthogonal(x: Tensor, eps: Tensor, steps: int) -> Tensor:
+def _orthogonal(x: Tensor, eps: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """Return about the orthogonal matrix nearest to x: x with singular values that are all about one."""
     if x.shape[0] > x.shape[1]:
-        return _orthogonal(x.T, eps, steps).T
+        return _orthogonal(x.T, eps, steps, coefficients).T
     norm = torch.linalg.vector_norm(x)
     x = x / torch.maximum(norm, eps.to(norm.dtype))
-    a, b, c = _QUINTIC
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.T
         x = _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1.0)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._hyperparameters import Betas, Number, Numbers, Range, Share
-from .._kernels import SlotList, Step, Tensors, add_scaled, alike, averages, by_leaf, shrunk
-from .._leafwise import LeafwiseRule, sign, zeros
+from .._kernels import SlotList, Step, Tensors, add_scaled, alike, averages, by_leaf, shrunk, with_penalty
+from .._leafwise import LeafwiseRule, counted, decayed, sign, zeros
 from .._rule_state import Slots
 
 
@@ -145,6 +145,110 @@ def _velocity(grads: Tensors, slots: SlotList, momentum: float) -> Tensors | Non
 def _velocity_(grads: Tensors, slots: SlotList, momentum: float) -> list[Tensor]:
     velocity = [leaf["velocity"] for leaf in slots]
     return [torch.add(g, v, alpha=momentum, out=v) for g, v in zip(grads, velocity, strict=True)]
+
+
+class SGD(LeafwiseRule):
+    """Stochastic gradient descent with all options of `torch.optim.SGD`.
+
+    `Descent`, `Momentum` and `Nesterov` are the same in fewer words; they remember less.
+
+    Args:
+        lr: The learning rate.
+        momentum: How much of the velocity is kept.
+        dampening: How much of a gradient is left out of the velocity, but for the first.
+        weight_decay: How much of the parameter is added to its gradient.
+        nesterov: Whether to step along the velocity that momentum will have.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> p, g = torch.zeros(1), torch.ones(1)
+        >>> opt_state = optim.setup(optim.SGD(0.5, momentum=0.5, dampening=0.5), p)
+        >>> for _ in range(2):
+        ...     opt_state, p = optim.update(opt_state, p, g)
+        >>> p
+        tensor([-1.])
+
+    Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning", 2013.
+    The numbers and defaults are those of `torch.optim.SGD`.
+    """
+
+    lr: Number = 0.001
+    momentum: Share = 0.0
+    dampening: Share = 0.0
+    weight_decay: Number = 0.0
+    nesterov: bool = False
+
+    needs_params = True
+
+    def slots(self, p: Tensor) -> Slots:
+        return counted(p, "momentum_buffer")
+
+    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        g, momentum = decayed(g, p, h), h["momentum"]
+        later = (slots["step"] != 0) & (momentum != 0)  # the first gradient is taken whole, as in torch.optim
+        buffer = momentum * slots["momentum_buffer"] + (1 - h["dampening"] * later) * g
+        direction = g + momentum * buffer if self.nesterov else buffer
+        return -h["lr"] * direction, {"step": slots["step"] + 1, "momentum_buffer": buffer}
+
+    def in_place(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> None:
+        lr, momentum, dampening, weight_decay = h
+        grads = with_penalty(grads, params, weight_decay)
+        steps, buffers = ([leaf[name] for leaf in slots] for name in ("step", "momentum_buffer"))
+        torch._foreach_mul_(buffers, momentum)
+        if dampening and momentum:
+            # Of the first gradient all is taken, as in torch.optim.
+            parts = [(1 - dampening * (s != 0).double()).to(g) for s, g in zip(steps, grads, strict=True)]
+            torch._foreach_add_(buffers, torch._foreach_mul(grads, parts))
+        else:
+            torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(steps, 1)
+        direction = torch._foreach_add(grads, buffers, alpha=momentum) if self.nesterov else buffers
+        torch._foreach_add_(params, direction, alpha=-lr)
+
+
+class ASGD(LeafwiseRule):
+    """Averaged stochastic gradient descent: the average of the parameters, `ax`, is what to evaluate with.
+
+    Args:
+        lr: The first learning rate, which falls as `lr / (1 + lambd * lr * step) ** alpha`.
+        lambd: How much the parameters shrink, relative to the learning rate.
+        alpha: The power by which the learning rate falls.
+        t0: The step at which averaging begins.
+        weight_decay: How much of the parameter is added to its gradient.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> p = torch.zeros(1)
+        >>> opt_state = optim.setup(optim.ASGD(0.5, t0=0.0), p)
+        >>> for _ in range(3):
+        ...     opt_state, p = optim.update(opt_state, p, torch.ones(1))
+        >>> p, opt_state.state.leaves[""]["ax"]
+        (tensor([-1.4999]), tensor([-1.2499]))
+
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. The numbers and defaults are
+    those of `torch.optim.ASGD`.
+    """
+
+    lr: Number = 0.01
+    lambd: Number = 1e-4
+    alpha: Number = 0.75
+    t0: Number = 1e6
+    weight_decay: Number = 0.0
+
+    needs_params = True
+
+    def slots(self, p: Tensor) -> Slots:
+        return {**counted(p), "ax": p.detach().clone()}
+
+    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        before = slots["step"].to(h["lr"].dtype)
+        eta = h["lr"] / (1 + h["lambd"] * h["lr"] * before) ** h["alpha"]
+        mu = 1 / (before - h["t0"]).clamp(min=1.0)
+        step = -eta * (h["lambd"] * p + decayed(g, p, h))
+        ax = torch.where(mu == 1, p + step, slots["ax"] + mu * (p + step - slots["ax"]))
+        return step, {"step": slots["step"] + 1, "ax": ax}
 
 
 class Rprop(LeafwiseRule):
