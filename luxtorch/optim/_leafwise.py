@@ -1,9 +1,12 @@
-"""Rules that treat one parameter at a time."""
+"""`LeafwiseRule`: rules that treat each parameter by itself, by a formula; and pieces of formulas."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,19 +14,19 @@ from torch import Tensor
 
 from luxtorch.core import InputError
 
-from . import _fused
-from ._fused import Slots as Slots
-from ._in_place import InPlace
+from ._kernels import InPlace, Kernel, numbers, on_clones, unobserved
 from ._leaves import Leaves
-from ._list_rule import ListRule, Updates
-from ._rule_state import Hyper, by_leaf, check_names
-from ._rule_state import RuleState as RuleState
+from ._rule import ListRule, Updates, negative
+from ._rule_state import Hyper, RuleState, Slots, by_leaf, check_names
 
 
 class LeafwiseRule(ListRule):
-    """Be a rule that treats each parameter by itself.
+    """A rule that treats each parameter by itself.
 
     A rule is its hyperparameters, what it remembers of a parameter (`slots`), and its formula (`delta`).
+
+    Args:
+        maximize: Whether to step up instead of down: the formula gets the gradients with the other sign.
 
     Example:
         >>> import torch
@@ -40,15 +43,18 @@ class LeafwiseRule(ListRule):
         tensor([-0.5000,  0.5000])
     """
 
-    kernel: ClassVar[_fused.Kernel | None] = None
+    maximize: bool = dataclasses.field(default=False, kw_only=True)
+
+    kernel: ClassVar[Kernel | None] = None
     """The formula over whole lists of leaves, for eager steps that nothing observes."""
 
     in_place: ClassVar[InPlace | None] = None
-    """The same where the parameters and slots are, for steps whose caller gives the old ones away."""
+    """The same where the parameters and slots are, for steps whose caller gives the old ones away; also on copies,
+    where there is no `kernel`."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "delta" in cls.__dict__:  # a kernel that is inherited computes another formula
+        if not cls.__dict__.keys().isdisjoint(("delta", "kernel")):  # what is inherited computes another formula
             cls.kernel = cls.__dict__.get("kernel")
             cls.in_place = cls.__dict__.get("in_place")
 
@@ -85,7 +91,8 @@ class LeafwiseRule(ListRule):
                 continue
             old = state.leaves[name]
             # The square of a small float16 number is zero.
-            delta, new = self.delta(g.float() if g.dtype == torch.float16 else g, p, old, hyper[name])
+            g = g.float() if g.dtype == torch.float16 else g
+            delta, new = self.delta(-g if self.maximize else g, p, old, hyper[name])
             if delta.shape != p.shape:
                 _check_shapes(self, leaves, state)
             # A 0-d parameter would be promoted by the float64 hyperparameters.
@@ -94,19 +101,22 @@ class LeafwiseRule(ListRule):
         return updates, state.after(new_slots)
 
     def _fused_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState] | None:
-        if self.kernel is None or not _fused.unobserved():
+        kernel = self.kernel or (self.in_place and partial(on_clones, self.in_place))
+        if kernel is None or not unobserved():
             return None
         names, params, grads = leaves.names, list(leaves.params), leaves.grads
+        if self.maximize:
+            grads = negative(grads)
         slots = dict(state.leaves)
         for hyper, places in _groups(leaves, self.hyper_now(state)):
-            numbers = _fused.numbers(hyper)
-            if numbers is None:
+            values = numbers(hyper)
+            if values is None:
                 return None
-            step = self.kernel(
+            step = kernel(
                 [params[i] for i in places],
                 [grads[i] for i in places],
                 [slots[names[i]] for i in places],
-                *numbers,
+                *values,
             )
             if step is None:
                 return None
@@ -140,3 +150,41 @@ def _check_shapes(rule: LeafwiseRule, leaves: Leaves, state: RuleState) -> None:
                     fix="Set up the state with these parameters.",
                     where=name,
                 )
+
+
+def zeros(p: Tensor, *names: str) -> dict[str, Tensor]:
+    """Return slots that hold a zero for each element of a parameter."""
+    return {name: torch.zeros_like(p) for name in names}
+
+
+def counted(p: Tensor, *names: str) -> dict[str, Tensor]:
+    """Return slots that hold zeros, and the count of the steps."""
+    # The step count is what the fused kernels take: float32, beside the parameter. It is exact up to 2**24 steps.
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, **zeros(p, *names)}
+
+
+def decayed(g: Tensor, p: Tensor, h: Mapping[str, Tensor]) -> Tensor:
+    """Return the gradient with that of the penalty `weight_decay / 2 * (p * p).sum()`."""
+    return g + h["weight_decay"] * p
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Return the square root, with derivative zero where x is zero.
+
+    An infinite derivative there would make every gradient through a step NaN as soon as one entry of the
+    gradient is zero, as it is for each dead unit.
+    """
+    zero = x == 0
+    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+def sign(x: Tensor) -> Tensor:
+    """Return the sign, NaN where x is not finite: `torch.sign` would hide there that training has failed."""
+    return x.sign() + 0.0 * x
+
+
+def rms(x: Tensor) -> Tensor:
+    """Return the root of the mean square."""
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm / math.sqrt(max(x.numel(), 1))

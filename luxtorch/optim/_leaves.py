@@ -124,17 +124,6 @@ def _whole(leaf: Tensor | None, like: Tensor) -> Tensor | None:
     return leaf if leaf is None or not like.is_complex() else torch.view_as_complex(leaf)
 
 
-def to_parts(tree: Any) -> Any:
-    """Return the tree with each complex leaf, and each complex ComponentVector, replaced by a tensor of its parts."""
-
-    def replaced(node: Any) -> Any:
-        if _is_vector(node):
-            return parts(node.flat) if node.flat.is_complex() else node
-        return parts(node) if isinstance(node, Tensor) and node.is_complex() else node
-
-    return tree_map(replaced, tree, is_leaf=_is_vector)
-
-
 def join(name: str, key: object) -> str:
     """Return the dotted name of a child."""
     return f"{name}.{key}" if name else str(key)

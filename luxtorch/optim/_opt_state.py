@@ -1,18 +1,21 @@
-"""The state of an optimizer: a rule, and what it remembers of the parameters."""
+"""The state of an optimizer; freezing parameters, and treating the components of a flat vector one by one."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes
-from luxtorch.core import register_node
+from luxtorch.core import register_node, tree_map
+from luxtorch.core._paths import Path, select
 
-from ._list_rule import ChangeState, ListRule
-from ._rule import Rule
+from ._leaves import components
+from ._rule import GradientTransformation, ListRule
+from ._rule_state import COUNTS, RuleState, Slots
 
 
 class Layout(NamedTuple):
@@ -28,7 +31,7 @@ class Layout(NamedTuple):
         in_parts: The names of the flat vectors that are complex.
     """
 
-    rule: GradientTransformation
+    rule: ListRule
     names: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     vectors: tuple[tuple[str, Axes], ...] = ()
@@ -58,11 +61,11 @@ class OptState:
 
         Of a torchopt optimizer, the rule as it was given: its hyperparameters cannot be read.
         """
-        return in_force(self.layout.rule, self.state)
+        return self.layout.rule.in_force(self.state)
 
     def own_numbers(self, dtype: torch.dtype) -> list[Tensor]:
         """Return what stays as it is where a tree is cast to a dtype: see `RuleState.own_numbers`."""
-        return _own_numbers(self.layout.rule, self.state, dtype)
+        return self.layout.rule.own_numbers(self.state, dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OptState, (self.layout, self.state)
@@ -71,49 +74,132 @@ class OptState:
         layout = self.layout
         frozen = f", frozen: {', '.join(layout.frozen)}" if layout.frozen else ""
         noun = "parameter" if len(layout.names) == 1 else "parameters"
-        return f"OptState({_describe(layout.rule, self.state)}, {len(layout.names)} {noun}{frozen})"
-
-
-def map_rules(change: ChangeState, rule: GradientTransformation, state: Any) -> Any:
-    """Return a state with that of each rule of this package in it changed."""
-    if isinstance(rule, ChainedGradientTransformation):
-        return tuple(map_rules(change, *part) for part in zip(rule.transformations, state, strict=True))
-    return rule.map_states(change, state) if isinstance(rule, ListRule) else state
-
-
-def in_force(rule: GradientTransformation, state: Any) -> GradientTransformation:
-    """Return a rule with the hyperparameters that its state holds."""
-    if isinstance(rule, ChainedGradientTransformation):
-        parts = tuple(map(in_force, rule.transformations, state))
-        return rule if parts == tuple(rule.transformations) else ChainedGradientTransformation(*parts)
-    return rule.in_force(state) if isinstance(rule, ListRule) else rule
-
-
-def _own_numbers(rule: GradientTransformation, state: Any, dtype: torch.dtype) -> list[Tensor]:
-    if isinstance(rule, ChainedGradientTransformation):
-        parts = zip(rule.transformations, state, strict=True)
-        return [number for part in parts for number in _own_numbers(*part, dtype)]
-    return rule.own_numbers(state, dtype) if isinstance(rule, ListRule) else []
-
-
-def splits_vectors(rule: GradientTransformation) -> bool:
-    """Say whether a rule, alone or in a chain, has to see the components of flat vectors in their shapes."""
-    if isinstance(rule, ChainedGradientTransformation):
-        return any(map(splits_vectors, rule.transformations))
-    return isinstance(rule, ListRule) and rule.splits_vectors()
-
-
-def _describe(rule: GradientTransformation, state: Any) -> str:
-    """Return a rule as it was written, with the hyperparameters that the state holds by now."""
-    if isinstance(rule, ChainedGradientTransformation):
-        parts = zip(rule.transformations, state, strict=True)
-        return f"chain({', '.join(_describe(*part) for part in parts)})"
-    if isinstance(rule, ListRule):
-        return rule.describe(state)
-    return repr(rule) if isinstance(rule, Rule) else "torchopt optimizer"
+        return f"OptState({layout.rule.describe(self.state)}, {len(layout.names)} {noun}{frozen})"
 
 
 register_node(
     OptState, lambda opt_state: ([opt_state.state], opt_state.layout), lambda state, layout: OptState(layout, *state)
 )
+
+
 torch.serialization.add_safe_globals([OptState, Layout])
+
+
+def freeze(opt_state: OptState, path: Path = None) -> OptState:
+    """Return a state whose steps leave some parameters, and what the optimizer remembers of them, alone.
+
+    What is frozen is part of the state's structure, like a gradient that is not there: a frozen parameter costs
+    nothing, and a compiled step is compiled once more when it is frozen. It is left out of a gradient norm that
+    the rule may clip by.
+
+    Args:
+        opt_state: The state.
+        path: A dotted path such as `"layer_1"`, which stands for everything below it, a glob such as `"*.bias"`, a
+            predicate on dotted names, a list of these, or None for all; see `luxtorch.freeze`. The components of a
+            ComponentVector have names too: once some of them are told apart, the vector's step is taken component by
+            component.
+
+    Returns:
+        The new state.
+
+    Raises:
+        KeyNameError: If the path stands for no parameter.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.ones(2), "bias": torch.ones(1)}
+        >>> opt_state = optim.freeze(optim.setup(optim.Descent(0.5), ps), "bias")
+        >>> opt_state
+        OptState(Descent(lr=0.5), 2 parameters, frozen: bias)
+        >>> opt_state, ps = optim.update(opt_state, ps, ps)
+        >>> ps
+        {'weight': tensor([0.5000, 0.5000]), 'bias': tensor([1.])}
+
+    The name is that of Optimisers.jl.
+    """
+    chosen = select(path, opt_state.layout.names)
+    return _with_frozen(by_component(opt_state), chosen | set(opt_state.layout.frozen))
+
+
+def thaw(opt_state: OptState, path: Path = None) -> OptState:
+    """Return a state whose steps change parameters again that were frozen.
+
+    Args:
+        opt_state: The state.
+        path: A dotted path, a glob, a predicate on dotted names, a list of these, or None for all; see `freeze`.
+
+    Returns:
+        The new state.
+
+    Raises:
+        KeyNameError: If the path stands for no parameter.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> opt_state = optim.setup(optim.Descent(0.5), {"weight": torch.ones(2), "bias": torch.ones(1)})
+        >>> optim.thaw(optim.freeze(opt_state), "weight")
+        OptState(Descent(lr=0.5), 2 parameters, frozen: bias)
+
+    The name is that of Optimisers.jl.
+    """
+    chosen = select(path, opt_state.layout.names)
+    return _with_frozen(opt_state, set(opt_state.layout.frozen) - chosen)
+
+
+def _with_frozen(opt_state: OptState, frozen: set[str]) -> OptState:
+    layout = opt_state.layout
+    return OptState(layout._replace(frozen=tuple(name for name in layout.names if name in frozen)), opt_state.state)
+
+
+def by_component(opt_state: OptState) -> OptState:
+    """Return a state in which the components of each ComponentVector are leaves of their own.
+
+    Such a state steps as that of a dict of the same components would, bit for bit. The parameters stay one vector.
+    """
+    layout = opt_state.layout
+    if layout.by_component or not layout.vectors:
+        return opt_state
+    vectors = dict(layout.vectors)
+    apart = {part for name, axes in vectors.items() for part in components(name, axes)}
+    leaves = {*vectors, *(name for name in layout.names if name not in apart)}
+
+    def splits(node: Any) -> bool:  # torchopt's states have dicts by the names of the leaves, or lists sorted by them
+        named = isinstance(node, dict) and node.keys() == leaves
+        return named or isinstance(node, RuleState) or (type(node) is list and len(node) == len(leaves))
+
+    def split(node: Any) -> Any:
+        if isinstance(node, RuleState):
+            return node._replace(leaves=_split_slots(node.leaves, vectors, layout.in_parts))
+        if not splits(node):
+            return node
+        pairs = node.items() if isinstance(node, dict) else zip(sorted(leaves), node, strict=True)
+        slots = _split_slots({name: {"": value} for name, value in pairs}, vectors, layout.in_parts)
+        new = {name: slot[""] for name, slot in slots.items()}
+        return new if isinstance(node, dict) else [new[name] for name in sorted(new)]
+
+    return OptState(layout._replace(by_component=True), tree_map(split, opt_state.state, is_leaf=splits))
+
+
+def _split_slots(old: Mapping[str, Slots], vectors: Mapping[str, Axes], in_parts: Collection[str]) -> dict[str, Slots]:
+    # A slot has a number for each element of the vector, after the leading dimensions of many models from vmap; or it
+    # is a count, of which every component gets one.
+    leaves: dict[str, Slots] = {}
+    for name, slots in old.items():
+        if name not in vectors:
+            leaves[name] = slots
+            continue
+        parts = components(name, vectors[name])
+        sizes = [prod(shape) for shape in parts.values()]
+        pieces: dict[str, list[Tensor]] = {}
+        for slot, value in slots.items():
+            dim = value.ndim - 1 - (name in in_parts)
+            if slot not in COUNTS and dim >= 0 and value.shape[dim] == sum(sizes):
+                pieces[slot] = [
+                    piece.reshape(*value.shape[:dim], *shape, *value.shape[dim + 1 :])
+                    for piece, shape in zip(torch.split(value, sizes, dim), parts.values(), strict=True)
+                ]
+        for i, part in enumerate(parts):
+            leaves[part] = {slot: pieces[slot][i] if slot in pieces else value.clone() for slot, value in slots.items()}
+    return leaves

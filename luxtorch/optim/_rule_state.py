@@ -1,4 +1,4 @@
-"""What a rule remembers: its hyperparameters, and something of each parameter."""
+"""The state of a rule: its hyperparameters and its slots, such as Adam's running averages, of each parameter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from torch import Tensor
 
 from luxtorch.core import KeyNameError
 
-from ._fused import COUNTS, Slots
 from ._hyperparameters import Shapes, unpack
+
+Slots: TypeAlias = dict[str, Tensor]
+"""What a rule remembers of one parameter."""
+
+
+COUNTS = ("step", "mu_product", "count")
+"""The slots that hold one number for the whole parameter."""
+
 
 Hyper: TypeAlias = "Tensor | dict[str, Tensor]"
 """The hyperparameters in a state: one vector for all parameters, or one for each by its name."""

@@ -1,18 +1,189 @@
-"""The schedules: straight, polynomial, exponential and cosine, and those that are put together from others."""
+"""Learning rate schedules, for any hyperparameter: linear, polynomial, exponential, cosine, warm-up, one-cycle."""
 
 from __future__ import annotations
 
 import math
+import operator
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, out_of_range, wrong_type
 
-from ._schedule import Schedule, Value, evaluate
+Value: TypeAlias = "float | Tensor"
+"""A number, or many in a tensor."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule: a frozen, hashable function from the number of steps taken to a value.
+
+    A rule takes one in place of a number: `Adam(lr=cosine(0.1, 0.0, 1000))`. It becomes part of the structure of the
+    state, which counts the steps in a tensor: one compiled graph serves them all. A number or a tensor that a
+    schedule is multiplied by goes into the state instead, where it can be batched and differentiated:
+    `Adam(lr=peak * cosine(1.0, 0.0, 1000))`. Schedules are added, subtracted, multiplied, divided and raised to a
+    power, with each other and with numbers. Each of a few numbers may follow its own:
+    `Adam(betas=(0.9, linear(0.95, 0.999, 1000)))`.
+
+    Example:
+        >>> from luxtorch import optim
+        >>> schedule = optim.linear(1.0, 0.0, 4)
+        >>> [schedule(step).item() for step in (0, 1, 4, 100)]
+        [1.0, 0.75, 0.0, 0.0]
+        >>> (0.1 * schedule)(2)
+        tensor(0.0500, dtype=torch.float64)
+        >>> warmup, decay = optim.linear(0.0, 1.0, 2), optim.exponential(1.0, 0.5)
+        >>> [(warmup * decay + 1.0)(step).item() for step in (0, 1, 2)]
+        [1.0, 1.25, 1.25]
+    """
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        """Return the value for the step after so many: a float64 tensor, of the shape of `step`."""
+        value = self.at(torch.as_tensor(step).to(torch.float64).clamp(min=0))
+        assert isinstance(value, Tensor)
+        return value
+
+    @abstractmethod
+    def at(self, step: Value) -> Value:
+        """Return the value at a step, not below zero: a float64 tensor, or a number, which is faster."""
+
+    def __mul__(self, other: Any) -> Schedule:
+        if isinstance(other, Scaled):
+            return Scaled(_combined("*", self, other.schedule), other.factor)
+        return _combined("*", self, other) if callable(other) else Scaled(self, other)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Schedule:
+        return self * -1.0
+
+    def __add__(self, other: Any) -> Schedule:
+        return _combined("+", self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Schedule:
+        return _combined("-", self, other)
+
+    def __rsub__(self, other: Any) -> Schedule:
+        return _combined("-", other, self)
+
+    def __truediv__(self, other: Any) -> Schedule:
+        return _combined("/", self, other)
+
+    def __rtruediv__(self, other: Any) -> Schedule:
+        return _combined("/", other, self)
+
+    def __pow__(self, other: Any) -> Schedule:
+        return _combined("**", self, other)
+
+    def __rpow__(self, other: Any) -> Schedule:
+        return _combined("**", other, self)
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """Multiply a schedule by a number or a 0-d tensor."""
+
+    schedule: Schedule
+    factor: float | Tensor
+
+    def at(self, step: Value) -> Value:
+        return self.factor * self.schedule.at(step)
+
+    def __mul__(self, other: Any) -> Schedule:
+        if isinstance(other, Scaled):
+            return Scaled(_combined("*", self.schedule, other.schedule), self.factor * other.factor)
+        if callable(other):
+            return Scaled(_combined("*", self.schedule, other), self.factor)
+        return Scaled(self.schedule, other * self.factor)
+
+    __rmul__ = __mul__
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "**": operator.pow,
+}
+
+
+@dataclass(frozen=True)
+class Combined(Schedule):
+    """Combine two schedules, or one and a number, by an arithmetic operator."""
+
+    left: Callable[[Tensor], Any] | float
+    operator: str
+    right: Callable[[Tensor], Any] | float
+
+    def at(self, step: Value) -> Value:
+        left, right = (evaluate(side, step) if callable(side) else side for side in (self.left, self.right))
+        if self.operator == "**" and isinstance(right, Tensor) and not isinstance(left, Tensor):
+            left = torch.full_like(right, left)  # torch.compile does not trace the power of a number to a tensor
+        value: Value = _OPERATORS[self.operator](left, right)
+        return value
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {self.operator} {self.right!r})"
+
+
+def _combined(symbol: str, left: Any, right: Any) -> Combined:
+    for side in (left, right):
+        tensor = side.factor if isinstance(side, Scaled) else side
+        if isinstance(tensor, Tensor) or not (callable(tensor) or isinstance(tensor, (int, float))):
+            raise wrong_type(
+                f"what a schedule is combined with by '{symbol}'",
+                tensor,
+                "a schedule or a number",
+                fix="A tensor is a factor on the whole: tensor * (schedule + schedule).",
+            )
+    return Combined(left, symbol, right)
+
+
+def schedule_of(value: Any) -> Any:
+    """Return the schedule that a hyperparameter follows, without the factor that the state holds, or None.
+
+    Of several numbers, it is a tuple of the schedule of each, if one follows any.
+    """
+    if isinstance(value, (tuple, list)):
+        schedules = tuple(map(schedule_of, value))
+        return None if all(schedule is None for schedule in schedules) else schedules
+    if isinstance(value, Scaled):
+        return value.schedule
+    return value if callable(value) and not isinstance(value, (type, Tensor)) else None
+
+
+def scale_of(value: Any) -> Any:
+    """Return what the state holds of a hyperparameter: the factor of its schedule, or its value."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(scale_of, value))
+    if isinstance(value, Scaled):
+        return value.factor
+    return value if schedule_of(value) is None else 1.0
+
+
+def rescaled(schedule: Any, value: Any) -> Any:
+    """Return a hyperparameter of which the state holds a value: the value, or its schedule with that as a factor."""
+    if schedule is None or value is None:
+        return value
+    if isinstance(schedule, tuple):
+        return tuple(map(rescaled, schedule, value))
+    return schedule if isinstance(value, float) and value == 1.0 else Scaled(schedule, value)
+
+
+def evaluate(schedule: Callable[[Tensor], Any], step: Value) -> Value:
+    """Return the value of a schedule, which may be a function that knows tensors only, at a step."""
+    if isinstance(step, Tensor):
+        return torch.as_tensor(schedule(step), dtype=step.dtype, device=step.device)
+    if isinstance(schedule, Schedule):
+        return schedule.at(step)
+    return float(schedule(torch.tensor(step, dtype=torch.float64)))
 
 
 def constant(value: float) -> Schedule:
@@ -159,7 +330,7 @@ def one_cycle(
     very fast training of neural networks using large learning rates", 2018.
     """
     if anneal_strategy not in ("cos", "linear"):
-        raise InputError("The annealing strategy is unknown.", expected="'cos' or 'linear'", got=repr(anneal_strategy))
+        raise out_of_range("anneal_strategy", anneal_strategy, "'cos' or 'linear'")
     start = max_lr / div_factor
     values = [start, max_lr, start / final_div_factor]
     ends = [pct_start * total_steps - 1, total_steps - 1]
@@ -222,13 +393,13 @@ def join(schedules: Sequence[Callable[[Tensor], Any]], boundaries: Sequence[floa
 def _check(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise InputError(f"'{name}' of a schedule is not a finite number.", got=repr(value))
+            raise out_of_range(name, value, "a finite number")
 
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
-            raise InputError(f"'{name}' of a schedule is not positive.", expected=f"{name} > 0", got=repr(value))
+            raise out_of_range(name, value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -291,4 +462,4 @@ def _part(step: Value, steps: float) -> Value:
     return part.clamp(max=1) if isinstance(part, Tensor) else min(part, 1.0)
 
 
-torch.serialization.add_safe_globals([Polynomial, Exponential, Cosine, Join])
+torch.serialization.add_safe_globals([Scaled, Combined, Polynomial, Exponential, Cosine, Join])

@@ -1,16 +1,55 @@
-"""One step of an optimizer."""
+"""`setup` and `update`: an optimizer's state before the first step, and one step."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torchopt
-from torch import Tensor
-from torchopt.base import ChainedGradientTransformation
+from ._leaves import components, from_components, pair, rebuild, to_components, vectors
+from ._opt_state import Layout, OptState
+from ._rule import GradientTransformation
+from .modifiers._chain import as_rule
 
-from ._leaves import Leaves, from_components, pair, rebuild, to_components, to_parts
-from ._list_rule import ListRule
-from ._opt_state import OptState
+
+def setup(rule: GradientTransformation, ps: Any) -> OptState:
+    """Return the state of an optimizer before the first step.
+
+    Args:
+        rule: A rule of this package, or any torchopt optimizer or chain. torchopt's are used as they are, but
+            never in place; a torchopt chain of rules of this package becomes an `OptimiserChain`.
+        ps: The parameters: nested dicts of tensors, a ComponentVector, a tensor, or any pytree of these; on the
+            device where they will be trained. The hyperparameters stay on the CPU: there the kernels read them.
+
+    A complex parameter steps as torch.optim has it: a rule, and its state, has real and imaginary parts as numbers of
+    their own, in a last dimension of two.
+
+    Returns:
+        The state: a pytree of tensors, for `update`.
+
+    Raises:
+        InputError: If a torchopt chain has a rule that works in an `OptimiserChain` only.
+        DTypeError: If the rule is not a gradient transformation, if a parameter is not a tensor, or if it is complex
+            and the rule is one for matrices, `Muon` or `Adafactor`.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> optim.setup(optim.Descent(0.01), {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+        OptState(Descent(lr=0.01), 2 parameters)
+
+    The name is that of Optimisers.jl.
+    """
+    own = as_rule(rule)
+    axes, leaves = vectors(ps), pair(ps, None)
+    names = [part for name in leaves.names for part in (components(name, axes[name]) if name in axes else [name])]
+    apart = bool(axes) and own.splits_vectors()
+    layout = Layout(
+        own.bare(),
+        tuple(names),
+        vectors=tuple(axes.items()),
+        by_component=apart,
+        in_parts=tuple(name for name in axes if name in leaves.in_parts),
+    )
+    return OptState(layout, own.init(to_components(ps) if apart else ps))
 
 
 def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
@@ -54,25 +93,6 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
         leaves = leaves._replace(grads=grads)
     if all(g is None for g in leaves.grads):
         return opt_state, ps
-    if isinstance(layout.rule, ListRule):
-        params, state = layout.rule.step(leaves, opt_state.state)
-    else:
-        params, state = _step_of_torchopt(opt_state, to_parts(tree) if leaves.in_parts else tree, leaves)
+    params, state = layout.rule.step(leaves, opt_state.state)
     new = rebuild(tree, iter(params))
     return OptState(layout, state), from_components(ps, new) if layout.by_component else new
-
-
-def _step_of_torchopt(opt_state: OptState, ps: Any, leaves: Leaves) -> tuple[list[Tensor], Any]:
-    rule, state = opt_state.layout.rule, opt_state.state
-    grads = rebuild(ps, iter(leaves.grads))
-    if isinstance(rule, ChainedGradientTransformation):
-        *firsts, last = rule.transformations
-        if isinstance(last, ListRule) and last.descends:
-            # As `rule.update` would do, but the last step is ours, with its kernel.
-            *states, last_state = state
-            for i, first in enumerate(firsts):
-                grads, states[i] = first.update(grads, states[i], params=ps, inplace=False)
-            params, last_state = last.step(pair(ps, grads), last_state)
-            return params, (*states, last_state)
-    updates, state = rule.update(grads, state, params=ps, inplace=False)
-    return pair(torchopt.apply_updates(ps, updates, inplace=False), None).params, state

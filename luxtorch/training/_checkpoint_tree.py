@@ -15,6 +15,7 @@ from luxtorch.components import Axes, ComponentVector
 from luxtorch.core import DTypeError, KeyNameError, Static, TreeSpec, path_name, tree_flatten_with_path, tree_unflatten
 from luxtorch.core._former import names_today, same_today
 from luxtorch.optim import OptState
+from luxtorch.optim._torchopt import TorchOpt
 
 from ._checkpoint_format import Contents, Stored, dtype_name, is_storable
 
@@ -181,6 +182,8 @@ def _components(name: str, axes: Axes) -> Iterator[tuple[str, str]]:
 
 def _rule_text(rule: GradientTransformation) -> str:
     """Return the name of a rule, with those of the rules in it."""
+    if isinstance(rule, TorchOpt):
+        rule = rule.given
     if isinstance(rule, ChainedGradientTransformation):
         return f"chain({', '.join(map(_rule_text, rule.transformations))})"
     inner = [part for value in getattr(rule, "__dict__", {}).values() for part in _rules_in(value)]

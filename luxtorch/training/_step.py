@@ -12,8 +12,9 @@ from luxtorch import optim
 from luxtorch._torch import storage_id, storage_users
 from luxtorch._transforms import transformed
 from luxtorch.core import map_tensors, tensors
-from luxtorch.optim._fused import numbers, unobserved
+from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair
+from luxtorch.optim._rule import negative
 
 from ._gradients import Objective, all_finite, check_state, gradients, select
 from ._train_state import TrainState, Trees, make, peek, spend
@@ -58,6 +59,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
         params = pair(ps, None).params
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
+        gs = negative(gs) if rule.maximize else gs
         rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
         state = state.after(slots)
     new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)

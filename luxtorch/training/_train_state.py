@@ -14,9 +14,7 @@ from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, regist
 from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
 from luxtorch.core._table import plain, section, shown
-from luxtorch.optim._opt_state import in_force
-from luxtorch.optim._optimiserchain import as_one
-from luxtorch.optim._rule import structure_of
+from luxtorch.optim.modifiers._chain import as_rule
 
 
 class Trees(NamedTuple):
@@ -128,9 +126,9 @@ class TrainState:
         Of a hyperparameter that was adjusted by path it is None. It is what the next step takes: after
         `load_checkpoint`, the numbers of the file.
         """
-        opt_state, given = peek(self).optimizer_state, as_one(self._statics.rule)
-        same = structure_of(given) == opt_state.layout.rule
-        return in_force(given if same else opt_state.layout.rule, opt_state.state)
+        opt_state, given = peek(self).optimizer_state, as_rule(self._statics.rule)
+        same = given.bare() == opt_state.layout.rule
+        return (given if same else opt_state.layout.rule).in_force(opt_state.state)
 
     @property
     def parameters(self) -> Any:

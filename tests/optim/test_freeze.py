@@ -12,7 +12,7 @@ import torchopt
 
 from luxtorch import optim
 from luxtorch.components import ComponentVector
-from luxtorch.core import InputError, KeyNameError
+from luxtorch.core import KeyNameError
 
 
 def identity(tree: Any) -> Any:
@@ -151,9 +151,18 @@ def test_chain_on_a_vector(draw):
 
 
 def test_torchopt_on_a_vector(draw):
-    opt_state = optim.setup(torchopt.adam(0.1), ComponentVector(draw()))
-    with pytest.raises(InputError, match=r"torchopt optimizer(.|\n)*ps.to_dict\(\)"):
-        optim.freeze(opt_state, "layer_1")
+    """A component of a flat vector is frozen in a torchopt optimizer, in the middle of training, as in a dict."""
+    ps, grads = draw(), [draw() for _ in range(4)]
+    vector, noises = ComponentVector(ps), [ComponentVector(g) for g in grads]
+    state, vector_state = (optim.setup(torchopt.adam(0.1), tree) for tree in (ps, vector))
+    for i, (g, noise) in enumerate(zip(grads, noises, strict=True)):
+        if i == 2:
+            state, vector_state = optim.freeze(state, "layer_1"), optim.freeze(vector_state, "layer_1")
+            kept = vector.layer_1.weight
+        state, ps = optim.update(state, ps, g)
+        vector_state, vector = optim.update(vector_state, vector, noise)
+    assert torch.equal(vector.layer_1.weight, kept)
+    torch.testing.assert_close(vector.to_dict(), ps, rtol=1e-12, atol=1e-12)
 
 
 def test_structure_comes_back(rule, draw):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 import pickle
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -150,13 +152,13 @@ class TestChecks:
     @pytest.mark.parametrize(
         "make, problem",
         [
-            (lambda: optim.Descent(-0.1), "'lr' is out of range(.|\n)*0 <= lr < inf(.|\n)*-0.1"),
-            (lambda: optim.Descent(float("nan")), "'lr' is out of range"),
-            (lambda: optim.Adam(betas=(0.9, 1.0)), "'betas' is out of range(.|\n)*0 <= betas < 1"),
-            (lambda: optim.Adam(betas=(0.9, 0.99, 0.999)), r"'betas' has the wrong shape(.|\n)*shape \(3,\)"),
-            (lambda: optim.Adam(betas=0.9), r"'betas' has the wrong shape(.|\n)*2 numbers"),
-            (lambda: optim.Adam(torch.ones(3)), "'lr' has the wrong shape(.|\n)*torch.vmap"),
-            (lambda: optim.AdamW(weight_decay=-1), "'weight_decay' is out of range"),
+            (lambda: optim.Descent(-0.1), r"lr must be in \[0, inf\)(.|\n)*-0.1"),
+            (lambda: optim.Descent(float("nan")), "lr must be in"),
+            (lambda: optim.Adam(betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
+            (lambda: optim.Adam(betas=(0.9, 0.99, 0.999)), r"betas has the wrong shape(.|\n)*shape \(3,\)"),
+            (lambda: optim.Adam(betas=0.9), r"betas has the wrong shape(.|\n)*2 numbers"),
+            (lambda: optim.Adam(torch.ones(3)), "lr has the wrong shape(.|\n)*torch.vmap"),
+            (lambda: optim.AdamW(weight_decay=-1), "weight_decay must be in"),
         ],
     )
     def test_values(self, make, problem):
@@ -165,7 +167,7 @@ class TestChecks:
 
     @pytest.mark.parametrize("bad", ["0.1", None.__class__, True, 1j, torch.tensor(1), [0.1, "x"]])
     def test_types(self, bad):
-        with pytest.raises(DTypeError, match="'lr' is not a number"):
+        with pytest.raises(DTypeError, match="lr must be 1 number"):
             optim.Descent(bad)
 
     def test_lists_become_tuples(self):
@@ -285,9 +287,9 @@ class TestAdjust:
 
     def test_values_are_checked(self, ps):
         opt_state = optim.setup(optim.Adam(), ps)
-        with pytest.raises(InputError, match="'lr' is out of range"):
+        with pytest.raises(InputError, match="lr must be in"):
             optim.adjust(opt_state, lr=-1.0)
-        with pytest.raises(InputError, match="'lr' has the wrong shape"):
+        with pytest.raises(InputError, match="lr has the wrong shape"):
             optim.adjust(opt_state, lr=torch.ones(2))
         with pytest.raises(InputError, match="nothing to adjust"):
             optim.adjust(opt_state)
@@ -331,3 +333,59 @@ class TestStates:
         texts = []
         torch.vmap(lambda lr: texts.append(repr(optim.setup(optim.Descent(lr), torch.ones(3)))) or lr)(torch.ones(4))
         assert texts == ["OptState(Descent(lr=<traced>), 1 parameter)"]
+
+
+RULES = [r for r in vars(optim).values() if isinstance(r, type) and issubclass(r, optim.Rule) and r.hyperparameters]
+HYPERPARAMETERS = [(rule, name) for rule in RULES for name in rule.hyperparameters]
+
+
+class TestRanges:
+    """Every hyperparameter of every rule declares where it lies, and refuses the rest in one line."""
+
+    @staticmethod
+    def make(cls, name, value, place):
+        rule = cls.__new__(cls)
+        default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+        values = list(default) if isinstance(default, tuple) else [default]
+        values[place] = value
+        needed = {field.name: 1 for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        rule.__init__(**needed, **{name: tuple(values) if isinstance(default, tuple) else values[0]})
+        return rule
+
+    @pytest.mark.parametrize("cls, name", HYPERPARAMETERS, ids=lambda value: getattr(value, "__name__", value))
+    def test_ends(self, cls, name):
+        (size,) = cls.hyperparameters[name] or (1,)
+        for place, interval in enumerate((cls.ranges[name] * size)[:size]):
+            least, most = map(float, str(interval)[1:-1].split(","))
+            inside = [least] if str(interval)[0] == "[" else []
+            inside += [most] if str(interval)[-1] == "]" else []
+            outside = [math.nan, math.nextafter(least, -math.inf), math.nextafter(most, math.inf), math.inf, -math.inf]
+            outside += [end for end in (least, most) if end not in inside]
+            for value in (*inside, math.nextafter(least, most)):
+                self.make(cls, name, value, place)
+            for value in outside:
+                with pytest.raises(InputError) as error:
+                    self.make(cls, name, value, place)
+                written = name if len(set(cls.ranges[name])) == 1 else f"{name}[{place}]"
+                assert error.value.problem == f"{written} must be in {interval}."
+
+    @pytest.mark.parametrize("cls, name", HYPERPARAMETERS, ids=lambda value: getattr(value, "__name__", value))
+    def test_adjusted(self, cls, name):
+        if cls.hyperparameters[name]:
+            pytest.skip("a few of a kind are checked as one")
+        ps = {"weight": torch.ones(2, 2)}
+        opt_state = optim.setup(cls(), ps)
+        with pytest.raises(InputError, match=f"{name} must be in"):
+            optim.adjust(opt_state, **{name: -1.0})
+
+    def test_names_that_only_type_checkers_know(self):
+        class Mine(optim.LeafwiseRule):
+            lr: Unknown = 0.1  # noqa: F821
+            share: Annotated[float, optim.Range("[0, 1]")] = 0.5
+
+            def delta(self, g, p, slots, h):
+                return -h["lr"] * g, slots
+
+        assert Mine(lr=5.0, share=1.0).lr == 5.0
+        with pytest.raises(InputError, match=r"share must be in \[0, 1\]"):
+            Mine(share=1.5)

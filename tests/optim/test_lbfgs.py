@@ -17,7 +17,7 @@ from luxtorch import optim
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError
 from luxtorch.optim import LBFGS, minimize
-from luxtorch.optim._lbfgs import ALL
+from luxtorch.optim.solvers._lbfgs import ALL
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
@@ -266,7 +266,7 @@ class TestUpdate:
 class TestUpdateErrors:
     @pytest.mark.parametrize("size", [0, -1, 2.0, True])
     def test_history_size(self, size):
-        with pytest.raises(InputError, match="remembered steps is not a positive integer"):
+        with pytest.raises(InputError, match="history_size must be a positive integer"):
             LBFGS(history_size=size)
 
     def test_many_models_in_one_vector(self):
@@ -528,7 +528,7 @@ class TestMinimizeErrors:
         "options", [{"max_iter": 0}, {"max_eval": 0}, {"tolerance_grad": -1.0}, {"tolerance_change": math.nan}]
     )
     def test_options(self, options):
-        with pytest.raises(InputError, match=f"'{next(iter(options))}' is out of range"):
+        with pytest.raises(InputError, match=f"{next(iter(options))} must be at least"):
             solved(quartic, torch.ones(2), **options)
 
     def test_inside_of_transforms(self):

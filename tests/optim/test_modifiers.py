@@ -357,7 +357,7 @@ class TestKernel:
             calls.append(args)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(torch, "_fused_adamw_", spy)
+        monkeypatch.setattr("luxtorch.optim.rules._adam.fused_adamw_", spy)
         return calls
 
     @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ class TestClipNorm:
 
     @pytest.mark.parametrize("make", [lambda: ClipNorm(-1.0), lambda: ClipNorm(1.0, 0), lambda: ClipGrad(-1.0)])
     def test_values(self, make):
-        with pytest.raises(InputError, match="out of range|order of the norm is not positive"):
+        with pytest.raises(InputError, match="must be in|p must be above 0"):
             make()
 
     def test_repr(self):
@@ -505,7 +505,7 @@ class TestAccumGrad:
 
     @pytest.mark.parametrize("n", [0, -1, 1.5, True])
     def test_values(self, n):
-        with pytest.raises(InputError, match="not a positive integer"):
+        with pytest.raises(InputError, match="n must be a positive integer"):
             AccumGrad(n)
 
     def test_not_before_torchopt(self):
@@ -544,7 +544,7 @@ class TestMixedPrecision:
             OptimiserChain(MixedPrecision(optim.Adam()), WeightDecay())
 
     def test_dtype(self):
-        with pytest.raises(InputError, match="copies cannot have this dtype"):
+        with pytest.raises(InputError, match="dtype must be a floating point dtype"):
             MixedPrecision(optim.Adam(), torch.int32)
 
 
@@ -581,9 +581,9 @@ class TestOptimiserChain:
         with pytest.raises(InputError, match="WeightDecay would have the wrong sign(.|\n)*OptimiserChain"):
             optim.setup(torchopt.chain(optim.Adam(), WeightDecay()), ps)
 
-    @pytest.mark.parametrize("bad", [torchopt.adam(), torch.optim.Adam, 0.1])
+    @pytest.mark.parametrize("bad", [torch.optim.Adam, 0.1])
     def test_other_rules(self, bad):
-        with pytest.raises(DTypeError, match="not a rule of luxtorch.optim(.|\n)*torchopt.chain"):
+        with pytest.raises(DTypeError, match="not a gradient transformation"):
             OptimiserChain(ClipNorm(), bad)
 
     def test_state_of_other_names(self):

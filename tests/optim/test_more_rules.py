@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import torch._dynamo.testing
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch import optim
+import luxtorch as lt
+from luxtorch import optim, training
 from luxtorch.core import InputError
 from luxtorch.optim import (
     LAMB,
@@ -52,6 +54,11 @@ def adam_moments(g: Tensor, memory: dict[str, Any], t: int, beta1: float, beta2:
     memory["m"] = beta1 * memory.get("m", 0.0) + (1 - beta1) * g
     memory["v"] = beta2 * memory.get("v", 0.0) + (1 - beta2) * g**2
     return memory["m"] / (1 - beta1**t), memory["v"] / (1 - beta2**t)
+
+
+def asgd(p, g, memory, t, lr, lambd, alpha, weight_decay):
+    eta = lr / (1 + lambd * lr * (t - 1)) ** alpha
+    return p * (1 - lambd * eta) - eta * (g + weight_decay * p)
 
 
 def oadam(p, g, memory, t, lr, beta1, beta2, eps):
@@ -147,10 +154,63 @@ CASES = {
         lambda ps: torch_optim.Adafactor(ps, 0.3, -0.6, (1e-3, 1e-2), 1.5, 0.1),
     ),
     "muon": Case(Muon(), lambda ps: torch_optim.Muon(ps)),
+    "sgd": Case(optim.SGD(0.05), lambda ps: torch_optim.SGD(ps, 0.05)),
+    "sgd-dampening": Case(
+        optim.SGD(0.05, 0.9, 0.3, 0.1), lambda ps: torch_optim.SGD(ps, 0.05, 0.9, 0.3, weight_decay=0.1)
+    ),
+    "sgd-no-momentum": Case(optim.SGD(0.05, 0.0, 0.3), lambda ps: torch_optim.SGD(ps, 0.05, 0.0, 0.3)),
+    "sgd-nesterov": Case(
+        optim.SGD(0.05, 0.9, 0.0, 0.1, nesterov=True),
+        lambda ps: torch_optim.SGD(ps, 0.05, 0.9, weight_decay=0.1, nesterov=True),
+    ),
+    "asgd": Case(optim.ASGD(), lambda ps: Written(asgd, ps, lr=0.01, lambd=1e-4, alpha=0.75, weight_decay=0.0)),
+    "asgd-decay": Case(
+        optim.ASGD(0.05, 0.1, 0.5, 3.0, 0.1),
+        lambda ps: Written(asgd, ps, lr=0.05, lambd=0.1, alpha=0.5, weight_decay=0.1),
+    ),
+    "adagrad-initial": Case(
+        AdaGrad(0.1, initial_accumulator_value=0.5),
+        lambda ps: torch_optim.Adagrad(ps, 0.1, initial_accumulator_value=0.5),
+    ),
+    "rmsprop-momentum": Case(
+        RMSProp(0.02, 0.9, 1e-3, 0.1, centered=True, momentum=0.8),
+        lambda ps: torch_optim.RMSprop(ps, 0.02, 0.9, 1e-3, 0.1, 0.8, centered=True),
+    ),
+    "adamw-amsgrad": Case(
+        optim.AdamW(0.02, (0.8, 0.9), 1e-3, 0.1, amsgrad=True),
+        lambda ps: torch_optim.AdamW(ps, 0.02, (0.8, 0.9), 1e-3, 0.1, amsgrad=True),
+    ),
+    "muon-coefficients": Case(
+        Muon(0.02, ns_coefficients=(2.0, -1.5, 0.5)),
+        lambda ps: torch_optim.Muon(ps, 0.02, ns_coefficients=(2.0, -1.5, 0.5)),
+    ),
     "muon-plain": Case(
         Muon(0.02, 0.3, 0.5, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
         lambda ps: torch_optim.Muon(ps, 0.02, 0.3, 0.5, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
     ),
+}
+
+MAXIMIZED: list[tuple[type[optim.LeafwiseRule], Any, dict[str, Any]]] = [
+    (optim.SGD, torch_optim.SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
+    (optim.Descent, torch_optim.SGD, {}),
+    (optim.Momentum, torch_optim.SGD, {"momentum": 0.9}),
+    (optim.Adam, torch_optim.Adam, {}),
+    (optim.AdamW, torch_optim.AdamW, {"weight_decay": 0.1}),
+    (AdaGrad, torch_optim.Adagrad, {"weight_decay": 0.1}),
+    (AdaDelta, torch_optim.Adadelta, {"weight_decay": 0.1}),
+    (AdaMax, torch_optim.Adamax, {"weight_decay": 0.1}),
+    (NAdam, torch_optim.NAdam, {"weight_decay": 0.1}),
+    (RAdam, torch_optim.RAdam, {"weight_decay": 0.1}),
+    (RMSProp, torch_optim.RMSprop, {"weight_decay": 0.1, "momentum": 0.5}),
+    (Rprop, torch_optim.Rprop, {}),
+    (Adafactor, torch_optim.Adafactor, {"weight_decay": 0.1}),
+]
+CASES |= {
+    f"{rule.__name__}-maximize": Case(
+        rule(lr=0.05, maximize=True, **options),
+        lambda ps, reference=reference, options=options: reference(ps, lr=0.05, maximize=True, **options),
+    )
+    for rule, reference, options in MAXIMIZED
 }
 
 # Every rule once, with decay where it has one, and a learning rate that shows.
@@ -176,6 +236,8 @@ RULES = {
         LAMB(0.05, weight_decay=0.1),
         Adafactor(0.05, weight_decay=0.1),
         Muon(0.05, ns_dtype=None),
+        optim.SGD(0.05, 0.9, 0.1, 0.1),
+        optim.ASGD(0.05, t0=2.0, weight_decay=0.1),
         LBFGS(0.05, 3),
     )
 }
@@ -369,6 +431,8 @@ def test_dead_units_stay(name, kind, make):
     rule = RULES[name]
     if "weight_decay" in rule.hyperparameters:
         rule = type(rule)(**{**vars(rule), "weight_decay": 0.0})
+    if name == "ASGD":
+        rule = dataclasses.replace(rule, lambd=0.0)
     ps = make(rule, kind)
     dead = pytree.tree_map(lambda p: (torch.arange(p.numel()) < p.numel() // 2).view(p.shape), ps)
     if name == "Muon":  # it turns the whole matrix: the dead unit is a row
@@ -477,7 +541,7 @@ def test_a_vector_steps_as_the_dict_of_its_components(rule, kind, make):
 def test_muon_is_for_matrices():
     with pytest.raises(InputError, match=r"Muon is for matrices\.(?s:.)*shape \(3,\)(?s:.)*AdamW"):
         optim.setup(Muon(), {"bias": torch.zeros(3)})
-    with pytest.raises(InputError, match="adjust_lr_fn 'original'"):
+    with pytest.raises(InputError, match="adjust_lr_fn must be 'original'"):
         Muon(adjust_lr_fn="orignal")
 
 
@@ -541,3 +605,38 @@ def test_adafactor_factors_the_last_two_dimensions(shape, rng):
         theirs.grad = g
         optimizer.step()
     close(p, theirs.detach())
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_asgd_is_that_of_torch(maximize):
+    """Which rounds its learning rate to float32."""
+    p, g = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.25])
+    parameter = torch.nn.Parameter(p.clone())
+    options = {"lr": 0.1, "lambd": 0.1, "t0": 2.0, "weight_decay": 0.1, "maximize": maximize}
+    optimizer = torch_optim.ASGD([parameter], **options)
+    opt_state = optim.setup(optim.ASGD(**options), p)
+    for _ in range(8):
+        parameter.grad = g
+        optimizer.step()
+        opt_state, p = optim.update(opt_state, p, g)
+        torch.testing.assert_close(p, parameter.detach())
+        torch.testing.assert_close(opt_state.state.leaves[""]["ax"], optimizer.state[parameter]["ax"])
+
+
+def test_momentum_of_rmsprop_begins_with_the_rule():
+    ps = {"weight": torch.ones(2)}
+    with pytest.raises(InputError, match=r"set up without momentum(.|\n)*optim.transfer"):
+        optim.adjust(optim.setup(RMSProp(), ps), momentum=0.9)
+    opt_state = optim.adjust(optim.setup(RMSProp(momentum=0.5), ps), momentum=0.9)
+    assert opt_state.rule == RMSProp(momentum=0.9)
+
+
+def test_maximized_steps_in_place():
+    model, data = lt.Dense(2, 2), (torch.ones(3, 2), torch.zeros(3, 2))
+    for rule in (optim.AdamW(0.1, maximize=True), optim.Descent(0.1, maximize=True), optim.SGD(0.1, 0.9, 0.1)):
+        ts = training.TrainState(model, *lt.setup(0, model), rule)
+        donated = training.TrainState(model, *lt.setup(0, model), rule)
+        for _ in range(3):
+            ts = training.single_train_step(lt.MSELoss(), data, ts)[-1]
+            donated = training.single_train_step(lt.MSELoss(), data, donated, donate=True)[-1]
+        torch.testing.assert_close(ts.parameters, donated.parameters, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 import luxtorch as lt
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError
-from luxtorch.optim._scipy import scipy_least_squares, scipy_minimize
+from luxtorch.optim.solvers._scipy import scipy_least_squares, scipy_minimize
 
 # Beside the value they take nothing, the gradient, the products with the Hessian too, or the Hessian too.
 METHODS = {
@@ -239,7 +239,7 @@ class TestErrors:
         [
             ({"jac": "2-point"}, KeyNameError, "'jac' is not an option(.|\n)*Leave it out"),
             ({"args": (1,)}, KeyNameError, "'args' is not an option(.|\n)*closed over"),
-            ({"bounds": [0, 1, 2]}, InputError, r"not a pair(.|\n)*\(lower, upper\)"),
+            ({"bounds": [0, 1, 2]}, DTypeError, r"bounds must be a pair \(lower, upper\)"),
             ({"bounds": ({"b": torch.zeros(2)}, None)}, KeyNameError, "lower bounds(.|\n)*same names: 'a'"),
             ({"bounds": (None, {"a": torch.zeros(3)})}, InputError, r"a: The upper bound(.|\n)*\(2,\)(.|\n)*\(3,\)"),
             ({"bounds": (0, 1.5)}, InputError, "a: The parameters begin outside(.|\n)*0 to 1.5(.|\n)*got: +2"),
@@ -310,5 +310,5 @@ def test_least_squares_takes_residuals(value, got):
 
 
 def test_there_are_two_modes():
-    with pytest.raises(InputError, match="no mode 'backward'"):
+    with pytest.raises(InputError, match="mode must be 'reverse' or 'forward'"):
         scipy_least_squares(lambda ps: ps, torch.ones(2), mode="backward")

@@ -122,12 +122,11 @@ def test_moments_are_kept(name: str, other: str, tree: Any) -> None:
 
     # By hand: one step of the new rule alone, from the slots of the old.
     parts: dict[str, Any] = {}
-    optim._opt_state.map_rules(
+    changed.optimizer_state.layout.rule.map_states(
         lambda r, s: parts.update({leaf: slots for leaf, slots in s.leaves.items() if type(r) is type(plain)}) or s,
-        changed.optimizer_state.layout.rule,
         changed.optimizer_state.state,
     )
-    old = optim._by_component.by_component(ts.optimizer_state) if "flat" not in parts else ts.optimizer_state
+    old = optim._opt_state.by_component(ts.optimizer_state) if "flat" not in parts else ts.optimizer_state
     alike(parts, old.state.leaves)
     if other == "the same":
         alike(trained(changed, 3), trained(ts, 3))
@@ -172,17 +171,16 @@ def test_unfrozen_parameters_begin_anew_beside_the_others(rule: Any, tree: Any) 
 
     # The same run with a fresh optimizer for the one, and the old one for the other.
     fresh = optim.setup(rule, {"layer_1": dict(ps["layer_1"])})
-    known = optim._by_component.by_component(ts.optimizer_state)
+    known = optim._opt_state.by_component(ts.optimizer_state)
     slots = {}
-    optim._opt_state.map_rules(
+    after.optimizer_state.layout.rule.map_states(
         lambda r, s: slots.update({k: v for k, v in s.leaves.items() if v}) or s,
-        after.optimizer_state.layout.rule,
         after.optimizer_state.state,
     )
     expected = {}
     for state in (fresh, known):
-        optim._opt_state.map_rules(
-            lambda r, s: expected.update({k: v for k, v in s.leaves.items() if v}) or s, state.layout.rule, state.state
+        state.layout.rule.map_states(
+            lambda r, s: expected.update({k: v for k, v in s.leaves.items() if v}) or s, state.state
         )
     assert slots.keys() == expected.keys()
     alike(slots, {name: expected[name] for name in slots})

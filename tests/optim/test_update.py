@@ -270,7 +270,7 @@ class TestKernel:
             calls.append(args)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(torch, "_fused_adamw_", spy)
+        monkeypatch.setattr("luxtorch.optim.rules._adam.fused_adamw_", spy)
         return calls
 
     def test_runs_once_for_all_leaves(self, calls, kind, draw):

@@ -1,4 +1,4 @@
-"""Other rules for other parameters."""
+"""Parameter groups: other rules for other parameters."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchopt.base import GradientTransformation
 from typing_extensions import Self
 
 from luxtorch.core import InputError, Static
 from luxtorch.core._paths import Name, Path, select
 
-from ._leaves import Leaves, pair, to_components
-from ._list_rule import ChangeState, ListRule, Updates
-from ._optimiserchain import list_rule, negative
-from ._rule_state import check_names
+from .._leaves import Leaves
+from .._rule import ChangeState, GradientTransformation, ListRule, Updates, negative
+from .._rule_state import check_names
+from ._chain import as_rule
 
 
 class GroupsState(NamedTuple):
@@ -72,7 +71,7 @@ class Groups(ListRule):
     ) -> None:
         pairs: dict[Any, GradientTransformation] = {**groups} if rest is None else {**groups, None: rest}
         object.__setattr__(self, "paths", tuple(pairs))
-        object.__setattr__(self, "rules", tuple(map(list_rule, pairs.values())))
+        object.__setattr__(self, "rules", tuple(map(as_rule, pairs.values())))
 
     def __reduce__(self) -> tuple[Any, ...]:
         pairs = dict(zip(self.paths, self.rules, strict=True))
@@ -116,8 +115,7 @@ class Groups(ListRule):
         return f"Groups({', '.join(texts)})"
 
     def init(self, params: Any) -> GroupsState:
-        leaves = pair(to_components(params), None)
-        self.check(leaves)
+        leaves = self.leaves_of(params)
         members = self._members(leaves.names)
         tensors = dict(zip(leaves.names, leaves.params, strict=True))
         states = (

@@ -1,4 +1,4 @@
-"""The search along a direction for a point that is lower and less steep: the strong Wolfe conditions."""
+"""Line search along a direction for a point that satisfies the strong Wolfe conditions."""
 
 from __future__ import annotations
 

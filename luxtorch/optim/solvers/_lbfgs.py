@@ -1,4 +1,4 @@
-"""L-BFGS, and what it remembers: the last steps, and how the gradient changed over each of them."""
+"""L-BFGS, a quasi-Newton rule, and its memory: the last steps, and how the gradient changed over each of them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import InputError, tree_leaves
+from luxtorch.core import InputError, out_of_range, tree_leaves
 
-from ._accumgrad import choose
-from ._fused import Slots, unobserved
-from ._hyperparameters import Number
-from ._leaves import Leaves, pair
-from ._list_rule import ListRule, Updates
-from ._rule_state import RuleState, check_names
+from .._hyperparameters import Number
+from .._kernels import unobserved
+from .._leaves import Leaves, pair
+from .._rule import ListRule, Updates
+from .._rule_state import RuleState, Slots, check_names
+from ..modifiers._chain import choose
 
 ALL = "(all)"
 """The name in the state for what is remembered of all parameters together."""
+
 
 # Where the gradient changes by less than this along a step, nothing is learnt of it: torch's number.
 _LEAST_CURVATURE = 1e-10
@@ -65,11 +66,7 @@ class LBFGS(ListRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.history_size) is not int or self.history_size < 1:
-            raise InputError(
-                "The number of remembered steps is not a positive integer.",
-                expected="history_size >= 1",
-                got=repr(self.history_size),
-            )
+            raise out_of_range("history_size", self.history_size, "a positive integer")
 
     def by_parameter(self) -> bool:
         return False

@@ -1,0 +1,23 @@
+"""The rules: how gradients become steps."""
+
+from ._adam import LAMB as LAMB
+from ._adam import Adam as Adam
+from ._adam import AdaMax as AdaMax
+from ._adam import AdamW as AdamW
+from ._adam import AMSGrad as AMSGrad
+from ._adam_variants import AdaBelief as AdaBelief
+from ._adam_variants import NAdam as NAdam
+from ._adam_variants import OAdam as OAdam
+from ._adam_variants import RAdam as RAdam
+from ._adaptive import AdaDelta as AdaDelta
+from ._adaptive import AdaGrad as AdaGrad
+from ._adaptive import RMSProp as RMSProp
+from ._matrix import Adafactor as Adafactor
+from ._matrix import Muon as Muon
+from ._sgd import ASGD as ASGD
+from ._sgd import SGD as SGD
+from ._sgd import Descent as Descent
+from ._sgd import Lion as Lion
+from ._sgd import Momentum as Momentum
+from ._sgd import Nesterov as Nesterov
+from ._sgd import Rprop as Rprop
