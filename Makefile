@@ -74,7 +74,7 @@ wheel: .venv/.stamp .venv-oldest/constraints.txt ## build the wheel, and test it
 	$(PYTHON) -m venv --clear .venv-wheel
 	.venv-wheel/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt "$$(ls dist/*.whl)[test]"
 	elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT \
-		&& cp -r tests examples docs pyproject.toml README.md "$$elsewhere" && cd "$$elsewhere" \
+		&& cp -r tests examples docs pyproject.toml setup.cfg README.md "$$elsewhere" && cd "$$elsewhere" \
 		&& $(CURDIR)/.venv-wheel/bin/python -c "import luxtorch; assert 'site-packages' in luxtorch.__file__" \
 		&& $(CURDIR)/.venv-wheel/bin/pytest tests $(WITHOUT_SLOW)
 
