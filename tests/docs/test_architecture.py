@@ -16,7 +16,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 def test_the_folders_stand_as_in_the_contract():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    contract = [{*re.findall(r"\w+", line)} for line in setup["importlinter:contract:down"]["layers"].split("\n") if line]
+    lines = setup["importlinter:contract:down"]["layers"].split("\n")
+    contract = [{*re.findall(r"\w+", line)} for line in lines if line]
     block = PAGE.split("```text\n")[1].split("```")[0]
     shown = [{*line[:56].split()} for line in block.splitlines()]
     assert shown == contract
