@@ -1,4 +1,4 @@
-"""Layers, a family a file."""
+"""Layers, one family per file; recurrent layers are in `recurrent/`."""
 
 from ._activations import ACTIVATIONS as ACTIVATIONS
 from ._activations import GLU as GLU

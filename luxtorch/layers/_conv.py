@@ -13,10 +13,9 @@ from torch import Tensor
 from luxtorch._transforms import reverse_alone
 from luxtorch.core import InputError, Layer, Parameters, States, out_of_range, suggest
 from luxtorch.init import Initializer, glorot_uniform, zeros
-from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._shared import arguments_text, require_size, unfit
+from ._shared import arguments_text, initial_weight_and_bias, require_size, unfit
 
 PerDim: TypeAlias = int | Sequence[int]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -146,10 +145,7 @@ class _Convolution(Layer):
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `weight` and, if there is one, `bias`."""
         shape = (*self._weight_channels(), *self.kernel_size)
-        ps = {"weight": self.init_weight(fold_in(key, "weight"), shape)}
-        if self.bias:
-            ps["bias"] = self.init_bias(fold_in(key, "bias"), (self.out_channels,))
-        return ps
+        return initial_weight_and_bias(self, key, shape, (self.out_channels,))
 
     def expected_input(self) -> str:
         """Name the channels and the dimensions."""

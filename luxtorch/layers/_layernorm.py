@@ -25,17 +25,12 @@ from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._shared import HALVES, arguments_text, require_size, unfit
+from ._shared import HALVES, arguments_text, initial_weight_and_bias, require_size, unfit
 
 
 def initial_affine(layer: Any, key: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
     """Return the initial `weight` and `bias` of a normalization, those that it has."""
-    if not layer.affine:
-        return {}
-    ps = {"weight": layer.init_weight(fold_in(key, "weight"), shape)}
-    if layer.bias:
-        ps["bias"] = layer.init_bias(fold_in(key, "bias"), shape)
-    return ps
+    return initial_weight_and_bias(layer, key, shape, shape) if layer.affine else {}
 
 
 def affine_of(layer: Any, ps: Parameters) -> tuple[Tensor | None, Tensor | None]:
@@ -101,8 +96,22 @@ def _layer_norm_formula(shape: tuple[int, ...], eps: float) -> Callable[[Any], C
     return lambda node: partial(_layer_normalized, shape=shape, eps=eps)
 
 
+class _LastDimensionsNorm(Layer):
+    """Base class of `LayerNorm` and `RMSNorm`."""
+
+    shape: tuple[int, ...]
+
+    def expected_input(self) -> str:
+        """Name the last dimensions."""
+        return f"a tensor of shape (..., {', '.join(map(str, self.shape))})"
+
+    def extra_repr(self) -> str:
+        """Return for instance `32, relu`."""
+        return arguments_text(self, *self.shape)
+
+
 @renamed_option("init_scale", "init_weight")
-class LayerNorm(Layer):
+class LayerNorm(_LastDimensionsNorm):
     """Layer normalization over the last dimensions of each sample, the same in train and in test mode.
 
     Lux's default is one mean and variance over the whole array, the batch included; here, as in torch, the
@@ -139,7 +148,6 @@ class LayerNorm(Layer):
     Source: Lux's `LayerNorm`, `torch.nn.LayerNorm`; Ba et al., "Layer Normalization", 2016.
     """
 
-    shape: tuple[int, ...]
     activation: Activation | str | None
     eps: float
     affine: bool
@@ -171,17 +179,9 @@ class LayerNorm(Layer):
         """Return the normalized input and `st`."""
         return activated(layer_normalized(x, self.shape, *affine_of(self, ps), self.eps), self.activation), st
 
-    def expected_input(self) -> str:
-        """Name the last dimensions."""
-        return f"a tensor of shape (..., {', '.join(map(str, self.shape))})"
-
-    def extra_repr(self) -> str:
-        """Return for instance `32, relu`."""
-        return arguments_text(self, *self.shape)
-
 
 @renamed_option("init_scale", "init_weight")
-class RMSNorm(Layer):
+class RMSNorm(_LastDimensionsNorm):
     """Root mean square normalization over the last dimensions of each sample.
 
     Args:
@@ -210,7 +210,6 @@ class RMSNorm(Layer):
     Source: Lux's `RMSNorm`, `torch.nn.RMSNorm`; Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
 
-    shape: tuple[int, ...]
     eps: float | None
     affine: bool
     init_weight: Initializer
@@ -232,14 +231,6 @@ class RMSNorm(Layer):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalized input and `st`."""
         return F.rms_norm(x, self.shape, ps["weight"] if self.affine else None, self.eps), st
-
-    def expected_input(self) -> str:
-        """Name the last dimensions."""
-        return f"a tensor of shape (..., {', '.join(map(str, self.shape))})"
-
-    def extra_repr(self) -> str:
-        """Return for instance `32`."""
-        return arguments_text(self, *self.shape)
 
 
 def _last_dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:

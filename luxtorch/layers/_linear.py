@@ -12,10 +12,9 @@ from torch import Tensor
 from luxtorch._transforms import transformed
 from luxtorch.core import Layer, Parameters, States
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
-from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._shared import arguments_text, require_size, unfit
+from ._shared import arguments_text, initial_weight_and_bias, require_size, unfit
 
 
 class Dense(Layer):
@@ -64,10 +63,7 @@ class Dense(Layer):
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `weight` and, if there is one, `bias`."""
-        ps = {"weight": self.init_weight(fold_in(key, "weight"), (self.out_features, self.in_features))}
-        if self.bias:
-            ps["bias"] = self.init_bias(fold_in(key, "bias"), (self.out_features,))
-        return ps
+        return initial_weight_and_bias(self, key, (self.out_features, self.in_features), (self.out_features,))
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x @ weight.T + bias), st)`."""
@@ -133,10 +129,7 @@ class Scale(Layer):
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `weight` and, if there is one, `bias`."""
-        ps = {"weight": self.init_weight(fold_in(key, "weight"), self.shape)}
-        if self.bias:
-            ps["bias"] = self.init_bias(fold_in(key, "bias"), self.shape)
-        return ps
+        return initial_weight_and_bias(self, key, self.shape, self.shape)
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x * weight + bias), st)`."""
@@ -203,10 +196,7 @@ class Bilinear(Layer):
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return `weight` and, if there is one, `bias`."""
         shape = (self.out_features, self.in1_features, self.in2_features)
-        ps = {"weight": self.init_weight(fold_in(key, "weight"), shape)}
-        if self.bias:
-            ps["bias"] = self.init_bias(fold_in(key, "bias"), (self.out_features,))
-        return ps
+        return initial_weight_and_bias(self, key, shape, (self.out_features,))
 
     def __call__(self, x: Tensor | tuple[Tensor, Tensor], ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x1 @ weight @ x2 + bias), st)`."""

@@ -30,7 +30,7 @@ from luxtorch.core._replace import replace_children
 from ._compact_parts import Group
 from ._containers import Layers, as_layer
 from ._repeated import AlternatePrecision
-from .recurrent._cell import Cell
+from .recurrent import Cell
 
 # Names in the state of a perturbed layer: what to add to its output, and what the output was.
 PERTURBATION, OUTPUT = "(perturbation)", "(output)"

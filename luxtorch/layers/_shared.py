@@ -1,4 +1,4 @@
-"""What layers of several families share: checks of sizes and inputs, the text of arguments, half precision."""
+"""Helpers for layers of several families: checks, initial parameters, printed arguments, half precision."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, described, out_of_range, show_value
+from luxtorch.random import fold_in
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -30,6 +31,16 @@ def unfit(layer: Layer, x: Any, problem: str, *, fix: str = "") -> InputError:
     """Return the error for an input that a layer does not take; the problem states the rule that it breaks."""
     got = f"({', '.join(map(described, x))})" if isinstance(x, tuple) else described(x)
     return InputError(problem, expected=layer.expected_input(), got=got, fix=fix)
+
+
+def initial_weight_and_bias(
+    layer: Any, key: Tensor, weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the initial `weight` and, if the layer has one, `bias`."""
+    ps = {"weight": layer.init_weight(fold_in(key, "weight"), weight_shape)}
+    if layer.bias:
+        ps["bias"] = layer.init_bias(fold_in(key, "bias"), bias_shape)
+    return ps
 
 
 def arguments_text(layer: Layer, *sizes: Any, **defaults: Any) -> str:

@@ -37,7 +37,7 @@ class _TransformerLayer(ContainerLayer):
 
         return call, new
 
-    def _added(self, call: _Call, number: int, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _residual(self, call: _Call, number: int, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         norm, dropout = f"norm{number}", f"dropout{number}"
         if self.norm_first:
             return x + call(dropout, step(call(norm, x)))
@@ -136,8 +136,8 @@ class TransformerEncoderLayer(_TransformerLayer):
         """Return the sequence after attention and dense layers, and the states of the dropouts."""
         x, mask = self._parts(x, most=2, least=1)
         call, new = self._caller(ps, st)
-        x = self._added(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
-        x = self._added(call, 2, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
+        x = self._residual(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
+        x = self._residual(call, 2, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
         return x, new
 
     def has_mask(self, x: Any) -> bool:
@@ -238,9 +238,9 @@ class TransformerDecoderLayer(_TransformerLayer):
         """Return the sequence after both attentions and the dense layers, and the states of the dropouts."""
         x, memory, mask, memory_mask = self._parts(x, most=4, least=2)
         call, new = self._caller(ps, st)
-        x = self._added(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
-        x = self._added(call, 2, lambda x: call("multihead_attn", (x, memory, memory, memory_mask)), x)
-        x = self._added(call, 3, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
+        x = self._residual(call, 1, lambda x: call("self_attn", (x, x, x, mask)), x)
+        x = self._residual(call, 2, lambda x: call("multihead_attn", (x, memory, memory, memory_mask)), x)
+        x = self._residual(call, 3, lambda x: call("linear2", call("dropout", call("linear1", x))), x)
         return x, new
 
     def has_mask(self, x: Any) -> bool:
@@ -261,7 +261,7 @@ class _Stack(NamedLayers):
 
     norm: Layer | None
 
-    def _hold(self, layer: Any, kind: type[_TransformerLayer], num_layers: int, norm: Layer | None) -> None:
+    def _set_layers(self, layer: Any, kind: type[_TransformerLayer], num_layers: int, norm: Layer | None) -> None:
         if not isinstance(layer, kind):
             raise out_of_range("layer", layer, f"a {kind.__name__}")
         if norm is not None and not isinstance(norm, Layer):
@@ -328,7 +328,7 @@ class TransformerEncoder(_Stack):
     """
 
     def __init__(self, layer: TransformerEncoderLayer, num_layers: int, norm: Layer | None = None) -> None:
-        self._hold(layer, TransformerEncoderLayer, num_layers, norm)
+        self._set_layers(layer, TransformerEncoderLayer, num_layers, norm)
 
 
 class TransformerDecoder(_Stack):
@@ -365,4 +365,4 @@ class TransformerDecoder(_Stack):
     """
 
     def __init__(self, layer: TransformerDecoderLayer, num_layers: int, norm: Layer | None = None) -> None:
-        self._hold(layer, TransformerDecoderLayer, num_layers, norm)
+        self._set_layers(layer, TransformerDecoderLayer, num_layers, norm)

@@ -10,7 +10,7 @@ import luxtorch as lt
 from luxtorch.core import tree_leaves, tree_map
 from luxtorch.testing._subject import is_real, weighted
 
-from .test_orders import FORMS_OF_ALL
+from .test_higher_order_derivatives import FORMS_OF_ALL
 
 ONE_EACH = {type(layer).__name__: name for name, (layer, *_) in reversed(FORMS_OF_ALL.items())}
 # Two forms of one class that take different paths.

@@ -1,6 +1,6 @@
 """What Lux users rely on and a port gets wrong easily: states, modes and randomness. One behaviour a test.
 
-What containers mean is in test_branches.py, and what attention returns in test_attention.py.
+What containers mean is in test_branch_maxout_repeated.py, and what attention returns in test_attention.py.
 """
 
 from __future__ import annotations

@@ -195,8 +195,8 @@ def all_forms():
 
 # Containers that do more with a layer inside than to call it.
 NOT_INSIDE = (
-    ("test_branches", "AlternatePrecision", ""),
-    ("test_branches", "PairwiseFusion with a layer", "layers"),
+    ("test_branch_maxout_repeated", "AlternatePrecision", ""),
+    ("test_branch_maxout_repeated", "PairwiseFusion with a layer", "layers"),
     ("test_compact", "groups of layers", "layers"),
     ("test_compact", "groups of layers", "heads"),
     ("test_compact", "groups of layers", "heads.rest"),

@@ -1,6 +1,6 @@
 """Recurrent cells, the layers that run them over sequences, and the kernels behind them."""
 
-from ._cell import Cell as Cell
+from ._base import Cell as Cell
 from ._cells import GRUCell as GRUCell
 from ._cells import LSTMCell as LSTMCell
 from ._cells import RNNCell as RNNCell

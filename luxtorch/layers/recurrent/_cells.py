@@ -16,7 +16,7 @@ from luxtorch.layers._activations import Activation, activated, as_activation
 from luxtorch.layers._shared import arguments_text, require_size, unfit
 from luxtorch.random import fold_in, split
 
-from ._cell import Cell, at_last_step, running_steps, zero_padding
+from ._base import Cell, at_last_step, running_steps, zero_padding
 from ._fused import Carry, Kernel, add_recurrent, gru_step, lstm_step, project, project_gru, scanned
 
 GateInitializer: TypeAlias = Initializer | tuple[Initializer, ...]

@@ -25,7 +25,7 @@ from luxtorch.core._locate import wrong_names
 from luxtorch.layers._dropout import Dropout
 from luxtorch.layers._shared import arguments_text, unfit
 
-from ._cell import Cell, StepMask, at_last_step, running_steps
+from ._base import Cell, StepMask, at_last_step, running_steps
 
 
 class Recurrence(WrapperLayer):

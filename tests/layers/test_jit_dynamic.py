@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 import luxtorch as lt
 
-from .test_orders import FORMS_OF_ALL
+from .test_higher_order_derivatives import FORMS_OF_ALL
 
 pytestmark = pytest.mark.slow
 
