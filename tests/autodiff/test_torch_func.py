@@ -1,4 +1,4 @@
-"""The thin levels against torch.func itself, bit for bit: every kind of function and tree in every context."""
+"""The fast paths of `grad_and_value`, `vjp` and `jvp` against torch.func, bit for bit, in every context."""
 
 from __future__ import annotations
 
