@@ -41,7 +41,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     if values is None:
         return None
     shared = own is None or sum(map(storage_users, own)) > len(own) * _alone()  # before views of them are made here
-    names, params, gs, _ = pair(trees.parameters, grads)
+    names, params, gs, *_ = pair(trees.parameters, grads)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
         return None
