@@ -69,6 +69,17 @@ class LeafwiseRule(ListRule):
             h: The hyperparameters, by name: 0-d tensors, or 1-d where the field is several numbers.
         """
 
+    def eval_parameter(self, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> Tensor:
+        """Return what to evaluate with in the place of a parameter; for most rules the parameter."""
+        return p
+
+    def eval_parameters(self, leaves: Leaves, state: RuleState) -> list[Tensor]:
+        if type(self).eval_parameter is LeafwiseRule.eval_parameter:
+            return leaves.params
+        params = dict(zip(leaves.names, leaves.params, strict=True))
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
+        return [self.eval_parameter(p, state.leaves[name], hyper[name]).to(p.dtype) for name, p in params.items()]
+
     def step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
         """Return the new parameters and the new state, by the kernel where it can be used."""
         check_names(leaves.names, state.leaves)

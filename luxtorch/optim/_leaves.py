@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ class Leaves(NamedTuple):
         params: The parameters.
         grads: Their gradients.
         in_parts: The names of the complex leaves. The two parts are a last dimension.
+        extra: What a step was given besides: see `with_extra`.
     """
 
     names: list[str]
     params: list[Tensor]
     grads: list[Tensor | None]
     in_parts: list[str]
+    extra: Mapping[str, Any] = MappingProxyType({})
 
     def only(self, names: Iterable[str]) -> Leaves:
         """Return some of the leaves."""
@@ -46,7 +49,7 @@ class Leaves(NamedTuple):
         params = dict(zip(self.names, self.params, strict=True))
         grads = dict(zip(self.names, self.grads, strict=True))
         in_parts = [name for name in chosen if name in self.in_parts]
-        return Leaves(chosen, [params[n] for n in chosen], [grads[n] for n in chosen], in_parts)
+        return Leaves(chosen, [params[n] for n in chosen], [grads[n] for n in chosen], in_parts, self.extra)
 
 
 def pair(ps: Any, grads: Any) -> Leaves:
@@ -96,6 +99,33 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
             raise _structure_error(ps, grads, name)
         for i, (child, grad) in enumerate(zip(children, given, strict=True)):
             _walk(child, grad, join(name, i), leaves)
+
+
+def with_extra(leaves: Leaves, ps: Any, extra: Mapping[str, Any], whole: Callable[[Any], Any] | None = None) -> Leaves:
+    """Return leaves with what a step was given besides the gradients.
+
+    A `hessian`, a tree like the parameters, becomes a dict by dotted names; a `value_fn`, which takes such a tree,
+    takes such a dict, in which parameters may be missing that stay as they are.
+
+    Args:
+        leaves: The leaves.
+        ps: The tree that they are of.
+        extra: The arguments.
+        whole: Takes a tree like `ps` to what `value_fn` knows.
+    """
+    extra = dict(extra)
+    if extra.get("hessian") is not None:
+        extra["hessian"] = dict(zip(leaves.names, pair(ps, extra["hessian"]).grads, strict=True))
+    if extra.get("value_fn") is not None:
+        value_fn = extra["value_fn"]
+
+        def by_name(params: Mapping[str, Tensor]) -> Any:
+            named = zip(leaves.names, leaves.params, strict=True)
+            tree = rebuild(ps, iter([params[name].to(p.dtype) if name in params else p for name, p in named]))
+            return value_fn(tree if whole is None else whole(tree))
+
+        extra["value_fn"] = by_name
+    return leaves._replace(extra=extra)
 
 
 def rebuild(ps: Any, leaves: Iterator[Any]) -> Any:

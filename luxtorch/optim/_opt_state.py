@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from luxtorch.components import Axes
-from luxtorch.core import register_node, tree_map
+from luxtorch.components import Axes, ComponentVector
+from luxtorch.core import register_node, tree_map, unknown_name
 from luxtorch.core._paths import Path, select
 
 from ._leaves import components
@@ -151,6 +151,69 @@ def thaw(opt_state: OptState, path: Path = None) -> OptState:
 def _with_frozen(opt_state: OptState, frozen: set[str]) -> OptState:
     layout = opt_state.layout
     return OptState(layout._replace(frozen=tuple(name for name in layout.names if name in frozen)), opt_state.state)
+
+
+unfreeze = thaw
+
+
+def slots(opt_state: OptState, name: str) -> Any:
+    """Return what an optimizer remembers of each parameter under a name, such as Adam's "exp_avg", as a tree.
+
+    It does not matter which chain, groups or other rules are around the one that remembers it. Parameters of which
+    nothing of this name is remembered are left out.
+
+    Args:
+        opt_state: The state.
+        name: The name.
+
+    Returns:
+        Nested dicts like those of the parameters, a ComponentVector where they are one. Lists are dicts by position,
+        and of complex parameters there are real and imaginary parts, in a last dimension of two.
+
+    Raises:
+        KeyNameError: If nothing of this name is remembered.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"layer": {"weight": torch.ones(2)}}
+        >>> opt_state = optim.setup(optim.OptimiserChain(optim.ClipNorm(1.0), optim.MixedPrecision(optim.Adam())), ps)
+        >>> optim.slots(opt_state, "exp_avg")
+        {'layer': {'weight': tensor([0., 0.])}}
+    """
+    layout = opt_state.layout
+    found: dict[str, Tensor] = {}
+    known: dict[str, None] = {}
+
+    def collect(rule: ListRule, state: RuleState) -> RuleState:
+        for leaf, own in state.leaves.items():
+            known.update(dict.fromkeys(own))
+            if name in own:
+                found.setdefault(leaf, own[name])
+        return state
+
+    layout.rule.map_states(collect, opt_state.state)
+    if not found:
+        raise unknown_name(name, known, "slot")
+    values: dict[str, Any] = dict(found)
+    for vector, axes in layout.vectors:
+        shapes, whole = components(vector, axes), vector.removesuffix("flat").removesuffix(".")
+        if vector in values:
+            flat = values.pop(vector)
+            values[whole] = ComponentVector.from_flat(flat, axes) if flat.shape[-1:] == (axes.size,) else flat
+        elif all(part in values and values[part].shape == shape for part, shape in shapes.items()):
+            flat = torch.cat([values.pop(part).reshape(-1) for part in shapes])
+            values[whole] = ComponentVector.from_flat(flat, axes)
+    if values.keys() == {""}:
+        return values[""]
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 def by_component(opt_state: OptState) -> OptState:

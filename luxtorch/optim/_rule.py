@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
@@ -18,7 +19,7 @@ from luxtorch.core import DTypeError, InputError, KeyNameError, tree_leaves
 
 from ._hyperparameters import NOT_NEGATIVE, Range, check, declared, pack, readable, show, unpack
 from ._kernels import unobserved
-from ._leaves import Leaves, from_components, pair, rebuild, to_components
+from ._leaves import Leaves, from_components, pair, rebuild, to_components, with_extra
 from ._rule_state import Hyper, RuleState, Slots, map_hyper
 from ._schedules import Value, evaluate, rescaled, scale_of, schedule_of
 
@@ -34,8 +35,8 @@ class Rule(GradientTransformation):
     is part of the structure: a compiled step is compiled anew for each value. Hyperparameters are not negative; other
     ranges are declared by `Annotated[..., Range("[0, 1)")]`.
 
-    Subclasses define `init` and `update`, as torchopt asks. Most rules treat one parameter at a time: write those
-    as a `LeafwiseRule`.
+    Subclasses define `init(params)` and `update(grads, state, params, **extra)`, as torchopt and optax ask. Most rules
+    treat one parameter at a time: write those as a `LeafwiseRule`.
     """
 
     hyperparameters: ClassVar[dict[str, tuple[int, ...]]] = {}
@@ -43,6 +44,9 @@ class Rule(GradientTransformation):
 
     ranges: ClassVar[dict[str, tuple[Range, ...]]] = {}
     """Where their values lie, see `Range`."""
+
+    takes_extra: ClassVar[bool] = True
+    """Whether `update` takes arguments besides those that torchopt passes."""
 
     # Without fields a rule is no namedtuple to the tree libraries, which would take it apart into two functions.
     _fields = None  # type: ignore[assignment]
@@ -52,6 +56,8 @@ class Rule(GradientTransformation):
         dataclasses.dataclass(frozen=True)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.hyperparameters, cls.ranges = declared(cls, fields)
+        parameters = inspect.signature(cls.update).parameters.values()
+        cls.takes_extra = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         torch.serialization.add_safe_globals([cls])  # torch.load(weights_only=True) may make one
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -118,6 +124,19 @@ ChangeState: TypeAlias = "Callable[[ListRule, RuleState], RuleState]"
 """Changes the state of one rule."""
 
 
+def needed(rule: object, leaves: Leaves, name: str) -> Any:
+    """Return what a step was given besides the gradients, or raise if it was not."""
+    value = leaves.extra.get(name)
+    if value is None:
+        raise InputError(
+            f"{type(rule).__name__} needs {name}= in each step.",
+            expected=f"optim.update(opt_state, ps, grads, {name}=...)",
+            got=", ".join(leaves.extra) or "the gradients alone",
+            fix="A training step passes value=, the loss, by itself." if name == "value" else "",
+        )
+    return value
+
+
 class ListRule(Rule):
     """A rule that works on the list of all leaves, whatever the tree that they come from.
 
@@ -158,6 +177,10 @@ class ListRule(Rule):
         if self.descends:
             return [p if u is None else p + u for p, u in pairs], state
         return [p if g is None else p - g for p, g in pairs], state
+
+    def eval_parameters(self, leaves: Leaves, state: Any) -> list[Tensor]:
+        """Return the parameters to evaluate with; for most rules those that are trained."""
+        return leaves.params
 
     def splits_vectors(self) -> bool:
         """Say whether the components of a ComponentVector are leaves of their own from the beginning.
@@ -265,7 +288,9 @@ class ListRule(Rule):
             factor = torch.stack([torch.as_tensor(each, dtype=step.dtype, device=step.device) for each in factors])
         return map_hyper(lambda vector: vector * factor, state.hyper)
 
-    def update(self, updates: Any, state: Any, *, params: Any = None, inplace: bool = False) -> tuple[Any, Any]:
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, inplace: bool = False, **extra: Any
+    ) -> tuple[Any, Any]:
         """Return what to add to the parameters, and the new state: the step as torchopt asks for it.
 
         Args:
@@ -273,6 +298,7 @@ class ListRule(Rule):
             state: The state.
             params: The parameters.
             inplace: torchopt's word, not followed: a rule never writes into its arguments.
+            **extra: What some rules ask for besides; see `luxtorch.optim.update`.
         """
         del inplace
         if params is None:
@@ -283,10 +309,11 @@ class ListRule(Rule):
                 )
             params = updates
         if not self.splits_vectors():
-            new, state = self.updates(pair(params, updates), state)
+            new, state = self.updates(with_extra(pair(params, updates), params, extra), state)
             return rebuild(params, iter(new)), state
         tree = to_components(params)
         leaves = pair(tree, to_components(updates))
+        leaves = with_extra(leaves, tree, extra, lambda new: from_components(params, new))
         some, state = self.updates(leaves, state)
         # The parts of a vector that are left alone have to be there.
         new = [torch.zeros_like(p) if u is None else u for p, u in zip(leaves.params, some, strict=True)]

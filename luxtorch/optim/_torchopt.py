@@ -65,6 +65,10 @@ class TorchOpt(ListRule):
         shown = ", ".join(text or "torchopt optimizer" for text in texts)
         return f"chain({shown})" if isinstance(self.given, ChainedGradientTransformation) else shown
 
+    def eval_parameters(self, leaves: Leaves, state: Any) -> list[Any]:
+        last = self.parts[-1] if self.parts else None
+        return last.eval_parameters(leaves, self._split(state)[-1]) if isinstance(last, ListRule) else leaves.params
+
     def init(self, params: Any) -> Any:
         leaves = self.leaves_of(params)
         named = dict(zip(leaves.names, leaves.params, strict=True))
@@ -112,5 +116,6 @@ def _through(part: GradientTransformation, leaves: Leaves, state: Any) -> tuple[
         return leaves._replace(grads=grads), state
     params = dict(zip(leaves.names, leaves.params, strict=True))
     named = dict(zip(leaves.names, leaves.grads, strict=True))
-    updates, state = part.update(named, state, params=params, inplace=False)
+    extra = leaves.extra if isinstance(part, Rule) and part.takes_extra else {}
+    updates, state = part.update(named, state, params=params, inplace=False, **extra)
     return leaves._replace(grads=pair(params, updates).grads), state

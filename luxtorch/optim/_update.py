@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._leaves import components, from_components, pair, rebuild, to_components, vectors
+from ._leaves import components, from_components, pair, rebuild, to_components, vectors, with_extra
 from ._opt_state import Layout, OptState
 from ._rule import GradientTransformation
 from .modifiers._chain import as_rule
@@ -52,7 +52,7 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
     return OptState(layout, own.init(to_components(ps) if apart else ps))
 
 
-def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
+def update(opt_state: OptState, ps: Any, grads: Any, **extra: Any) -> tuple[OptState, Any]:
     """Take one step, out of place.
 
     Args:
@@ -61,6 +61,8 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
         grads: The gradients, a tree like `ps`. Where a leaf or a whole subtree is None or not there, the
             parameters and what the optimizer remembers of them are left alone: no decay, no step counted.
             NaN in a gradient goes through to its parameter.
+        **extra: What some rules ask for besides: `value`, the loss; `value_fn`, a function of the parameters that
+            returns it; `hessian`, the diagonal of its Hessian, a tree like `ps`. Other rules ignore them.
 
     Returns:
         The new state and the new parameters. Nothing that was passed is changed; what is left alone is shared.
@@ -87,6 +89,9 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
     if layout.by_component:
         tree, grads = to_components(ps), to_components(grads)
     leaves = pair(tree, grads)
+    if extra:
+        whole = (lambda new: from_components(ps, new)) if layout.by_component else None
+        leaves = with_extra(leaves, tree, extra, whole)
     if layout.frozen:
         frozen = set(layout.frozen)
         grads = [None if name in frozen else g for name, g in zip(leaves.names, leaves.grads, strict=True)]
@@ -96,3 +101,34 @@ def update(opt_state: OptState, ps: Any, grads: Any) -> tuple[OptState, Any]:
     params, state = layout.rule.step(leaves, opt_state.state)
     new = rebuild(tree, iter(params))
     return OptState(layout, state), from_components(ps, new) if layout.by_component else new
+
+
+def eval_parameters(opt_state: OptState, ps: Any) -> Any:
+    """Return the parameters to evaluate a model with.
+
+    For most rules these are `ps` itself; for those that average, such as `ScheduleFreeAdamW` and `ASGD`, the average.
+
+    Args:
+        opt_state: The state.
+        ps: The parameters that are trained.
+
+    Example:
+        >>> import torch
+        >>> from luxtorch import optim
+        >>> ps = {"weight": torch.zeros(2)}
+        >>> opt_state = optim.setup(optim.ASGD(0.5, t0=0.0), ps)
+        >>> for _ in range(3):
+        ...     opt_state, ps = optim.update(opt_state, ps, {"weight": torch.ones(2)})
+        >>> optim.eval_parameters(opt_state, ps)
+        {'weight': tensor([-1.2499, -1.2499])}
+
+    `schedule_free_eval_params` of optax.
+    """
+    layout = opt_state.layout
+    tree = to_components(ps) if layout.by_component else ps
+    leaves = pair(tree, None)
+    params = layout.rule.eval_parameters(leaves, opt_state.state)
+    if params is leaves.params:
+        return ps
+    new = rebuild(tree, iter(params))
+    return from_components(ps, new) if layout.by_component else new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -43,7 +44,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     if values is None:
         return None
     shared = own is None or sum(map(storage_users, own)) > len(own) * _alone()  # before views of them are made here
-    names, params, gs, _ = pair(trees.parameters, grads)
+    names, params, gs, *_ = pair(trees.parameters, grads)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
         return None
@@ -100,7 +101,9 @@ def _writable(p: Tensor, slots: dict[str, Tensor]) -> bool:
     )
 
 
-def apply_gradients(ts: TrainState, grads: Any, *, skip_nonfinite: bool = False, donate: bool = False) -> TrainState:
+def apply_gradients(
+    ts: TrainState, grads: Any, *, skip_nonfinite: bool = False, donate: bool = False, **extra: Any
+) -> TrainState:
     """Take the optimizer's step.
 
     To clip gradients is a matter of the rule: `optim.OptimiserChain(optim.ClipNorm(1.0), optim.Adam())`.
@@ -112,6 +115,7 @@ def apply_gradients(ts: TrainState, grads: Any, *, skip_nonfinite: bool = False,
         skip_nonfinite: Whether to leave parameters, optimizer and step as they were where a gradient is not finite,
             and count that in `ts.skipped` instead.
         donate: Whether `ts` may be used up; see `single_train_step`.
+        **extra: What the rule asks for besides, such as `value`, the loss; see `luxtorch.optim.update`.
 
     Returns:
         The new training state.
@@ -134,7 +138,7 @@ def apply_gradients(ts: TrainState, grads: Any, *, skip_nonfinite: bool = False,
     """
     check_state(ts)
     ok = all_finite(grads) if skip_nonfinite else None
-    return _stepped(ts, grads, peek(ts).states, ok, donate)
+    return _stepped(ts, grads, peek(ts).states, ok, donate, extra)
 
 
 def single_train_step(
@@ -196,17 +200,19 @@ def single_train_step(
     check_state(ts)
     grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
     ok = all_finite(loss, grads) if skip_nonfinite else None
-    return grads, loss, stats, _stepped(ts, grads, st, ok, donate)
+    return grads, loss, stats, _stepped(ts, grads, st, ok, donate, {"value": loss})
 
 
-def _stepped(ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool) -> TrainState:
+def _stepped(
+    ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool, extra: Mapping[str, Any]
+) -> TrainState:
     """Return the training state after a step, or where `ok` is false as it was."""
     old = peek(ts)
     if donate and ok is None:
         new = update_donated(ts, grads, st)
         if new is not None:
             return new
-    optimizer_state, ps = optim.update(old.optimizer_state, old.parameters, grads)
+    optimizer_state, ps = optim.update(old.optimizer_state, old.parameters, grads, **extra)
     trees = Trees(ps, st, optimizer_state, old.step + 1, old.skipped)
     if ok is not None:
         kept = old._replace(skipped=old.skipped + 1)

@@ -96,6 +96,9 @@ class OptimiserChain(ListRule):
         parts = (rule.describe(part) for rule, part in zip(self.rules, state, strict=True))
         return f"OptimiserChain({', '.join(parts)})"
 
+    def eval_parameters(self, leaves: Leaves, state: Any) -> list[Tensor]:
+        return self.rules[-1].eval_parameters(leaves, state[-1]) if self.rules else leaves.params
+
     def init(self, params: Any) -> Any:
         params = to_components(params) if self.splits_vectors() else params
         return tuple(rule.init(params) for rule in self.rules)

@@ -114,6 +114,12 @@ class Groups(ListRule):
         texts = (f"{'rest' if path is None else path}: {rule.describe(part)}" for path, rule, part in parts)
         return f"Groups({', '.join(texts)})"
 
+    def eval_parameters(self, leaves: Leaves, state: GroupsState) -> list[Tensor]:
+        params: dict[str, Tensor] = {}
+        for rule, group, own in self._parts(leaves, state):
+            params.update(zip(group.names, rule.eval_parameters(group, own), strict=True))
+        return [params[name] for name in leaves.names]
+
     def init(self, params: Any) -> GroupsState:
         leaves = self.leaves_of(params)
         members = self._members(leaves.names)

@@ -87,17 +87,24 @@ class MixedPrecision(ListRule):
         }
         return RuleState(pack({}, beside=torch.device("cpu")), slots), inner
 
+    def eval_parameters(self, leaves: Leaves, state: Any) -> list[Tensor]:
+        copies, inner = state
+        new = self.rule.eval_parameters(leaves._replace(params=self._masters(leaves, copies)), inner)
+        return [x.to(p.dtype) for x, p in zip(new, leaves.params, strict=True)]
+
+    def _masters(self, leaves: Leaves, copies: RuleState) -> list[Tensor]:
+        check_names(leaves.names, copies.leaves)
+        # There is none yet where a parameter had the dtype of the copies before a cast.
+        pairs = zip(leaves.names, leaves.params, strict=True)
+        return [copies.leaves[name].get("master", p).to(self.dtype) for name, p in pairs]
+
     def updates(self, leaves: Leaves, state: Any) -> tuple[Updates, Any]:
         new, state = self.step(leaves, state)
         return [None if g is None else x - p for x, p, g in zip(new, leaves.params, leaves.grads, strict=True)], state
 
     def step(self, leaves: Leaves, state: Any) -> tuple[Any, Any]:
         copies, inner = state
-        check_names(leaves.names, copies.leaves)
-        masters = [  # there is none yet where a parameter had the dtype of the copies before a cast
-            copies.leaves[name].get("master", p).to(self.dtype)
-            for name, p in zip(leaves.names, leaves.params, strict=True)
-        ]
+        masters = self._masters(leaves, copies)
         grads = [None if g is None else g.to(self.dtype) for g in leaves.grads]
         new, inner = self.rule.step(leaves._replace(params=masters, grads=grads), inner)
         slots = {
@@ -174,18 +181,34 @@ class PerMember(ListRule):
     def step(self, leaves: Leaves, state: Any) -> tuple[Any, Any]:
         return self._each(self.rule.step, leaves, state)
 
+    def eval_parameters(self, leaves: Leaves, state: Any) -> list[Tensor]:
+        def member(params: list[Tensor], own: Any) -> list[Tensor]:
+            return self.rule.eval_parameters(leaves._replace(params=params), own)
+
+        new: list[Tensor] = torch.vmap(member)(list(leaves.params), state)
+        return new
+
+    def _is_stacked(self, value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(map(self._is_stacked, value.values()))
+        return isinstance(value, Tensor) and value.shape[:1] == (self.n,)
+
     def _each(self, take: Callable[[Leaves, Any], Any], leaves: Leaves, state: Any) -> tuple[Updates, Any]:
         """Return what one member makes of its leaves, for all; gradients that are missing are so for all."""
         given = [g is not None for g in leaves.grads]
 
-        def member(params: list[Tensor], grads: list[Tensor], state: Any) -> Any:
+        # Of what a step was given besides, a tensor with as many entries has one for each member, as `value` has.
+        stacked = {name: value for name, value in leaves.extra.items() if self._is_stacked(value)}
+
+        def member(params: list[Tensor], grads: list[Tensor], state: Any, own: dict[str, Any]) -> Any:
             found = iter(grads)
-            mine = leaves._replace(params=params, grads=[next(found) if here else None for here in given])
+            some = [next(found) if here else None for here in given]
+            mine = leaves._replace(params=params, grads=some, extra={**leaves.extra, **own})
             values, state = take(mine, state)
             return [value for value in values if value is not None], state
 
         present = [g for g in leaves.grads if g is not None]
-        values, state = torch.vmap(member)(list(leaves.params), present, state)
+        values, state = torch.vmap(member)(list(leaves.params), present, state, stacked)
         if len(values) == len(leaves.params):
             return list(values), state
         remaining = iter(values)

@@ -208,7 +208,7 @@ class SGD(LeafwiseRule):
 
 
 class ASGD(LeafwiseRule):
-    """Averaged stochastic gradient descent: the average of the parameters, `ax`, is what to evaluate with.
+    """Averaged stochastic gradient descent: the average of the parameters is for `eval_parameters`.
 
     Args:
         lr: The first learning rate, which falls as `lr / (1 + lambd * lr * step) ** alpha`.
@@ -224,7 +224,7 @@ class ASGD(LeafwiseRule):
         >>> opt_state = optim.setup(optim.ASGD(0.5, t0=0.0), p)
         >>> for _ in range(3):
         ...     opt_state, p = optim.update(opt_state, p, torch.ones(1))
-        >>> p, opt_state.state.leaves[""]["ax"]
+        >>> p, optim.eval_parameters(opt_state, p)
         (tensor([-1.4999]), tensor([-1.2499]))
 
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. The numbers and defaults are
@@ -249,6 +249,9 @@ class ASGD(LeafwiseRule):
         step = -eta * (h["lambd"] * p + decayed(g, p, h))
         ax = torch.where(mu == 1, p + step, slots["ax"] + mu * (p + step - slots["ax"]))
         return step, {"step": slots["step"] + 1, "ax": ax}
+
+    def eval_parameter(self, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> Tensor:
+        return slots["ax"]
 
 
 class Rprop(LeafwiseRule):

@@ -234,7 +234,7 @@ class FlatObjective:
 
     def __init__(self, f: Objective, ps: Any, frozen: tuple[str, ...]) -> None:
         self.f, self.ps = f, ps
-        names, self.leaves, _, in_parts = pair(ps, None)
+        names, self.leaves, _, in_parts, _ = pair(ps, None)
         self._apart = bool(in_parts)
         for name, p in zip(names, self.leaves, strict=True):
             if not p.is_floating_point():
