@@ -53,7 +53,7 @@ class Rule(GradientTransformation):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        dataclasses.dataclass(frozen=True)(cls)
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.hyperparameters, cls.ranges = declared(cls, fields)
         parameters = inspect.signature(cls.update).parameters.values()
@@ -324,7 +324,7 @@ class ListRule(Rule):
         by_path = isinstance(state.hyper, dict)
         vectors = {} if by_path else self._vectors(state.hyper)
         parts = ["by path"] if by_path else []
-        for field in dataclasses.fields(self):
+        for field in self._fields():
             value = getattr(self, field.name)
             if field.name in vectors:
                 text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
@@ -339,6 +339,15 @@ class ListRule(Rule):
             elif field.name not in self.hyperparameters and value != field.default:
                 parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _fields(self) -> list[dataclasses.Field[Any]]:
+        """Return the fields, with those that are keyword arguments only behind the others, as one writes them."""
+        return sorted(dataclasses.fields(self), key=lambda field: field.kw_only is True)
+
+    def __repr__(self) -> str:
+        values = [(field, getattr(self, field.name)) for field in self._fields()]
+        shown = [f"{field.name}={value!r}" for field, value in values if not field.kw_only or value != field.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def scheduled(self) -> list[str]:
         """Return the names of the hyperparameters that follow a schedule."""
