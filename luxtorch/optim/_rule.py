@@ -324,7 +324,7 @@ class ListRule(Rule):
         by_path = isinstance(state.hyper, dict)
         vectors = {} if by_path else self._vectors(state.hyper)
         parts = ["by path"] if by_path else []
-        for field in self._fields():
+        for field in self._written():
             value = getattr(self, field.name)
             if field.name in vectors:
                 text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
@@ -340,12 +340,12 @@ class ListRule(Rule):
                 parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def _fields(self) -> list[dataclasses.Field[Any]]:
+    def _written(self) -> list[dataclasses.Field[Any]]:
         """Return the fields, with those that are keyword arguments only behind the others, as one writes them."""
         return sorted(dataclasses.fields(self), key=lambda field: field.kw_only is True)
 
     def __repr__(self) -> str:
-        values = [(field, getattr(self, field.name)) for field in self._fields()]
+        values = [(field, getattr(self, field.name)) for field in self._written()]
         shown = [f"{field.name}={value!r}" for field, value in values if not field.kw_only or value != field.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
