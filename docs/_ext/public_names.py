@@ -41,13 +41,12 @@ SECTIONS = {
         "Losses of your own": "generic loss",
     },
     "optim": {
-        "One step": "setup update adjust freeze opt_state",
-        "Rules": "adabelief adadelta adafactor adagrad adam adamax adamw amsgrad descent lamb lion momentum muon nadam "
-        "nesterov oadam radam rmsprop rprop",
-        "Rules made of rules": "accumgrad clipgrad clipnorm decay groups mixedprecision optimiserchain",
-        "Schedules": "schedule schedules",
-        "Going to the minimum": "lbfgs minimize scipy",
-        "Rules of your own": "rule list_rule leafwise rule_state",
+        "One step": "update adjust opt_state",
+        "Rules": "rules",
+        "Rules made of rules": "modifiers",
+        "Schedules": "schedules",
+        "Going to the minimum": "solvers",
+        "Rules of your own": "rule leafwise rule_state hyperparameters",
     },
 }
 

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from luxtorch._linalg import RULES, by_rule
 from luxtorch._transforms import differentiated
-from luxtorch.core import TreeSpec, map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from luxtorch.core import map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from luxtorch.core._tree import TreeSpec
 
 try:
     from torch._C import _is_fwd_grad_enabled, _set_fwd_grad_enabled

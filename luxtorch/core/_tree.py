@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import optree
 import torch.utils._pytree as pytree
@@ -14,11 +14,7 @@ from luxtorch._errors import InputError
 T = TypeVar("T")
 
 TreeSpec = pytree.TreeSpec
-tree_flatten = pytree.tree_flatten
-tree_unflatten = pytree.tree_unflatten
-tree_structure = pytree.tree_structure
-tree_flatten_with_path = pytree.tree_flatten_with_path
-tree_map_with_path = pytree.tree_map_with_path
+IsLeaf: TypeAlias = "Callable[[Any], bool] | None"
 
 # optree has no public name for the namespace that everyone looks in, torchopt included.
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
@@ -72,6 +68,12 @@ def register_constant(cls: type[Any]) -> None:
 
     Args:
         cls: The class; its values are hashable.
+
+    Example:
+        >>> class Mode(str): ...
+        >>> register_constant(Mode)
+        >>> tree_leaves({"mode": Mode("train"), "count": 1})
+        [1]
     """
     pytree.register_constant(cls)
     optree.register_pytree_node(
@@ -83,7 +85,62 @@ def register_constant(cls: type[Any]) -> None:
     _CONSTANTS.add(cls)
 
 
-def tree_map(f: Callable[..., Any], tree: Any, *others: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:
+    """Return the leaves of a tree and its structure; `tree_unflatten` is the way back.
+
+    Args:
+        tree: The tree.
+        is_leaf: Tells which nodes are to be taken for leaves.
+
+    Example:
+        >>> leaves, structure = tree_flatten({"a": 1, "b": (2, 3)})
+        >>> leaves, tree_unflatten([10 * leaf for leaf in leaves], structure)
+        ([1, 2, 3], {'a': 10, 'b': (20, 30)})
+    """
+    return pytree.tree_flatten(tree, is_leaf=is_leaf)
+
+
+def tree_unflatten(leaves: Iterable[Any], structure: TreeSpec) -> Any:
+    """Return a tree of a structure, with these leaves; see `tree_flatten`.
+
+    Example:
+        >>> tree_unflatten([1, 2], tree_structure({"a": 0, "b": 0}))
+        {'a': 1, 'b': 2}
+    """
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def tree_structure(tree: Any) -> TreeSpec:
+    """Return the structure of a tree.
+
+    Example:
+        >>> tree_structure({"a": 1, "b": 2}) == tree_structure({"a": 3, "b": 4})
+        True
+    """
+    return pytree.tree_structure(tree)
+
+
+def tree_flatten_with_path(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[tuple[Any, Any]], TreeSpec]:
+    """Return the leaves of a tree, each behind its path, and its structure; `path_name` writes a path.
+
+    Example:
+        >>> [(path_name(path), leaf) for path, leaf in tree_flatten_with_path({"a": {"b": 1}})[0]]
+        [('a.b', 1)]
+    """
+    return pytree.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+
+def tree_map_with_path(f: Callable[..., Any], tree: Any, is_leaf: IsLeaf = None) -> Any:
+    """Return a tree with a function of path and leaf applied to its leaves.
+
+    Example:
+        >>> tree_map_with_path(lambda path, leaf: f"{path_name(path)} is {leaf}", {"a": {"b": 1}})
+        {'a': {'b': 'a.b is 1'}}
+    """
+    return pytree.tree_map_with_path(f, tree, is_leaf=is_leaf)
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *others: Any, is_leaf: IsLeaf = None) -> Any:
     """Return a tree with a function applied to its leaves, in the order in which torch lists them.
 
     It is that of `torch.utils._pytree`, and takes a fifth of the time for nested dicts.
@@ -93,6 +150,10 @@ def tree_map(f: Callable[..., Any], tree: Any, *others: Any, is_leaf: Callable[[
         tree: The tree.
         others: Trees of the same structure.
         is_leaf: Tells which nodes are to be taken for leaves.
+
+    Example:
+        >>> tree_map(lambda a, b: a + b, {"a": 1, "b": [2]}, {"a": 10, "b": [20]})
+        {'a': 11, 'b': [22]}
     """
     if others or is_leaf is not None:
         return pytree.tree_map(f, tree, *others, is_leaf=is_leaf)
@@ -115,8 +176,13 @@ def _map(f: Callable[[Any], Any], tree: Any) -> Any:
     return pytree.tree_map(f, tree)
 
 
-def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    """Return the leaves of a tree, in the order in which torch lists them; see `tree_map`."""
+def tree_leaves(tree: Any, is_leaf: IsLeaf = None) -> list[Any]:
+    """Return the leaves of a tree, in the order in which torch lists them; see `tree_map`.
+
+    Example:
+        >>> tree_leaves({"a": 1, "b": [2, 3]})
+        [1, 2, 3]
+    """
     if is_leaf is not None:
         return pytree.tree_leaves(tree, is_leaf=is_leaf)
     found: list[Any] = []
@@ -141,12 +207,24 @@ def _collect(tree: Any, found: list[Any]) -> None:
 
 
 def map_tensors(f: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Return a tree with a function applied to its tensors; other leaves are kept."""
+    """Return a tree with a function applied to its tensors; other leaves are kept.
+
+    Example:
+        >>> import torch
+        >>> map_tensors(torch.exp, {"scale": torch.zeros(1), "name": "a"})
+        {'scale': tensor([1.]), 'name': 'a'}
+    """
     return _map(lambda leaf: f(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors among the leaves of a tree."""
+    """Return the tensors among the leaves of a tree.
+
+    Example:
+        >>> import torch
+        >>> tensors({"scale": torch.zeros(1), "name": "a"})
+        [tensor([0.])]
+    """
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

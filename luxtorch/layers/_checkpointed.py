@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from luxtorch._torch import forward_level, saved_tensors_hooks_enabled
 from luxtorch._transforms import functional
-from luxtorch.core import Layer, Parameters, States, TreeSpec, WrapperLayer, tree_flatten, tree_leaves, tree_unflatten
+from luxtorch.core import Layer, Parameters, States, WrapperLayer, tree_flatten, tree_leaves, tree_unflatten
+from luxtorch.core._tree import TreeSpec
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 

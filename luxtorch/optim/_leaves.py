@@ -14,13 +14,13 @@ from luxtorch.core import (
     DTypeError,
     InputError,
     KeyNameError,
-    TreeSpec,
     suggest,
     tree_flatten,
     tree_leaves,
     tree_map,
     tree_unflatten,
 )
+from luxtorch.core._tree import TreeSpec
 
 
 class Leaves(NamedTuple):

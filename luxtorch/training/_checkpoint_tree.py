@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
-from luxtorch.core import DTypeError, KeyNameError, Static, TreeSpec, path_name, tree_flatten_with_path, tree_unflatten
+from luxtorch.core import DTypeError, KeyNameError, Static, path_name, tree_flatten_with_path, tree_unflatten
 from luxtorch.core._former import names_today, same_today
+from luxtorch.core._tree import TreeSpec
 from luxtorch.optim import OptState
 from luxtorch.optim._torchopt import TorchOpt
 
