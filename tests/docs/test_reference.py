@@ -51,8 +51,6 @@ HELPERS = {
     "luxtorch.core.register_node",
     "luxtorch.core.show_value",
     "luxtorch.core.subtree",
-    "luxtorch.core.tree_leaves",
-    "luxtorch.core.tree_map",
     "luxtorch.optim.Rule",
 }
 
