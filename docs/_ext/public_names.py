@@ -77,7 +77,7 @@ def re_exports(package: str) -> dict[str, str]:
 def of_folder(folder: str) -> dict[str, Public]:
     """Return the public names of a folder, each by the shortest path that leads to it."""
     package = f"luxtorch.{folder}"
-    top = re_exports("luxtorch")
+    top = {*re_exports("luxtorch"), *re_exports("luxtorch._late")}
     found = {}
     for name, home in re_exports(package).items():
         value = getattr(importlib.import_module(package), name)
