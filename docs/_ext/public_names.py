@@ -36,10 +36,10 @@ SECTIONS = {
         "Derivatives by what happens inside": "perturbed tap",
     },
     "losses": {
-        "Classification": "classification binary ctc divergence",
+        "Classification": "classification binary ctc",
         "Regression": "regression",
-        "Margins and embeddings": "margin embedding",
-        "Losses of your own": "generic loss",
+        "Margins and embeddings": "margin",
+        "Losses of your own": "loss",
     },
     "optim": {
         "One step": "setup update adjust freeze opt_state",
