@@ -1,14 +1,19 @@
 """luxtorch: models as pure functions of explicit parameters and states, for PyTorch.
 
-The usual door is `import luxtorch as lt`. Initializers, losses, optimizers, random draws, training and the law checker
-are behind their own: `lt.init`, `lt.losses`, `lt.optim`, `lt.random`, `lt.training`, `lt.testing`.
+The usual door is `import luxtorch as lt`: layers, losses and what every script needs are `lt.<name>`. All else is in a
+module, such as `lt.optim`, `lt.training`, `lt.init`, `lt.random` or `lt.testing`; all exceptions are in `lt.errors`.
 """
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from . import autodiff as autodiff
+from . import components as components
+from . import core as core
+from . import device as device
 from . import init as init
+from . import layers as layers
 from . import losses as losses
 from . import random as random
 from .autodiff import HesVec as HesVec
@@ -165,77 +170,31 @@ from .losses import SquaredHingeLoss as SquaredHingeLoss
 from .losses import TripletMarginLoss as TripletMarginLoss
 from .random import replicate as replicate
 
+__version__ = "0.1.0"
+
 if _TYPE_CHECKING:
     from . import distributed as distributed
+    from . import errors as errors
+    from . import inspect as inspect
+    from . import interop as interop
     from . import optim as optim
+    from . import surgery as surgery
     from . import testing as testing
     from . import training as training
-    from .inspect import NonFiniteError as NonFiniteError
-    from .inspect import capture as capture
-    from .inspect import check_purity as check_purity
-    from .inspect import debug_mode as debug_mode
-    from .inspect import summary as summary
-    from .interop import Inputs as Inputs
-    from .interop import LayerModule as LayerModule
-    from .interop import export as export
-    from .interop import from_torch as from_torch
-    from .interop import load_weights as load_weights
-    from .interop import to_torch as to_torch
-    from .surgery import EMA as EMA
-    from .surgery import Frozen as Frozen
-    from .surgery import LoRA as LoRA
-    from .surgery import Shared as Shared
-    from .surgery import combine as combine
-    from .surgery import freeze as freeze
-    from .surgery import get_layer as get_layer
-    from .surgery import layer_map as layer_map
-    from .surgery import lora as lora
-    from .surgery import merge_lora as merge_lora
-    from .surgery import partition as partition
-    from .surgery import remove_weight_norm as remove_weight_norm
-    from .surgery import replace_layer as replace_layer
-    from .surgery import share_parameters as share_parameters
-    from .surgery import unfreeze as unfreeze
-    from .surgery import unshare_parameters as unshare_parameters
-    from .surgery import weight_norm as weight_norm
-
+    from ._late import *  # noqa: F403  # the names stand there alone
 
 # Optimizers load torchopt, half of what importing luxtorch would cost, and not every program takes modules of torch.nn
-# in, takes models apart, or checks laws: these come when they are first asked for.
-_LATE_FOLDERS = frozenset(("distributed", "optim", "testing", "training"))
-_LATE_NAMES = {
-    "inspect": ("NonFiniteError", "capture", "check_purity", "debug_mode", "summary"),
-    "interop": ("Inputs", "LayerModule", "export", "from_torch", "load_weights", "to_torch"),
-    "surgery": (
-        "EMA",
-        "Frozen",
-        "LoRA",
-        "Shared",
-        "combine",
-        "freeze",
-        "get_layer",
-        "layer_map",
-        "lora",
-        "merge_lora",
-        "partition",
-        "remove_weight_norm",
-        "replace_layer",
-        "share_parameters",
-        "unfreeze",
-        "unshare_parameters",
-        "weight_norm",
-    ),
-}
-_FOLDER_OF = {name: folder for folder, names in _LATE_NAMES.items() for name in names}
+# in, changes models, or checks laws: these come when they are first asked for.
+_LATE_MODULES = frozenset(["distributed", "errors", "inspect", "interop", "optim", "surgery", "testing", "training"])
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _LATE_FOLDERS:
+    if name in _LATE_MODULES:
         return _import_module(f".{name}", __name__)
-    if name in _FOLDER_OF:
-        return getattr(_import_module(f".{_FOLDER_OF[name]}", __name__), name)
+    if not name.startswith("_") and hasattr(late := _import_module("._late", __name__), name):
+        return getattr(late, name)
     raise AttributeError(f"module 'luxtorch' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE_FOLDERS, *_FOLDER_OF})
+    return sorted({*globals(), *_LATE_MODULES, *vars(_import_module("._late", __name__))})

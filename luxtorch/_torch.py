@@ -76,6 +76,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Tell whether a tensor shows the memory of another one."""
+    return tensor._is_view()
+
+
 # Base classes of modules.
 BatchNorms = nn.modules.batchnorm._BatchNorm
 InstanceNorms = nn.modules.instancenorm._InstanceNorm

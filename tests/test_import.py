@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -29,5 +32,38 @@ def test_what_comes_late_comes_when_it_is_asked_for():
 
 
 def test_what_comes_late_is_listed():
-    assert {"optim", "training", "testing", "from_torch", "Dense"} <= set(dir(lt))
+    assert {"optim", "training", "testing", "errors", "from_torch", "Dense"} <= set(dir(lt))
     assert all(hasattr(lt, name) for name in dir(lt))
+
+
+FOLDERS = {path.parent.name for path in Path(lt.__file__).parent.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("name", sorted(FOLDERS - {"jit"} | {"errors"}))
+def test_every_module_is_there_from_the_start(name):
+    code = f"import luxtorch as lt; print(lt.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == f"luxtorch.{name}", run.stderr
+
+
+def test_every_exception_is_in_errors():
+    for name in FOLDERS:
+        import_module(f"luxtorch.{name}")
+
+    def below(cls):
+        return {cls}.union(*map(below, cls.__subclasses__()))
+
+    own = {cls for cls in below(lt.LuxtorchError) if cls.__module__.startswith("luxtorch")}
+    public = {cls for cls in own if cls.__name__ in dir(lt.errors)}
+    assert {cls.__name__ for cls in own - public} == {"ComponentNameError"}
+    assert all(getattr(lt.errors, cls.__name__) is cls for cls in public)
+    assert not hasattr(lt.errors, "NoError")
+
+
+def test_errors_loads_no_more_than_it_has_to():
+    code = "import sys, luxtorch as lt; lt.errors.TracingError; print('luxtorch.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_version_is_that_of_the_package():
+    assert lt.__version__ == version("luxtorch")

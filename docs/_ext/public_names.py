@@ -35,10 +35,10 @@ SECTIONS = {
         "Outputs inside a model": "perturbed",
     },
     "losses": {
-        "Classification": "classification binary ctc divergence",
+        "Classification": "classification binary ctc",
         "Regression": "regression",
-        "Margins and embeddings": "margin embedding",
-        "Losses of your own": "generic loss",
+        "Margins and embeddings": "margin",
+        "Losses of your own": "loss",
     },
     "optim": {
         "One step": "update adjust opt_state",
@@ -75,7 +75,7 @@ def re_exports(package: str) -> dict[str, str]:
 def of_folder(folder: str) -> dict[str, Public]:
     """Return the public names of a folder, each by the shortest path that leads to it."""
     package = f"luxtorch.{folder}"
-    top = re_exports("luxtorch")
+    top = {*re_exports("luxtorch"), *re_exports("luxtorch._late")}
     found = {}
     for name, home in re_exports(package).items():
         value = getattr(importlib.import_module(package), name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from luxtorch._errors import InputError, LuxtorchError
+from luxtorch._errors import InputError, LuxtorchError, out_of_range
 from luxtorch._torch import is_wrapped
 from luxtorch._transforms import watched
 
@@ -75,13 +75,13 @@ def describe(tree: Any, *, depth: int | None = None) -> Description:
     """
     if not isinstance(tree, Tensor) and children(tree) is None:
         raise InputError(
-            "There is no tree of tensors to describe.",
+            "tree must be a tree of tensors.",
             expected="parameters, states, gradients, or any other pytree",
             got=type(tree).__name__,
             fix="A model shows itself, by print(model); describe takes what lt.setup returns for it.",
         )
     if depth is not None and depth < 0:
-        raise InputError("The depth is a number of levels.", expected="0 or more, or None", got=f"{depth}")
+        raise out_of_range("depth", depth, "at least 0, or None")
     return Description(tree, depth)
 
 

@@ -1,4 +1,4 @@
-"""Tables whose lines form a tree, as text and as HTML that notebooks fold without a script, in light and in dark."""
+"""Tables whose lines form a tree, as text and as HTML that notebooks fold without a script."""
 
 from __future__ import annotations
 

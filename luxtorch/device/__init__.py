@@ -5,9 +5,9 @@ from ._cast import f16 as f16
 from ._cast import f32 as f32
 from ._cast import f64 as f64
 from ._device import Device as Device
+from ._device import DeviceError as DeviceError
+from ._device import cpu_device as cpu_device
 from ._device import get_device as get_device
+from ._device import gpu_device as gpu_device
 from ._device import to_device as to_device
 from ._iterator import DeviceIterator as DeviceIterator
-from ._select import DeviceError as DeviceError
-from ._select import cpu_device as cpu_device
-from ._select import gpu_device as gpu_device

@@ -1,17 +1,18 @@
-"""Moving trees to a device, and asking where they are."""
+"""Devices for trees: choose one, move trees there, and tell where they are."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, InputError, named_leaves
+from luxtorch.core import InputError, LuxtorchError, named_leaves, wrong_type
 
-from ._cast import in_precision
-from ._tensors import map_tensors, own_numbers
+from ._cast import in_precision, map_tensors, own_numbers
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Device:
     """Move trees of tensors to a device, by being called.
 
     A tensor that is there already is not copied, and one that the tree holds twice is still one tensor afterwards.
-    Whatever is no tensor is left as it is. For the batches of a data loader there is
+    Whatever is not a tensor is left as it is. For the batches of a data loader there is
     `DeviceIterator`.
 
     Args:
@@ -28,7 +29,7 @@ class Device:
             random keys are never cast, nor are the hyperparameters and counts in the state of an optimizer; see `f16`.
 
     Raises:
-        DTypeError: `dtype` is no floating point dtype.
+        DTypeError: `dtype` is not a floating point dtype.
 
     Example:
         >>> import torch
@@ -46,12 +47,7 @@ class Device:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         if dtype is not None and not dtype.is_floating_point:
-            raise DTypeError(
-                "A device casts to a precision.",
-                expected="a floating point dtype, or None",
-                got=str(dtype),
-                fix="Pass torch.float32, for instance.",
-            )
+            raise wrong_type("dtype", dtype, "a floating point dtype or None", fix="Pass torch.float32, for instance.")
         object.__setattr__(self, "device", torch.device(device))
         object.__setattr__(self, "dtype", dtype)
 
@@ -125,3 +121,86 @@ def get_device(tree: Any) -> Device | None:
             fix="Move the whole tree, as in `gpu_device()(tree)`.",
         )
     return Device(next(iter(places))) if places else None
+
+
+class DeviceError(LuxtorchError, RuntimeError):
+    """Report a device that this machine does not have."""
+
+
+def cpu_device(*, dtype: torch.dtype | None = None) -> Device:
+    """Return the CPU.
+
+    Args:
+        dtype: The precision to cast to; None keeps each tensor's own.
+
+    Returns:
+        A `Device`, to be called on trees.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> lt.cpu_device()({"weight": torch.ones(1)})
+        {'weight': tensor([1.])}
+
+    Source:
+        `MLDataDevices.cpu_device`.
+    """
+    return Device("cpu", dtype)
+
+
+def gpu_device(index: int | None = None, *, dtype: torch.dtype | None = None, force: bool = False) -> Device:
+    """Return the accelerator of this machine (CUDA, ROCm, MPS, XPU), or the CPU where there is none.
+
+    The first time that it has to fall back to the CPU it warns.
+
+    Args:
+        index: Which accelerator, from 0; None is torch's current one.
+        dtype: The precision to cast to; None keeps each tensor's own, float64 included.
+        force: Raise rather than fall back to the CPU.
+
+    Returns:
+        A `Device`, to be called on trees.
+
+    Raises:
+        DeviceError: There is no accelerator with this index, or none at all and `force` is set.
+
+    Example:
+        >>> import warnings
+        >>> import luxtorch as lt
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # not every machine has an accelerator
+        ...     device = lt.gpu_device()
+        >>> ps, st = device(lt.setup(0, lt.Dense(2, 3)))
+        >>> lt.get_device(ps) == device
+        True
+
+    Source:
+        `MLDataDevices.gpu_device`.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        if force:
+            raise DeviceError(
+                "There is no accelerator.",
+                expected="a CUDA, ROCm, MPS or XPU device that this build of torch supports",
+                got="none",
+                fix="Leave out force=True to run on the CPU, or install torch for your accelerator.",
+            )
+        _warn_once()
+        return Device("cpu", dtype)
+    count = torch.accelerator.device_count()
+    if index is None:
+        index = torch.accelerator.current_device_index()
+    if not 0 <= index < count:
+        raise DeviceError(
+            f"There is no {accelerator.type} device {index}.",
+            expected=f"an index from 0 to {count - 1}",
+            got=str(index),
+            fix="Indices count from 0; leave the index out to take the current device.",
+        )
+    return Device(torch.device(accelerator.type, index), dtype)
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn("There is no accelerator: gpu_device() is the CPU.", UserWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Going through the batches of a loader on a device, with their copies under way before they are needed."""
+"""Move the batches of a data loader to a device, the next ones ahead of their use: `DeviceIterator`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, tree_leaves
+from luxtorch.core import out_of_range, tree_leaves
 
-from ._cast import in_precision
+from ._cast import in_precision, map_tensors
 from ._device import Device
-from ._tensors import map_tensors
 
 Arrive = Callable[[], Any]
 """Waits for a batch to be there, and returns it."""
@@ -67,7 +66,7 @@ class DeviceIterator:
         self._copies = self.device.device.type == "cuda"
         self.prefetch = (2 if self._copies else 0) if prefetch is None else prefetch
         if self.prefetch < 0:
-            raise InputError("Batches are fetched ahead.", expected="prefetch >= 0, or None", got=str(prefetch))
+            raise out_of_range("prefetch", prefetch, "at least 0, or None")
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # its own TypeError, if it has none

@@ -1,4 +1,4 @@
-"""What a model computes inside, returned beside its output: `capture`."""
+"""Intermediate outputs of a model, returned beside its output: `capture`."""
 
 from __future__ import annotations
 

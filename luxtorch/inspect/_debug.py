@@ -1,4 +1,4 @@
-"""Finding the layer where something goes wrong: `debug_mode`."""
+"""Find the layer where NaN, Inf or an exception first appears: `debug_mode`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from luxtorch.core import InputError, Layer, Parameters, States, WrapperLayer, suggest
+from luxtorch.core import Layer, Parameters, States, WrapperLayer, out_of_range, suggest
 
 from ._debug_check import Checker, NonFiniteError, Observation, running
 from ._watch import watched
@@ -29,25 +29,13 @@ class DebugModel(WrapperLayer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, Layer):
-            raise InputError(
-                "Only a layer can be debugged.",
-                expected="debug_mode(model)",
-                got=f"{self.layer!r:.80} of type {type(self.layer).__name__}",
-            )
+            raise out_of_range("model", self.layer, "a layer")
         if self.nan_check not in get_args(NanCheck):
-            raise InputError(
-                "nan_check says in which passes to look for NaN.",
-                expected=", ".join(map(repr, get_args(NanCheck))),
-                got=f"{self.nan_check!r:.80}",
-                fix=suggest(str(self.nan_check), get_args(NanCheck)),
-            )
+            known, fix = ", ".join(map(repr, get_args(NanCheck))), suggest(str(self.nan_check), get_args(NanCheck))
+            raise out_of_range("nan_check", self.nan_check, f"one of {known}", fix=fix)
         if not (self.record is None or callable(self.record)):
-            raise InputError(
-                "record is called with each observation.",
-                expected="a function, such as the append of a list",
-                got=f"{self.record!r:.80}",
-                fix="Pass record=seen.append, with seen = []." * isinstance(self.record, list),
-            )
+            fix = "Pass record=seen.append, with seen = []." * isinstance(self.record, list)
+            raise out_of_range("record", self.record, "a function of an Observation, or None", fix=fix)
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return what the model returns, or raise where something goes wrong."""

@@ -1,4 +1,4 @@
-"""The random numbers that belong to the whole program: torch's, NumPy's and Python's."""
+"""The global random generators of torch, NumPy and Python: tell whether they were used, reseed and restore them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding layers that are not pure functions: `check_purity`."""
+"""Find layers that are not pure functions: `check_purity`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from luxtorch._torch import version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import (
-    InputError,
     Layer,
     Parameters,
     States,
@@ -22,6 +21,7 @@ from luxtorch.core import (
     initial_states,
     named_leaves,
     nested_dicts,
+    out_of_range,
     tree_map,
     tree_structure,
 )
@@ -34,7 +34,7 @@ from ._watch import Call, Path, describe, watched
 
 @dataclass(frozen=True)
 class Impurity:
-    """Hold in what a layer is no pure function.
+    """Hold in what a layer is not a pure function.
 
     Attributes:
         path: The path of the layer, such as `"encoder.layer_2"`; empty for the model itself.
@@ -79,7 +79,7 @@ _FIXES = {
 def check_purity(
     layer: Layer, x: Any, ps: Parameters | None = None, st: States | None = None, *, rng: Rng = 0
 ) -> PurityReport:
-    """Find the layers inside a model that are no pure functions, and say what they do.
+    """Find the layers inside a model that are not pure functions, and say what they do.
 
     The model is called twice, and every layer inside is watched: whether it changes its input, its parameters or its
     states; whether it reads or moves on the global random numbers of torch, NumPy or Python; whether the states that it
@@ -97,10 +97,10 @@ def check_purity(
 
     Returns:
         A report, to print. Of a fault of one kind, the innermost layer is named, and not those around it: look again
-        after mending it.
+        after fixing it.
 
     Raises:
-        InputError: If the first argument is no layer.
+        InputError: If the first argument is not a layer.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -114,11 +114,7 @@ def check_purity(
     To check a layer of one's own by all laws of luxtorch, transforms included, there is `lt.testing.check_layer`.
     """
     if not isinstance(layer, Layer):
-        raise InputError(
-            "Only a layer can be checked.",
-            expected="check_purity(model, x)",
-            got=f"{layer!r:.80} of type {type(layer).__name__}",
-        )
+        raise out_of_range("layer", layer, "a layer")
     key = as_key(rng)
     ps = initial_parameters(key, layer) if ps is None else ps
     st = initial_states(key, layer) if st is None else st
@@ -272,7 +268,7 @@ class Snapshot:
 
     @property
     def copies(self) -> dict[str, Any]:
-        """Copies of the leaves by name, and those that are no tensors as they are."""
+        """Copies of the leaves by name, and those that are not tensors as they are."""
         return {name: kept.copy for name, kept in self._kept.items()}
 
     def changes(self) -> Iterator[str]:
@@ -311,7 +307,7 @@ class Snapshot:
 
     def _leaf_faults(self, title: str, leaf: Tensor, new: Any) -> Iterator[str]:
         if not isinstance(new, Tensor):
-            yield f"returns the {title} as {type(new).__name__}, which is no tensor."
+            yield f"returns the {title} as {type(new).__name__}, which is not a tensor."
             return
         if (new.shape, new.dtype) != (leaf.shape, leaf.dtype):
             came, went = (f"{each.dtype} {tuple(each.shape)}" for each in (leaf, new))

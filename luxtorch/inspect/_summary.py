@@ -1,4 +1,4 @@
-"""A table of a model's layers, with what they return and what they cost, found without running it: `summary`."""
+"""A table of a model's layers with output shapes, parameters, FLOPs and memory: `summary`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
-from luxtorch.core import InputError, KeyNameError, Layer, setup, suggest, tree_leaves, tree_map
+from luxtorch.core import Layer, out_of_range, setup, tree_leaves, tree_map, unknown_name
 from luxtorch.core._nowhere import NOWHERE, without_numbers
 from luxtorch.core._table import Line, aligned, html, plain
 
@@ -36,7 +36,7 @@ def summary(layer: Layer, x: Any, *, depth: int | None = None) -> Summary:
         A `Summary`, to print, or to read row by row; in a notebook it shows itself as a table.
 
     Raises:
-        InputError: If the first argument is no layer, or the depth is negative.
+        InputError: If the first argument is not a layer, or the depth is negative.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -66,14 +66,10 @@ def summary(layer: Layer, x: Any, *, depth: int | None = None) -> Summary:
     Source: `Layer.summary` of Keras, torchinfo.
     """
     if not isinstance(layer, Layer):
-        raise InputError(
-            "Only a layer can be summed up.",
-            expected="summary(model, x)",
-            got=f"{layer!r:.80} of type {type(layer).__name__}",
-            fix="A torch.nn.Module becomes a layer by lt.from_torch." * isinstance(layer, nn.Module),
-        )
+        fix = "A torch.nn.Module becomes a layer by lt.from_torch." * isinstance(layer, nn.Module)
+        raise out_of_range("layer", layer, "a layer", fix=fix)
     if depth is not None and depth < 0:
-        raise InputError("The depth is a number of levels.", expected="0 or more, or None", got=f"{depth}")
+        raise out_of_range("depth", depth, "at least 0, or None")
     x = without_numbers(x)
     from torch.utils.flop_counter import FlopCounterMode  # which takes a tenth of a second to import
 
@@ -291,8 +287,7 @@ class Summary:
         for row in self.rows:
             if row.path == path:
                 return row
-        paths = [row.path for row in self.rows]
-        raise KeyNameError("No layer has this path.", expected=", ".join(paths[1:]), got=path, fix=suggest(path, paths))
+        raise unknown_name(path, [row.path for row in self.rows if row.path], "layer")
 
     def __str__(self) -> str:
         cells = [(f"{'  ' * row.depth}{label}", *cells) for row, label, cells in self._lines()]

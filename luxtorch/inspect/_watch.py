@@ -1,4 +1,4 @@
-"""A model whose layers, and modules of torch.nn inside them, are called through functions that watch."""
+"""Hooks around layers: a model whose layers, and modules of torch.nn inside, are called through a watcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses for one yes or no an element: two classes, or masks."""
+"""Binary losses: cross entropy and focal loss for a yes or no at each element, Dice loss for masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What losses over several classes share: where the classes are, and what a target may be."""
+"""What losses over several classes share: the class dimension, weights, and targets as indices or probabilities."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed, watched
-from luxtorch.core import DTypeError, InputError
+from luxtorch.core import InputError, out_of_range, wrong_type
 from luxtorch.core._weighted import watched_means
 
 from ._loss import Loss, as_numbers, machine_epsilon, total
 
 
 class ClassLoss(Loss):
-    """Be a loss over classes, of which each sample has one, or a distribution over all.
+    """Base class of losses over classes, of which each sample has one, or a distribution over all.
 
     A subclass defines `scores`: minus the loss that a sample would have if it were of a class, for each class.
     """
@@ -55,13 +55,8 @@ class ClassLoss(Loss):
                 fix=f"The classes are in dimension {dim}: choose another by dim=...",
             )
         if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-            raise DTypeError(
-                "Class indices are integers.",
-                expected="targets of dtype torch.int64",
-                got=f"targets of dtype {y.dtype}",
-                fix="Pass y.long(), or one probability for each class.",
-                where=repr(self),
-            )
+            fix = "Pass y.long(), or one probability for each class."
+            raise wrong_type("y", y, "class indices of dtype torch.int64", fix=fix, where=repr(self))
         return moved(y_hat, dim), y.long()
 
     def value(self, y_hat: Tensor, y: Tensor) -> Tensor:
@@ -189,9 +184,5 @@ def as_floats(weight: object) -> tuple[float, ...]:
     """Return weights as a hashable tuple of numbers; a tensor's values are read once, here."""
     values = weight.tolist() if isinstance(weight, Tensor) else weight
     if not isinstance(values, tuple | list) or not all(isinstance(value, int | float) for value in values):
-        raise InputError(
-            "The weights of the classes are not a sequence of numbers.",
-            expected="one number a class, in a tuple, a list or a tensor",
-            got=repr(weight),
-        )
+        raise out_of_range("weight", weight, "a tuple, a list or a tensor of one number for each class")
     return tuple(float(value) for value in values)

@@ -1,4 +1,4 @@
-"""The loss of a sequence of labels that is not aligned with the predictions."""
+"""CTC: the loss of a sequence of labels that is not aligned with the predictions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from luxtorch._ctc import ctc_losses
 from luxtorch._transforms import traced, transformed
-from luxtorch.core import DTypeError
+from luxtorch.core import DTypeError, out_of_range
 
 from ._loss import Loss, total
 
@@ -58,15 +58,15 @@ class CTCLoss(Loss):
             )
         if not all(y_hat.shape[1:]):
             raise self.error(
-                "There is nothing to take the loss of.",
+                "There must be at least one sequence and one class.",
                 expected="at least one sequence and one class",
                 got=f"predictions of shape {tuple(y_hat.shape)}",
             )
         if not 0 <= self.blank < y_hat.shape[2]:
-            raise self.error("No class is blank.", expected=f"from 0 to {y_hat.shape[2] - 1}", got=str(self.blank))
+            raise out_of_range("blank", self.blank, f"a class from 0 to {y_hat.shape[2] - 1}", where=repr(self))
         if any(part.dtype not in (torch.int32, torch.int64) for part in y):
             raise DTypeError(
-                "Labels and lengths are integers.",
+                "Labels and lengths must be integers.",
                 expected="targets of dtype torch.int64",
                 got=", ".join(str(part.dtype) for part in y),
                 where=repr(self),

@@ -1,4 +1,4 @@
-"""The loss: an immutable description of how far predictions are from targets."""
+"""The loss: an immutable description of how far predictions are from targets; and one made of any function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from luxtorch.core import DTypeError, InputError, Parameters, States, Value, show_value, suggest
+from luxtorch.core import InputError, Parameters, States, Value, out_of_range, show_value, suggest, wrong_type
 
 Aggregation: TypeAlias = str | Callable[[Tensor], Tensor]
 """How many losses become one: `"mean"`, `"sum"`, `"none"`, or a function of the tensor of losses."""
@@ -64,12 +64,8 @@ class Loss(Value, ABC, kw_only=True):
 
     def __post_init__(self) -> None:
         if not (callable(self.agg) or self.agg in _AGGREGATIONS):
-            raise InputError(
-                f"{type(self).__name__} does not know this aggregation.",
-                expected="'mean', 'sum', 'none' or a function of a tensor",
-                got=repr(self.agg),
-                fix=suggest(str(self.agg), _AGGREGATIONS),
-            )
+            expected, fix = "'mean', 'sum', 'none' or a function of a tensor", suggest(str(self.agg), _AGGREGATIONS)
+            raise out_of_range("agg", self.agg, expected, fix=fix, where=type(self).__name__)
 
     @abstractmethod
     def each(self, y_hat: Any, y: Any) -> Tensor:
@@ -172,13 +168,8 @@ class Loss(Value, ABC, kw_only=True):
     def require_floating(self, y_hat: Tensor) -> None:
         """Raise a DTypeError unless the predictions are real floating-point numbers."""
         if not y_hat.dtype.is_floating_point:
-            raise DTypeError(
-                "The predictions are not real floating-point numbers.",
-                expected="for instance torch.float32",
-                got=str(y_hat.dtype),
-                fix="Predictions come first, targets second: loss(y_hat, y).",
-                where=repr(self),
-            )
+            fix = "Predictions come first, targets second: loss(y_hat, y)."
+            raise wrong_type("y_hat", y_hat, "of a real floating-point dtype", fix=fix, where=repr(self))
 
     def require_shape(self, y: Tensor, shape: tuple[int, ...], y_hat: Tensor) -> None:
         """Raise an InputError unless the targets have the given shape."""
@@ -197,11 +188,7 @@ class Loss(Value, ABC, kw_only=True):
             bounds = (f"above {low}" if strict else f"of at least {low}") + (
                 f" and at most {high}" if high < math.inf else ""
             )
-            raise InputError(
-                f"The option {name} of {type(self).__name__} is out of bounds.",
-                expected=f"a number {bounds}",
-                got=repr(value),
-            )
+            raise out_of_range(name, value, f"a number {bounds}", where=type(self).__name__)
 
     def error(self, problem: str, *, expected: str, got: str, fix: str = "") -> InputError:
         """Return an InputError that names this loss."""
@@ -231,3 +218,29 @@ def as_numbers(y: Tensor, y_hat: Tensor) -> Tensor:
 def machine_epsilon(y_hat: Tensor, epsilon: float | None) -> float:
     """Return the number to add inside a logarithm: the given one, or the machine epsilon of the dtype."""
     return torch.finfo(y_hat.dtype).eps if epsilon is None else epsilon
+
+
+class GenericLossFunction(Loss):
+    """Make a loss of a function of predictions and targets.
+
+    Args:
+        function: An elementwise function `function(y_hat, y)` of two tensors of one shape.
+        agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+
+    Shape:
+        Predictions and targets of one shape, any.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> loss = lt.GenericLossFunction(lambda y_hat, y: (y_hat - y).cosh().log())
+        >>> loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+        tensor(0.)
+
+    Source: Lux's `GenericLossFunction`.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor] = field(kw_only=False)
+
+    def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return `function(y_hat, y)`."""
+        return self.function(y_hat, y)

@@ -1,4 +1,4 @@
-"""Losses of the difference between real numbers."""
+"""Regression losses: absolute, squared, squared logarithmic, Huber, smooth L1, Poisson."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of parameters over the training: `EMA`."""
+"""Exponential moving averages of parameters: `EMA`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, Value, named_leaves, tree_leaves, tree_map
+from luxtorch.core import InputError, Value, named_leaves, out_of_range, tree_leaves, tree_map
 
 
 class EMA(Value):
@@ -26,7 +26,7 @@ class EMA(Value):
             when the steps get small: keep that of such parameters in torch.float32.
 
     Raises:
-        InputError: If the decay is not in the range, or the dtype no floating point one.
+        InputError: If the decay is not in the range, or the dtype is not a floating point one.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -58,17 +58,9 @@ class EMA(Value):
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, bool) or not (isinstance(self.decay, (int, float)) and 0 <= self.decay < 1):
-            raise InputError(
-                "An average needs a decay.",
-                expected="a number of at least 0 and below 1, such as 0.999",
-                got=f"decay={self.decay!r:.80}",
-            )
+            raise out_of_range("decay", self.decay, "a number of at least 0 and below 1, such as 0.999")
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise InputError(
-                "An average has a dtype of its own.",
-                expected="a floating point dtype, such as torch.float32, or None",
-                got=f"dtype={self.dtype!r:.80}",
-            )
+            raise out_of_range("dtype", self.dtype, "a floating point dtype, such as torch.float32, or None")
 
     def init(self, ps: Any) -> dict[str, Any]:
         """Return a state whose average is that of these parameters alone.
@@ -108,7 +100,7 @@ class EMA(Value):
             return {"count": count, "average": tree_map(moved, st["average"], ps)}
         except ValueError as error:
             raise InputError(
-                "The parameters are not of the kind that the average began with.",
+                "The parameters do not match those that the average began with.",
                 expected=_names(st["average"]),
                 got=_names(ps),
                 fix=f"Begin again with ema.init(ps). The cause: {error}",

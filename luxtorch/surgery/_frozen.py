@@ -1,4 +1,4 @@
-"""Parameters that no optimizer sees: `Frozen`, `freeze` and `unfreeze`."""
+"""Freeze parameters, so that no optimizer sees them: `Frozen`, `freeze` and `unfreeze`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from luxtorch._torch import is_view
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path, select_any
@@ -20,7 +21,7 @@ from ._rewired import Rewired, Triple, everywhere, layers_of, names_of, opened
 class Frozen(Rewired):
     """Call a layer, some of whose parameters are kept among the states, where no optimizer changes them.
 
-    To freeze parameters of a model that is set up, call `freeze`. Running statistics are no parameters: a `BatchNorm`
+    To freeze parameters of a model that is set up, call `freeze`. Running statistics are not parameters: a `BatchNorm`
     in training mode goes on moving its own.
 
     Args:
@@ -138,7 +139,7 @@ def freeze(layer: Layer, ps: Parameters, st: States, *paths: Path) -> tuple[Laye
 
     Raises:
         KeyNameError: If a path stands for no parameter, or the trees' names are not those of the model.
-        DTypeError: If something is no path.
+        DTypeError: If something is not a path.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -190,7 +191,7 @@ def unfreeze(layer: Layer, ps: Parameters, st: States, *paths: Path) -> tuple[La
     """
     own_ps, own_st = opened("unfreeze(layer, ps, st, *paths)", layer, ps, st)
     names = select_any(paths, frozen_names(layer), "frozen parameter")
-    layer, own_ps, own_st = thawed(layer, own_ps, own_st, names)
+    layer, own_ps, own_st = unfrozen(layer, own_ps, own_st, names)
     return layer, closed(own_ps, ps), own_st
 
 
@@ -200,7 +201,7 @@ def frozen_names(layer: Layer) -> list[str]:
     return [join(path, name) for path, inner in frozen for name in inner.names]
 
 
-def thawed(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Collection[str]) -> Triple:
+def unfrozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Collection[str]) -> Triple:
     """Return a model with some of its frozen parameters among the others."""
 
     def change(layer: Layer, ps: Any, st: Any, path: str) -> Triple | None:
@@ -222,5 +223,5 @@ def with_frozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Col
     rest, chosen = taken(ordered(ps, layer.initial_parameters(NOWHERE)), names)
     # A view would keep the whole of a ComponentVector in memory, and in each file. Nothing is detached: to freeze says
     # what is an argument, and a transform or a tape around it sees through.
-    alone = tree_map(lambda leaf: leaf.clone() if leaf._is_view() else leaf, pruned(chosen))
+    alone = tree_map(lambda leaf: leaf.clone() if is_view(leaf) else leaf, pruned(chosen))
     return frozen, rest, {**st, frozen.place: alone}

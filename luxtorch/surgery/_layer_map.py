@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from luxtorch.core import InputError, KeyNameError, Layer, Parameters, States, flatten_names, nested_dicts, suggest
+from luxtorch.core import (
+    InputError,
+    Layer,
+    Parameters,
+    States,
+    described,
+    flatten_names,
+    nested_dicts,
+    out_of_range,
+    unknown_name,
+)
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path
 from luxtorch.layers import WeightNorm
 
-from ._frozen import frozen_names, thawed
+from ._frozen import frozen_names, unfrozen
 from ._partition import closed, join, ordered
 from ._rewired import (
     Rewired,
@@ -65,11 +75,7 @@ def layer_map(
     """
     call = "layer_map(f, layer, ps, st)"
     if isinstance(f, Layer) or not callable(f):
-        raise InputError(
-            "layer_map takes a function first.",
-            expected=f"{call} with f(layer, ps, st, path)",
-            got=f"{f!r:.80} of type {type(f).__name__}",
-        )
+        raise out_of_range("f", f, "a function f(layer, ps, st, path)", fix=f"The order is {call}.")
     own_ps, own_st = opened(call, layer, ps, st)
 
     def change(layer: Layer, ps: Any, st: Any, path: str) -> Triple | None:
@@ -91,9 +97,9 @@ def fitting(triple: Any) -> Triple:
     """
     if not (isinstance(triple, tuple) and len(triple) == 3 and isinstance(triple[0], Layer)):
         raise InputError(
-            "What is to stand in a layer's place is not a layer with its trees.",
+            "A layer can only be replaced by a layer with its trees.",
             expected="(layer, ps, st)",
-            got=f"a tuple of {len(triple)}" if isinstance(triple, tuple) else f"a {type(triple).__name__}",
+            got=described(triple),
             fix="Return the three also where nothing changes.",
         )
     error = misfit(*triple)
@@ -182,7 +188,7 @@ def replace_layer(
     own_ps, own_st = opened("replace_layer(layer, ps, st, path, new, new_ps, new_st)", layer, ps, st)
     _require_layer(layer, path)
     old = [name for name in frozen_names(layer) if not path or name.startswith(f"{path}.")]
-    layer, own_ps, own_st = thawed(layer, own_ps, own_st, old)
+    layer, own_ps, own_st = unfrozen(layer, own_ps, own_st, old)
     with placed(path):
         fitting((new, new_ps, new_st))
 
@@ -203,13 +209,7 @@ def _leads(place: str, path: str) -> bool:
 def _require_layer(layer: Layer, path: str) -> None:
     names = [name for name in dict(layers_of(layer)) if name]
     if path and path not in names:
-        raise KeyNameError(
-            f"The model has no layer '{path}'.",
-            expected=", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            or "'', as there are no layers inside",
-            got=f"'{path}'",
-            fix=suggest(str(path), names),
-        )
+        raise unknown_name(path, names, "layer")
 
 
 def weight_norm(
@@ -269,7 +269,7 @@ def weight_norm(
 
 
 def remove_weight_norm(layer: Layer, ps: Parameters, st: States) -> tuple[Layer, Any, dict[str, Any]]:
-    """Put normalised weights of a model together again: the inverse of `weight_norm`.
+    """Put normalized weights of a model together again: the inverse of `weight_norm`.
 
     Args:
         layer: The model; it, or layers inside, are `WeightNorm`.
@@ -281,7 +281,7 @@ def remove_weight_norm(layer: Layer, ps: Parameters, st: States) -> tuple[Layer,
 
     Raises:
         KeyNameError: If the trees' names are not those of the model.
-        InputError: If normalised parameters are frozen or shared.
+        InputError: If normalized parameters are frozen or shared.
 
     Example:
         >>> import luxtorch as lt

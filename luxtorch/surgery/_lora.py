@@ -1,4 +1,4 @@
-"""Weights that learn a low-rank change only: `LoRA`, `lora` and `merge_lora`."""
+"""Low-rank adaptation of weights: `LoRA`, `lora` and `merge_lora`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, unflatten_names
+from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, out_of_range, unflatten_names
 from luxtorch.core._nowhere import NOWHERE
 from luxtorch.core._paths import Path
 from luxtorch.init import Initializer, kaiming_uniform
 from luxtorch.layers._containers import as_layer
 from luxtorch.random import Rng, as_key, fold_in
 
-from ._frozen import frozen_names, thawed, with_frozen
+from ._frozen import frozen_names, unfrozen, with_frozen
 from ._partition import closed, join, ordered
 from ._rewired import Rewired, Triple, everywhere, layers_of, matrices, opened, require_shapes
 
@@ -82,7 +82,7 @@ class LoRA(Rewired):
         init_weight: Initializer = kaiming_uniform(gain=1.0),  # noqa: B008  # a value
     ) -> None:
         if isinstance(rank, bool) or not (isinstance(rank, int) and rank >= 1):
-            raise InputError("LoRA takes a rank.", expected="a whole number of at least 1", got=f"rank={rank!r:.80}")
+            raise out_of_range("rank", rank, "a whole number of at least 1")
         layer = as_layer(layer)
         names = tuple(matrices(paths, flatten_names(layer.initial_parameters(NOWHERE))))
         self._set(
@@ -178,8 +178,8 @@ def lora(
     """
     own_ps, own_st = opened("lora(layer, ps, st, *paths, rng=...)", layer, ps, st)
     if _is_adapted(layer):
-        raise InputError("The model is adapted already.", expected="a model without LoRA", fix=LoRA.undone)
-    layer, own_ps, own_st = thawed(layer, own_ps, own_st, frozen_names(layer))
+        raise InputError("The model must not be adapted already.", expected="a model without LoRA", fix=LoRA.undone)
+    layer, own_ps, own_st = unfrozen(layer, own_ps, own_st, frozen_names(layer))
     adapted = LoRA(layer, *paths, rank=rank, alpha=alpha, init_weight=init_weight)
     require_shapes(layer, own_ps, adapted.names)
     apart = adapted.taken_apart(as_key(rng), own_ps)
@@ -220,10 +220,8 @@ def merge_lora(layer: Layer, ps: Parameters, st: States) -> tuple[Layer, Any, di
 
     own_ps, own_st = opened("merge_lora(layer, ps, st)", layer, ps, st)
     if not _is_adapted(layer):
-        raise InputError(
-            "Nothing in the model is adapted.", expected="a model from lt.lora", got=f"a {type(layer).__name__}"
-        )
-    layer, own_ps, own_st = everywhere(change, *thawed(layer, own_ps, own_st, frozen_names(layer)))
+        raise InputError("Nothing in the model is adapted.", expected="a model from lt.lora", got=type(layer).__name__)
+    layer, own_ps, own_st = everywhere(change, *unfrozen(layer, own_ps, own_st, frozen_names(layer)))
     return layer, closed(ordered(own_ps, layer.initial_parameters(NOWHERE)), ps), own_st
 
 

@@ -1,4 +1,4 @@
-"""Trees of parameters in parts, and put together again: `partition` and `combine`."""
+"""Divide a tree of parameters by names, and put it together again: `partition` and `combine`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from luxtorch.components import ComponentVector
-from luxtorch.core import DTypeError, InputError, flatten_names, nested_dicts
+from luxtorch.core import InputError, flatten_names, nested_dicts, wrong_type
 from luxtorch.core._paths import Path, select
 
 
@@ -22,8 +22,8 @@ def partition(tree: Mapping[str, Any], *paths: Path) -> tuple[Any, ...]:
             predicates on dotted names, or lists of these, each for one part; see `freeze`.
 
     Returns:
-        A tuple of trees, the rest last. Every part has all groups, empty ones too. What is no tensor, such as the mode
-        of a layer, belongs to the rest. Parts of a ComponentVector are ComponentVectors.
+        A tuple of trees, the rest last. Every part has all groups, empty ones too. What is not a tensor, such as
+        the mode of a layer, belongs to the rest. Parts of a ComponentVector are ComponentVectors.
 
     Raises:
         KeyNameError: If a path stands for no tensor.
@@ -44,9 +44,7 @@ def partition(tree: Mapping[str, Any], *paths: Path) -> tuple[Any, ...]:
     Source: `partition` of Equinox, for any number of parts.
     """
     if not paths:
-        raise InputError(
-            "There is nothing to divide by.", expected='partition(ps, "layer_1"), or several paths', got=""
-        )
+        raise InputError("partition needs at least one path.", expected='partition(ps, "layer_1"), or several paths')
     rest = _tree("partition", tree)
     owner: dict[str, Any] = {}
     parts = []
@@ -89,7 +87,7 @@ def combine(*trees: Mapping[str, Any], like: Mapping[str, Any] | None = None) ->
     Source: `combine` of Equinox.
     """
     if not trees:
-        raise InputError("There is nothing to combine.", expected="combine(part, rest)", got="no trees")
+        raise InputError("combine needs at least one tree.", expected="combine(part, rest)")
     whole = _tree("combine", trees[0])
     for tree in trees[1:]:
         try:
@@ -105,12 +103,8 @@ def combine(*trees: Mapping[str, Any], like: Mapping[str, Any] | None = None) ->
 
 def _tree(function: str, tree: Any) -> dict[str, Any]:
     if not isinstance(tree, Mapping):
-        raise DTypeError(
-            f"{function} takes trees of tensors.",
-            expected="nested dicts, or a ComponentVector",
-            got=f"a {type(tree).__name__}",
-            fix="Paths come after the tree: lt.partition(ps, 'layer_1')." * (function == "partition"),
-        )
+        fix = "Paths come after the tree: lt.partition(ps, 'layer_1')." * (function == "partition")
+        raise wrong_type("tree", tree, "a tree of tensors: nested dicts, or a ComponentVector", fix=fix)
     return nested_dicts(tree)
 
 

@@ -1,4 +1,4 @@
-"""What all changes of models share: a layer whose parameters are made anew at each call, and a walk over layers."""
+"""What all of surgery shares: a wrapper that makes its layer's parameters at each call, and a walk over layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from luxtorch.core import (
     Parameters,
     States,
     WrapperLayer,
+    described,
     flatten_names,
     nested_dicts,
+    wrong_shape,
 )
 from luxtorch.core._locate import wrong_names
 from luxtorch.core._nowhere import NOWHERE
@@ -175,15 +177,11 @@ def opened(call: str, layer: Any, ps: Any, st: Any) -> tuple[dict[str, Any], dic
         st: Its states.
 
     Raises:
-        InputError: If the layer is none, or a tree is none.
+        InputError: If the layer is not one, or a tree is not one.
         KeyNameError: If the names of a tree are not those of the layer.
     """
     if not isinstance(layer, Layer):
-        raise InputError(
-            f"{call.partition('(')[0]} takes a layer with its parameters and states.",
-            expected=call,
-            got=f"{layer!r:.80} of type {type(layer).__name__}",
-        )
+        raise InputError("layer must be a layer.", got=described(layer), fix=f"The order is {call}.")
     error = misfit(layer, ps, st)
     if error is not None:
         error.fix = f"{error.fix} The order is {call}."
@@ -230,12 +228,8 @@ def require_shapes(layer: Layer, ps: Mapping[str, Any], names: Collection[str]) 
     values, like = flatten_names(ps), flatten_names(layer.initial_parameters(NOWHERE))
     for name in names:
         if values[name].shape != like[name].shape:
-            raise InputError(
-                f"The parameter '{name}' does not have the layer's shape.",
-                expected=str(tuple(like[name].shape)),
-                got=str(tuple(values[name].shape)),
-                fix="Of an Ensemble, change the member; for a batch of models, call torch.vmap.",
-            )
+            fix = "Of an Ensemble, change the member; for a batch of models, call torch.vmap."
+            raise wrong_shape(f"The parameter '{name}'", values[name], tuple(like[name].shape), fix=fix)
 
 
 def misfit(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
@@ -256,9 +250,9 @@ def misnamed(tree: Any, wanted: Any, what: str, inside: tuple[str, ...] = ()) ->
     error: LuxtorchError | None = None
     if isinstance(tree, Mapping) != isinstance(wanted, Mapping):
         error = InputError(
-            f"A {what} and a group of {what}s are mixed up." if inside else f"These are no {what}s.",
+            f"A {what} and a group of {what}s are mixed up." if inside else f"These are not {what}s.",
             expected=f"a group of {what}s by name" if isinstance(wanted, Mapping) else f"a {what}",
-            got=f"a {type(tree).__name__}",
+            got=described(tree),
             fix=_FIX,
         )
     elif isinstance(wanted, Mapping):

@@ -1,4 +1,4 @@
-"""Parameters in several places of a model that are one: `Shared`, `share_parameters` and `unshare_parameters`."""
+"""Share (tie) parameters between places of a model: `Shared`, `share_parameters` and `unshare_parameters`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Shared(Rewired):
             found.append(tuple(place for path in paths for place in places(path, names)) if named else ())
             if len(found[-1]) < 2:
                 raise InputError(
-                    "A group of shared parameters is told by the paths of its places.",
+                    "A group of shared parameters must have at least two places.",
                     expected="at least one group of at least two, such as ('embed.weight', 'logits.weight')",
                     got=f"{group!r:.80}" if groups else "no group",
                     fix="Put the paths of a group in parentheses." * isinstance(group, str),
@@ -93,7 +93,7 @@ class Shared(Rewired):
         twice = [name for name, times in seen.items() if times > 1]
         if twice:
             raise InputError(
-                "A parameter is in two places of the groups.",
+                "Groups of shared parameters must not overlap.",
                 expected="places that have nothing in common",
                 got=f"'{twice[0]}' in both",
                 fix="Make one group of the two.",

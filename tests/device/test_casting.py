@@ -51,7 +51,7 @@ def test_complex_tensors_take_the_same_precision(cast: Callable, dtype: torch.dt
 
 
 def test_complex_bfloat16_does_not_exist() -> None:
-    with pytest.raises(DTypeError, match="no complex numbers of this precision") as error:
+    with pytest.raises(DTypeError, match="no complex dtype of this precision") as error:
         bf16({"z": torch.ones(1, dtype=torch.complex64)})
     assert "bfloat16" in str(error.value) and "view_as_real" in str(error.value)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luxtorch.core import LuxtorchError
-from luxtorch.device import Device, DeviceError, _select, cpu_device, gpu_device
+from luxtorch.device import Device, DeviceError, _device, cpu_device, gpu_device
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def accelerators(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: current)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: count - 1)
-    _select._warn_once.cache_clear()
+    _device._warn_once.cache_clear()
     return count
 
 

@@ -314,5 +314,5 @@ def test_wrong_options(options, words):
 
 
 def test_only_layers_are_debugged():
-    with pytest.raises(InputError, match="Only a layer can be debugged"):
+    with pytest.raises(InputError, match="model must be a layer"):
         debug_mode(nn.Linear(2, 2))

@@ -187,7 +187,7 @@ def test_inside_transforms_too(fault):
 def test_errors_of_the_model_come_through():
     with pytest.raises(InputError, match=r"model\.layer_1 \(Dense 2 -> 3\)"):
         check_purity(lt.Chain(lt.Dense(2, 3)), torch.ones(4, 3))
-    with pytest.raises(InputError, match="Only a layer can be checked"):
+    with pytest.raises(InputError, match="layer must be a layer"):
         check_purity(torch.tanh, torch.ones(4, 3))
 
 

@@ -147,11 +147,11 @@ def keep(layer, ps, st, path):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda m: layer_map(*m, keep), InputError, "layer_map takes a function first"),
-        (lambda m: layer_map(keep, m[1], m[0], m[2]), InputError, "expected: layer_map(f, layer, ps, st)"),
+        (lambda m: layer_map(*m, keep), InputError, "f must be a function f(layer, ps, st, path)"),
+        (lambda m: layer_map(keep, m[1], m[0], m[2]), InputError, "The order is layer_map(f, layer, ps, st)"),
         (lambda m: layer_map(keep, m[0], m[2], m[1]), KeyNameError, "The order is layer_map(f, layer, ps, st)."),
-        (lambda m: layer_map(lambda *part: part, *m), InputError, "model.layer_1: What is to stand"),
-        (lambda m: layer_map(lambda *part: None, *m), InputError, "a NoneType"),
+        (lambda m: layer_map(lambda *part: part, *m), InputError, "model.layer_1: A layer can only"),
+        (lambda m: layer_map(lambda *part: None, *m), InputError, "None of type NoneType"),
         (
             lambda m: layer_map(lambda layer, ps, st, path: (layer, {**ps, "wieght": 0}, st), *m),
             KeyNameError,
@@ -162,9 +162,9 @@ def keep(layer, ps, st, path):
             KeyNameError,
             "model.layer_2: The tree that came lacks the state",
         ),
-        (lambda m: get_layer(*m, "layer_6"), KeyNameError, "The model has no layer 'layer_6'"),
-        (lambda m: get_layer(*m, "layer_1.weight"), KeyNameError, "The model has no layer 'layer_1.weight'"),
-        (lambda m: get_layer(*m, 3), KeyNameError, "The model has no layer '3'"),
+        (lambda m: get_layer(*m, "layer_6"), KeyNameError, "There is no layer 'layer_6'"),
+        (lambda m: get_layer(*m, "layer_1.weight"), KeyNameError, "There is no layer 'layer_1.weight'"),
+        (lambda m: get_layer(*m, 3), KeyNameError, "There is no layer '3'"),
         (
             lambda m: replace_layer(*m, "layer_2.x", lt.NoOpLayer(), {}, {}),
             KeyNameError,
@@ -175,7 +175,7 @@ def keep(layer, ps, st, path):
             KeyNameError,
             "model.layer_2: The tree that came lacks the parameter 'bias'",
         ),
-        (lambda m: replace_layer(*m, "layer_2", torch.tanh, {}, {}), InputError, "is not a layer with its trees"),
+        (lambda m: replace_layer(*m, "layer_2", torch.tanh, {}, {}), InputError, "by a layer with its trees"),
     ],
 )
 def test_errors_say_what_to_do(model, call, error, words):

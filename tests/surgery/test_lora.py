@@ -168,10 +168,10 @@ LAYER = lt.Chain(lt.Dense(4, 3), lt.BatchNorm(3))
     [
         (lambda ps, st: lora(LAYER, ps, st, "layer_3", rng=0), KeyNameError, "No parameter is named 'layer_3'"),
         (lambda ps, st: lora(LAYER, ps, st, "layer_2", rng=0), InputError, "None of the parameters is a matrix"),
-        (lambda ps, st: lora(LAYER, ps, st, rng=0, rank=0), InputError, "rank=0"),
+        (lambda ps, st: lora(LAYER, ps, st, rng=0, rank=0), InputError, "rank must be a whole number of at least 1"),
         (lambda ps, st: lora(LAYER, ps, st, rng=0, rank=True), InputError, "a whole number of at least 1"),
         (lambda ps, st: lora(LAYER, st, ps, rng=0), KeyNameError, "lora(layer, ps, st, *paths, rng=...)"),
-        (lambda ps, st: lora(LAYER, lt.stack([ps, ps]), st, rng=0), InputError, "'layer_1.weight' does not have"),
+        (lambda ps, st: lora(LAYER, lt.stack([ps, ps]), st, rng=0), InputError, "'layer_1.weight' has the wrong shape"),
         (lambda ps, st: lora(*lora(LAYER, ps, st, rng=0), rng=0), InputError, "adapted already"),
         (lambda ps, st: merge_lora(LAYER, ps, st), InputError, "Nothing in the model is adapted"),
         (lambda ps, st: LoRA(lt.NoOpLayer()), InputError, "no parameters"),

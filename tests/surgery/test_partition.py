@@ -98,12 +98,12 @@ def test_states_are_divided_and_modes_belong_to_the_rest(model):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda ps: partition(ps), InputError, "nothing to divide by"),
+        (lambda ps: partition(ps), InputError, "partition needs at least one path"),
         (lambda ps: partition("layer_1", ps), DTypeError, "Paths come after the tree"),
         (lambda ps: partition(ps, "layer_9"), KeyNameError, "No tensor is named 'layer_9'"),
         (lambda ps: partition(ps, "layer_1", "layer_1.bias"), InputError, "layer_1.bias: A tensor belongs to two"),
-        (lambda ps: combine(), InputError, "no trees"),
-        (lambda ps: combine(ps, None), DTypeError, "a NoneType"),
+        (lambda ps: combine(), InputError, "combine needs at least one tree"),
+        (lambda ps: combine(ps, None), DTypeError, "None of type NoneType"),
         (lambda ps: combine(ps, {"layer_1": {"bias": 0}}), InputError, "'layer_1.bias' stands in two"),
         (lambda ps: combine(ps, {"layer_1": 0}), InputError, "'layer_1' stands in two"),
     ],

@@ -163,7 +163,7 @@ def test_a_change_keeps_them_shared_or_is_an_error(chain):
         ((("layer_1",),), InputError, "at least two"),
         ((("layer_1", None),), InputError, "at least two"),
         ((("layer_1", "layer_7"),), KeyNameError, "No parameter is named 'layer_7'"),
-        ((("layer_1", "layer_1"),), InputError, "in two places"),
+        ((("layer_1", "layer_1"),), InputError, "must not overlap"),
         ((("layer_1", "layer_2"), ("layer_3", "layer_2")), InputError, "'layer_2.weight' in both"),
         ((("layer_1", "layer_2.weight"),), InputError, "The parameters of 'layer_1' and 'layer_2.weight' differ."),
         ((("layer_1.bias", "layer_2.weight"),), InputError, "layer_2.weight (3, 3), torch.float32"),

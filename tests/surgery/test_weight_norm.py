@@ -87,7 +87,7 @@ def zeros(ps, st):
         (lambda ps, st: weight_norm(MODEL, ps, st, "layer_1.bias"), InputError, "None of the parameters is a matrix"),
         (zeros, InputError, "model.layer_3: The parameter 'weight' starts at zero"),
         (lambda ps, st: weight_norm(MODEL, ps, st, dim=2), InputError, "no dimension 2"),
-        (lambda ps, st: weight_norm(MODEL, lt.stack([ps, ps]), st), InputError, "does not have the layer's shape"),
+        (lambda ps, st: weight_norm(MODEL, lt.stack([ps, ps]), st), InputError, "has the wrong shape"),
         (
             lambda ps, st: weight_norm(*freeze(MODEL, ps, st, "layer_1.bias")),
             InputError,

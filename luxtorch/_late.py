@@ -1,0 +1,30 @@
+"""Public names whose folders are loaded when one of them is first asked for: not every program needs them."""
+
+from .inspect import NonFiniteError as NonFiniteError
+from .inspect import capture as capture
+from .inspect import check_purity as check_purity
+from .inspect import debug_mode as debug_mode
+from .inspect import summary as summary
+from .interop import Inputs as Inputs
+from .interop import LayerModule as LayerModule
+from .interop import export as export
+from .interop import from_torch as from_torch
+from .interop import load_weights as load_weights
+from .interop import to_torch as to_torch
+from .surgery import EMA as EMA
+from .surgery import Frozen as Frozen
+from .surgery import LoRA as LoRA
+from .surgery import Shared as Shared
+from .surgery import combine as combine
+from .surgery import freeze as freeze
+from .surgery import get_layer as get_layer
+from .surgery import layer_map as layer_map
+from .surgery import lora as lora
+from .surgery import merge_lora as merge_lora
+from .surgery import partition as partition
+from .surgery import remove_weight_norm as remove_weight_norm
+from .surgery import replace_layer as replace_layer
+from .surgery import share_parameters as share_parameters
+from .surgery import unfreeze as unfreeze
+from .surgery import unshare_parameters as unshare_parameters
+from .surgery import weight_norm as weight_norm
