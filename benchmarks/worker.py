@@ -93,7 +93,7 @@ def _forget_peak() -> None:
 def main() -> None:
     """Answer commands until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no answer
+    os.dup2(2, 1)  # what compilers print is not an answer
     parser = argparse.ArgumentParser()
     for name in ("side", "problem", "candidate", "device"):
         parser.add_argument(name)

@@ -52,7 +52,7 @@ batches = [
 # Model
 # -----
 #
-# LayerNorm treats every image by itself. (A BatchNorm would normalise by the statistics of each process's share.)
+# LayerNorm treats every image by itself. (A BatchNorm would normalize by the statistics of each process's share.)
 
 model = lt.Chain(
     lt.Conv((3, 3), 1, 16, "gelu", stride=2, padding=1),
@@ -153,7 +153,7 @@ if rank == 0:
         middle.axhline(1e-6, color="0.5", linestyle="--", label="allowed")
         middle.set(xlabel="step", ylabel="relative difference", ylim=(1e-18, 1e-5), title=f"{ranks} against 1 process")
         middle.legend()
-        # The last batch, in the colours of the processes that computed the gradients of its images.
+        # The last batch, in the colors of the processes that computed the gradients of its images.
         tiles = x[batches[-1]][:, 0].reshape(8, 8, 8, 8)
         colors = torch.tensor(plt.get_cmap("tab10")(np.arange(BATCH) * ranks // BATCH % 10)[:, :3]).reshape(8, 8, 3)
         mosaic = 1 - tiles[..., None] * (1 - colors[:, :, None, None])

@@ -1,7 +1,7 @@
 """A classifier of handwritten digits
 ===================================
 
-A small convolutional network with batch normalisation and dropout learns scikit-learn's 1797 digits. The run saves
+A small convolutional network with batch normalization and dropout learns scikit-learn's 1797 digits. The run saves
 checkpoints; it is stopped in the middle and resumed, and ends with the very same parameters, bit for bit, as a run
 that was never stopped.
 """

@@ -21,28 +21,28 @@ STEPS, CENTRES, MODELS = 300, 24, 9
 #
 # A layer is a class derived from `lt.Layer`. Its fields are hyperparameters; it becomes a frozen dataclass by itself.
 # No tensor is in it: `initial_parameters` and `initial_states` make them from a key, and the call gets them as `ps` and
-# `st`. What it returns besides its output are the new states: here a running mean, which says how often each centre is
+# `st`. What it returns besides its output are the new states: here a running mean, which says how often each center is
 # needed. As in BatchNorm it follows the batches in training mode, and stands still in test mode.
 
 
 class RadialBasis(lt.Layer):
-    """Say how near an input is to each of some centres: exp(-|x - c|^2 / (2 w^2))."""
+    """Say how near an input is to each of some centers: exp(-|x - c|^2 / (2 w^2))."""
 
     features: int
-    centres: int
+    centers: int
     momentum: float = 0.05
 
     def initial_parameters(self, key):
         return {
-            "centre": lt.random.normal(key, (self.centres, self.features)),
-            "log_width": torch.full((self.centres,), -1.0, device=key.device),
+            "center": lt.random.normal(key, (self.centers, self.features)),
+            "log_width": torch.full((self.centers,), -1.0, device=key.device),
         }
 
     def initial_states(self, key):
-        return {"usage": torch.zeros(self.centres, device=key.device), "training": lt.Static(True)}
+        return {"usage": torch.zeros(self.centers, device=key.device), "training": lt.Static(True)}
 
     def __call__(self, x, ps, st):
-        distance = (x[:, None, :] - ps["centre"]).square().sum(-1)
+        distance = (x[:, None, :] - ps["center"]).square().sum(-1)
         y = torch.exp(-0.5 * distance * torch.exp(-2 * ps["log_width"]))
         if st["training"]:
             usage = torch.lerp(st["usage"], y.detach().mean(0), self.momentum)
@@ -148,8 +148,8 @@ assert together >= float(each.median())
 # Picture
 # -------
 #
-# Left the one model: circles are its centres, as wide as they reach, and the darker the more they are used. Right the
-# nine: where they disagree, the colour is pale.
+# Left the one model: circles are its centers, as wide as they reach, and the darker the more they are used. Right the
+# nine: where they disagree, the color is pale.
 
 try:
     import matplotlib
@@ -169,11 +169,11 @@ else:
         axis.contourf(line, line, p.reshape(len(line), -1).T, levels=20, cmap="RdBu", vmin=0, vmax=1, alpha=0.6)
         axis.scatter(*x.T, c=y, cmap="RdBu", edgecolors="black", linewidths=0.4, s=14)
         axis.set(title=title, aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[])
-    centres, states = ts.parameters["layer_1"], ts.states["layer_1"]
+    centers, states = ts.parameters["layer_1"], ts.states["layer_1"]
     usage = states["usage"] / states["usage"].max()
-    for centre, width, used in zip(centres["centre"], centres["log_width"].exp(), usage, strict=True):
+    for center, width, used in zip(centers["center"], centers["log_width"].exp(), usage, strict=True):
         axes[0].add_patch(
-            plt.Circle(centre.tolist(), float(width), fill=False, lw=1.2, alpha=0.15 + 0.85 * float(used))
+            plt.Circle(center.tolist(), float(width), fill=False, lw=1.2, alpha=0.15 + 0.85 * float(used))
         )
     path = Path(__file__).resolve().parent / "output" / "own_layer.png"
     path.parent.mkdir(exist_ok=True)

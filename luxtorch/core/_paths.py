@@ -34,7 +34,7 @@ def select(path: Path, names: Sequence[str], kind: str = "parameter") -> set[str
 
     Raises:
         KeyNameError: If there is none, also for one of several paths.
-        DTypeError: If it is no path.
+        DTypeError: If it is not a path.
     """
     return {name for below in places(path, names, kind).values() for name in below}
 
@@ -44,7 +44,7 @@ def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "paramet
 
     Raises:
         KeyNameError: If a path stands for none.
-        DTypeError: If one is no path.
+        DTypeError: If one is not a path.
     """
     if not paths:
         return list(names)
@@ -67,7 +67,7 @@ def places(path: Path, names: Sequence[str], kind: str = "parameter", *, below: 
         problem = f"An empty list of paths stands for no {kind}."
     else:
         raise DTypeError(
-            f"That is no path of a {kind}.",
+            f"That is not a path of a {kind}.",
             expected="a dotted path, a glob such as '*.bias', a predicate on names, or a list of these",
             got=f"{path!r:.80} of type {type(path).__name__}",
         )

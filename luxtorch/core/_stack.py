@@ -20,14 +20,15 @@ def stack(trees: Iterable[Any]) -> Any:
     So `torch.vmap` calls many models at once: `torch.vmap(model, in_dims=(None, 0, 0))(x, ps, st)`.
 
     Args:
-        trees: Parameters, states, tuples of both, training states, or any other pytrees. What is no tensor in them
+        trees: Parameters, states, tuples of both, training states, or any other pytrees. What is not a tensor in them
             must be equal in all, and stays as it is. A `ComponentVector` becomes a batch of vectors.
 
     Returns:
         A tree of the same structure.
 
     Raises:
-        InputError: If there are no trees, or a shape, a device, a `Static` or another value that is no tensor differs.
+        InputError: If there are no trees, or a shape, a device, a `Static` or another value that is not a tensor
+            differs.
         KeyNameError: If the names differ.
         DTypeError: If a dtype differs.
 
@@ -161,7 +162,7 @@ def _other_leaf(trees: list[Any]) -> LuxtorchError:
 
 
 def _no_stack(tree: Any) -> InputError:
-    """Say why a tree is no stack."""
+    """Say why a tree is not a stack."""
     tensors = [(name, leaf) for name, leaf in named_leaves(tree) if isinstance(leaf, Tensor)]
     if not tensors:
         return InputError("A tree without tensors does not tell how many it is made of.", expected="a stack of trees")

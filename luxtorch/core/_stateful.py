@@ -19,7 +19,7 @@ class StatefulLayer:
     """Hold a layer with its parameters and states, and call it as a function of the input alone.
 
     Each call keeps the new states in the box. This is the one mutable object of luxtorch: it is for notebooks, and for
-    solvers that take a plain function. It is no `Layer`, and nothing to differentiate or vmap by itself: pass it `ps`.
+    solvers that take a plain function. It is not a `Layer`, and not to be differentiated or vmapped: pass it `ps`.
 
     A box keeps states only from calls at the level of transforms where it was made. Inside a further
     `torch.func.grad`, `vmap`, `jvp` or the like, a call gives the same output and leaves the box as it was, so that
@@ -37,7 +37,7 @@ class StatefulLayer:
         states: The states that the next call uses.
 
     Raises:
-        InputError: If `layer` is no layer.
+        InputError: If `layer` is not a layer.
 
     Example:
         >>> import torch, luxtorch as lt

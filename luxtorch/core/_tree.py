@@ -248,7 +248,7 @@ def flatten_names(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of parameters or states by their dotted names, as a `state_dict` has them.
 
     Args:
-        tree: Nested dicts, or a ComponentVector. What is no tensor, such as the mode of a layer, is left out.
+        tree: Nested dicts, or a ComponentVector. What is not a tensor, such as the mode of a layer, is left out.
 
     Returns:
         A dict in the order of the tree.

@@ -143,7 +143,7 @@ class Branch(nn.Module):
         if not name or "." in name or hasattr(self, name):
             raise InputError(
                 f"A module cannot have a parameter, buffer or part called '{name}'.",
-                expected="one use of each name, without dots, that is no attribute of torch.nn.Module",
+                expected="one use of each name, without dots, that is not an attribute of torch.nn.Module",
                 got=f"'{name}'",
                 fix="Give the layer another name, or the tensor.",
                 where=".".join(("model", *path)),

@@ -40,7 +40,7 @@ def _opened(module: nn.Module, wrapper: type[nn.Module], done: dict[int, nn.Modu
         if isinstance(module, wrapper):
             if module._forward_hooks or module._forward_pre_hooks:
                 raise InputError(
-                    "A hook of what torch.compile returned is no part of the module.",
+                    "A hook of what torch.compile returned is not part of the module.",
                     fix="Register the hooks with the module itself, before it is compiled.",
                     where=type(module._orig_mod).__name__,
                 )
@@ -88,7 +88,7 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
     """Return a layer that computes what a `torch.nn.Module` does, with its parameters and states.
 
     Modules that luxtorch has a layer for become that layer, and an `nn.Sequential` becomes a `Chain`. Any other module
-    keeps its own `forward`, which runs on the parameters and states that it is given: batch normalisation returns its
+    keeps its own `forward`, which runs on the parameters and states that it is given: batch normalization returns its
     statistics, and random numbers come from a key in the state. So the model is a pure function: whatever
     way the code comes by a tensor of the module, it gets that of `ps` or `st`, and what it leaves behind is put back.
 
@@ -106,7 +106,7 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
         frozen, as by `lt.freeze`.
 
     Raises:
-        DTypeError: If it is no module.
+        DTypeError: If it is not a module.
         InputError: If it is a lazy module that has seen no input yet, a wrapper or script whose inside cannot be
             reached, or one whose code reaches its own tensors by globals; or if it has no such method.
 
@@ -122,7 +122,7 @@ def from_torch(module: nn.Module, rng: Rng = 0, *, method: str = "forward") -> M
         ['weight', 'bias']
 
     Several or keyword arguments are passed as `lt.Inputs`, and so may one be, by the name that torch has for it. What a
-    forward keeps on the module besides its parameters and buffers, such as a list that grows, is no part of the state
+    forward keeps on the module besides its parameters and buffers, such as a list that grows, is not part of the state
     and is forgotten. A forward that changes its parameters is an error when it is called. Gradients are dense:
     `sparse=True` of an embedding is without effect, and its gradient is as large as its table.
 
@@ -203,7 +203,7 @@ def _check(module: Any) -> None:
     for name, part in module.named_modules():
         where = f"module.{name}" if name else "module"
         if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise InputError("A data-parallel wrapper is no function.", fix="Pass wrapper.module.", where=where)
+            raise InputError("A data-parallel wrapper is not a function.", fix="Pass wrapper.module.", where=where)
         if isinstance(part, torch.jit.ScriptModule):
             raise InputError(
                 "The code of a script cannot be reached.", fix="Pass the module it came from.", where=where

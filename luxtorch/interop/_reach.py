@@ -173,7 +173,7 @@ def _functions(x: Any) -> Iterator[types.FunctionType]:
 def left_by_calls(module: nn.Module) -> frozenset[str]:
     """Return the attributes that hold what an earlier call has left: code writes them before it reads them.
 
-    Such an attribute is no state. Should a call read it first after all, it is not there.
+    Such an attribute is not a state. Should a call read it first after all, it is not there.
     """
     names = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     if not names:

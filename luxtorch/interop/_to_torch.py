@@ -90,7 +90,7 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
         The module. Called with one argument it passes that on; several arguments, or keywords, become `lt.Inputs`.
 
     Raises:
-        InputError: If `layer` is no layer, or if a name cannot be that of a part of a module, such as "forward".
+        InputError: If `layer` is not a layer, or if a name cannot be that of a part of a module, such as "forward".
         DTypeError: If the trees hold something else than tensors.
 
     Example:

@@ -165,7 +165,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     files: Any = json.loads(path.read_text())
     files = files.get("weight_map") if isinstance(files, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise InputError("The file is no index of weights.", expected='JSON with a "weight_map"')
+        raise InputError("The file is not an index of weights.", expected='JSON with a "weight_map"')
     shards = {name: read_weights(path.parent / name) for name in sorted(set(files.values()))}
     for name, shard in files.items():
         if name not in shards[shard]:
@@ -337,7 +337,7 @@ def _opened(tree: Any) -> Any:
 
 
 def _is_vector(node: Any) -> bool:
-    """Say whether a node is a ComponentVector: the mapping that is no dict."""
+    """Say whether a node is a ComponentVector: the mapping that is not a dict."""
     return isinstance(node, Mapping) and not isinstance(node, dict)
 
 

@@ -61,7 +61,7 @@ def _register(cls: Any) -> None:
             kept = _Context(context)
         except Refused as error:
             raise DTypeError(
-                f"What {cls.__name__} keeps beside its children is no constant.",
+                f"What {cls.__name__} keeps beside its children is not a constant.",
                 expected="a context of its pytree node that can be compared, without tensors",
                 got=f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}",
                 fix="Let the function that flattens it return tensors as children.",

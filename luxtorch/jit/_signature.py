@@ -86,7 +86,7 @@ class Signature:
             return "the structure of the arguments, or a Static in it"
         for i, one in self.statics.items():
             if one != other.statics[i]:
-                return f"an argument that is no tensor, {one[-1]!r} against {other.statics[i][-1]!r}"
+                return f"an argument that is not a tensor, {one[-1]!r} against {other.statics[i][-1]!r}"
         for one, two in zip(self.shapes, other.shapes, strict=True):
             if one != two:
                 return f"a tensor, {one[0]} {one[1]} against {two[0]} {two[1]}"

@@ -94,7 +94,7 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
             return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
         _check_unchanged(arguments, full, spec)
         if "FakeTensor(" in str(parts["spec"]):
-            raise _formatted("result, in what is no leaf of it,", parts["spec"])
+            raise _formatted("result, in what is not a leaf of it,", parts["spec"])
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
         constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
         parts["results"], parts["numbers"] = [], []

@@ -1,4 +1,4 @@
-"""Which tensors an operator writes to. Those of batch normalisation write to the running statistics in secret."""
+"""Which tensors an operator writes to. Those of batch normalization write to the running statistics in secret."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise in training as `native_batch_norm` does, and write the statistics for all to see."""
+    """Normalize in training as `native_batch_norm` does, and write the statistics for all to see."""
     y, mean, inverse, new_mean, new_var = _aten._native_batch_norm_legit_functional.default(
         x, weight, bias, running_mean, running_var, training, momentum, eps
     )

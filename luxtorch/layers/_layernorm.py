@@ -85,8 +85,8 @@ def _layer_normalized(
 ) -> Tensor:
     dims = tuple(range(-len(shape), 0))
     wide = x.float() if x.dtype in HALVES else x
-    centred = wide - wide.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    centered = wide - wide.mean(dims, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
 

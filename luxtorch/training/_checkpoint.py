@@ -85,8 +85,8 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
         A tensor that the saved tree held twice is one tensor again.
 
     Raises:
-        CheckpointError: If the file cannot be read, is no checkpoint, is not byte for byte what was written, or is of
-            a newer format.
+        CheckpointError: If the file cannot be read, is not a checkpoint, is not what was written byte for byte, or is
+            of a newer format.
         KeyNameError: If names are missing from the file, or are in the file alone. The error lists all differences.
         InputError: If the names are the same, but shapes, dtypes or kinds of leaves differ.
 
@@ -284,7 +284,7 @@ class CheckpointManager(Value):
             metric: What the checkpoint is judged by. One without a metric, or whose metric is NaN, is never the best.
 
         Raises:
-            InputError: If the step is no count, or before that of the last checkpoint.
+            InputError: If the step is not a count, or before that of the last checkpoint.
             CheckpointError: If the file cannot be written.
         """
         number, last = int(step), self.steps()[-1:]

@@ -58,7 +58,7 @@ _CODES = {
 
 
 class CheckpointError(LuxtorchError):
-    """Report a file that cannot be written, is no checkpoint, or is not what was once saved."""
+    """Report a file that cannot be written, is not a checkpoint, or is not what was once saved."""
 
 
 class Stored(NamedTuple):
@@ -146,7 +146,7 @@ def read_header(file: BinaryIO) -> Contents:
     """Return what a file holds, and leave the file where the data begin.
 
     Raises:
-        CheckpointError: If the file is no checkpoint, if its header or its length is not what was written, or if its
+        CheckpointError: If the file is not a checkpoint, if its header or its length is not what was written, or if its
             format is newer than this one.
     """
     size = os.fstat(file.fileno()).st_size
@@ -244,16 +244,16 @@ def _decoded(value: Any) -> Any:
 def _stored(leaf: Mapping[str, Any]) -> Stored:
     shape, order = tuple(leaf["shape"]), leaf.get("order")
     if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise ValueError(f"{shape} is no shape")
+        raise ValueError(f"{shape} is not a shape")
     if order is not None and sorted(order) != list(range(len(shape))):
-        raise ValueError(f"{order} is no order of {len(shape)} dimensions")
+        raise ValueError(f"{order} is not an order of {len(shape)} dimensions")
     torch_dtype(leaf["dtype"])
     return Stored(leaf["dtype"], shape, None if order is None else tuple(order), leaf["crc32"])
 
 
 def _not_a_checkpoint(start: bytes, size: int) -> CheckpointError:
     return CheckpointError(
-        "The file is no checkpoint of luxtorch, or its beginning is damaged.",
+        "The file is not a checkpoint of luxtorch, or its beginning is damaged.",
         expected="a file that `save_checkpoint` has written",
         got=f"{size} bytes that begin with {start[:16]!r}" if size else "an empty file",
         fix="Load another copy or an earlier checkpoint; files of other programs are for the programs' own loaders.",

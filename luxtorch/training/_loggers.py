@@ -50,7 +50,7 @@ class Logger(ABC):
                 names joined by "/".
 
         Raises:
-            InputError: If a metric is no number, or the step is no count.
+            InputError: If a metric is not a number, or the step is not a count.
             KeyNameError: If two metrics have the same joined name.
         """
         count = int(step)
@@ -83,7 +83,7 @@ def flatten(metrics: Mapping[str, Any], inside: str = "") -> dict[str, int | flo
     """Return metrics by their joined names, without reading a tensor.
 
     Raises:
-        InputError: If one is no number.
+        InputError: If one is not a number.
         KeyNameError: If two have the same name.
     """
     flat: dict[str, int | float | Tensor] = {}
@@ -109,7 +109,7 @@ def _figure(name: str, value: Any) -> int | float | Tensor:
         return int(value) if isinstance(value, Integral) else float(value)
     got = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
     raise InputError(
-        f"The metric '{name}' is no number.",
+        f"The metric '{name}' is not a number.",
         expected="a real number, or a 0-d tensor with one",
         got=got,
         fix="Log its mean, for instance, or leave it out.",
@@ -142,7 +142,7 @@ class Progress(Generic[T]):
             **metrics: Numbers, 0-d tensors, and dicts of these, by their names.
 
         Raises:
-            InputError: If a metric is no number.
+            InputError: If a metric is not a number.
         """
         self._shown.figures = flatten(metrics)
 

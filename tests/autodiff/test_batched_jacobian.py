@@ -56,7 +56,7 @@ def test_in_place_operations_inside_the_function(way) -> None:
 
 @every_way
 def test_mixed_samples_are_summed(way) -> None:
-    # Batch normalisation is the case to know: the documentation says what comes out, and nothing detects it.
+    # Batch normalization is the case to know: the documentation says what comes out, and nothing detects it.
     found = batched_jacobian(lambda x: x + x.sum(0), torch.ones(3, 2), **way)
     torch.testing.assert_close(found, (1 + 3) * torch.eye(2).expand(3, 2, 2))
 

@@ -234,7 +234,7 @@ def test_mistakes_are_explained(change, error, words):
         per_sample_gradients(**arguments)
 
 
-def test_batch_normalisation_of_one_sample_says_so(make_key):
+def test_batch_normalization_of_one_sample_says_so(make_key):
     model = lt.Chain(lt.Dense(3, 4), lt.BatchNorm(4))
     ps, st = lt.setup(make_key(), model)
 

@@ -186,8 +186,8 @@ def test_the_switch_to_the_dark(visit, address):
     window.goto(f"{address}/index.html")
 
     def brightness():
-        colour = window.evaluate("getComputedStyle(document.body).backgroundColor")
-        return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(",")[:3]))
+        color = window.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(",")[:3]))
 
     before = brightness()
     for _ in range(3):  # it goes round: automatic, light, dark

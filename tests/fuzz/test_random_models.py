@@ -27,7 +27,7 @@ MODELS = int(os.environ.get("FUZZ_MODELS", "80"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 LARGEST = 96  # numbers in a sample
 BATCH = 4
-EPS = 0.1  # with less a normalisation of nearly equal numbers has no derivative to speak of
+EPS = 0.1  # with less a normalization of nearly equal numbers has no derivative to speak of
 
 Shape = tuple[int, ...]
 Draw = Callable[[st.SearchStrategy[Any]], Any]

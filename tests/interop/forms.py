@@ -30,8 +30,8 @@ from .grid import (
 TRAIN, ALWAYS = (True,), (True, False)
 
 # Why torch cannot do what a law asks for.
-PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a PackedSequence is no tree of tensors")
-SCALED = dict.fromkeys(("forward", "orders"), "the gradient that scale_grad_by_freq scales is no derivative")
+PACKED = dict.fromkeys(("purity", "vmap_inputs", "vmap_models", "jit"), "a PackedSequence is not a tree of tensors")
+SCALED = dict.fromkeys(("forward", "orders"), "the gradient that scale_grad_by_freq scales is not a derivative")
 OLD = {
     **dict.fromkeys(
         ("gradient", "forward", "orders", "vmap_inputs"),
@@ -158,7 +158,7 @@ def _poolings():
             yield Form(kind(2, _random_samples=samples, **options), *inputs)
 
 
-def _normalisations():
+def _normalizations():
     for dims, sizes in DIMS.items():
         batches = (N(4, 3, *sizes), N(2, 3, *sizes), N(0, 3, *sizes), *([N(5, 3)] if dims == 1 else []))
         kind = getattr(nn, f"BatchNorm{dims}d")
@@ -463,7 +463,7 @@ FORMS = [
         _dense,
         _convolutions,
         _poolings,
-        _normalisations,
+        _normalizations,
         _activations,
         _dropouts,
         _shapes,

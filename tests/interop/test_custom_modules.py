@@ -99,7 +99,7 @@ class Counting(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalise, drop and add, in train mode."""
+    """Normalize, drop and add, in train mode."""
 
     def __init__(self, width=8):
         super().__init__()

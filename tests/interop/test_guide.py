@@ -61,7 +61,7 @@ def comes_back(v):
 
 CHECKS = {
     "1. A training loop": lambda v: same_numbers(v["ts"].parameters, v["module"].parameters()),
-    "2. Batch normalisation": lambda v: close(v["prediction_lt"], v["prediction"]),
+    "2. Batch normalization": lambda v: close(v["prediction_lt"], v["prediction"]),
     "3. Dropout": dropped_differently,
     "4. An ensemble": lambda v: close(v["outputs_lt"], v["outputs"]),
     "5. Gradients of each sample": lambda v: close(v["per_sample_lt"].flat, v["per_sample"]),
@@ -74,7 +74,7 @@ CHECKS = {
 
 
 # Where the numbers of a dropout are compared, it drops nothing: torch's masks are not ours.
-WITHOUT_DROPOUT = ("1. A training loop", "2. Batch normalisation")
+WITHOUT_DROPOUT = ("1. A training loop", "2. Batch normalization")
 
 
 def run(*titles):

@@ -80,7 +80,7 @@ def test_against_hooks_that_retain_the_gradient(model, training, tree):
     value(module(x)).backward()
     for path in paths:
         torch.testing.assert_close(outputs[path], seen[path].detach(), rtol=1e-8, atol=1e-9)
-        # Normalised over few values, the last layers make much of a rounding error.
+        # Normalized over few values, the last layers make much of a rounding error.
         largest = float(seen[path].grad.abs().max())
         torch.testing.assert_close(gradients[path], seen[path].grad, rtol=1e-6, atol=1e-6 * largest)
 

@@ -1,4 +1,4 @@
-"""The derivatives of normalisations are right however gradients lie in memory; those of torch's kernels are not."""
+"""The derivatives of normalizations are right however gradients lie in memory; those of torch's kernels are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VIEWS = {
 
 
 class Functional(nn.Module):
-    """Normalise by a function of torch."""
+    """Normalize by a function of torch."""
 
     def __init__(self, function, training, statistics=True):
         super().__init__()

@@ -114,7 +114,7 @@ def test_the_cache_is_bounded_and_the_oldest_goes():
 
 def test_many_compilations_are_warned_of():
     jitted = jit(lambda x, n: x * n, backend="replay")
-    with pytest.warns(RuntimeWarning, match="compiled 16 times.*an argument that is no tensor, 14 against 15"):
+    with pytest.warns(RuntimeWarning, match="compiled 16 times.*an argument that is not a tensor, 14 against 15"):
         for n in range(20):
             jitted(torch.ones(2), n)
 

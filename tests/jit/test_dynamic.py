@@ -79,7 +79,7 @@ ONE_GRAPH: dict[str, Callable[[Tensor], Any]] = {
     "sort": lambda x: x.sort(0).values,
     "einsum": lambda x: torch.einsum("bi,bj->bij", x, x),
     "one_hot": lambda x: F.one_hot(torch.arange(x.shape[0]) % 3, 3),
-    "centred": lambda x: x - x.mean(0),
+    "centered": lambda x: x - x.mean(0),
     # models and their derivatives
     "model": lambda x: MODEL(x, PS, ST)[0],
     "vmap": torch.vmap(lambda x: MODEL(x, PS, ST)[0]),
@@ -195,7 +195,7 @@ def test_a_graph_for_each_branch(name):
     assert jitted.cache_info().misses == 3  # with that of size 1
 
 
-@pytest.mark.parametrize("name", ["n", "n / 4", "n deep in a tree", "x / n", "model", "vmap", "centred", "repeat"])
+@pytest.mark.parametrize("name", ["n", "n / 4", "n deep in a tree", "x / n", "model", "vmap", "centered", "repeat"])
 def test_recorded(name):
     function = ONE_GRAPH[name]
     jitted, ways = (

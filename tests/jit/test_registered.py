@@ -209,7 +209,7 @@ def test_others_are_refused():
 
 
 def test_a_tensor_in_a_context_is_refused():
-    text = "What Cache keeps beside its children is no constant[\\s\\S]*tensor[\\s\\S]*context\\['scale'\\]"
+    text = "What Cache keeps beside its children is not a constant[\\s\\S]*tensor[\\s\\S]*context\\['scale'\\]"
     with pytest.raises(lt.DTypeError, match=text):
         jit(lambda cache: cache.layers[0], backend="replay")({"cache": Cache([W], {"scale": W})})
     with pytest.raises(lt.DTypeError, match=text):

@@ -165,7 +165,7 @@ FUNCTIONS = {
     "without": lambda x, mean, var: F.batch_norm(x, None, None, training=True),
 }
 
-# What is returned of a normalised tensor and the new statistics, which are written into copies.
+# What is returned of a normalized tensor and the new statistics, which are written into copies.
 PARTS = {
     "all": lambda y, mean, var: (y, mean, var),
     "states": lambda y, mean, var: (mean, var),

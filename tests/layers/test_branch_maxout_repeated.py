@@ -277,7 +277,7 @@ def test_maxout_is_the_elementwise_maximum(draw):
     assert torch.equal(model(x, *lt.setup(0, model))[0], expected)
 
 
-def test_maxout_makes_one_layer_and_initialises_each_copy_for_itself(make_key):
+def test_maxout_makes_one_layer_and_initializes_each_copy_for_itself(make_key):
     made = []
 
     def make():

@@ -1,4 +1,4 @@
-"""What Lux users rely on and a port gets wrong easily: states, modes and randomness. One behaviour a test.
+"""What Lux users rely on and a port gets wrong easily: states, modes and randomness. One behavior a test.
 
 What containers mean is in test_branch_maxout_repeated.py, and what attention returns in test_attention.py.
 """

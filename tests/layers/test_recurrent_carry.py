@@ -36,7 +36,7 @@ each_cell = pytest.mark.parametrize("name", CELLS)
 
 
 @pytest.mark.parametrize(("kind", "gates"), [(RNNCell, 1), (LSTMCell, 4), (GRUCell, 3)])
-def test_each_gate_is_initialised_by_itself(make_key, kind, gates):
+def test_each_gate_is_initialized_by_itself(make_key, kind, gates):
     ps, st = lt.setup(make_key(), kind(20, 30))
     for name, width in (("weight_ih", 20), ("weight_hh", 30)):
         blocks = ps[name].chunk(gates)

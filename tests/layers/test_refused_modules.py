@@ -1,4 +1,4 @@
-"""A module of torch.nn is no layer: what holds one is refused, wherever in a model, and told of `from_torch`."""
+"""A module of torch.nn is not a layer: what holds one is refused, wherever in a model, and told of `from_torch`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FEATURES = {
     "per_sample": "Per-sample gradients, each sample with a dropout mask of its own key",
     "lstm_jvp": "Forward-mode derivative of an LSTM",
     "attention_hessian": "Hessian through attention",
-    "setup_vmap": "Many models initialised at once, by `vmap` over keys",
+    "setup_vmap": "Many models initialized at once, by `vmap` over keys",
     "rate_models": "Adam with a learning rate for each of many models",
     "rate_gradient": "Derivative by the learning rate, through Adam's step",
     "whole_step": "Gradient and Adam's update compiled to one graph",

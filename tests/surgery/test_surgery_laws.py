@@ -117,7 +117,7 @@ def adapt_and_train_more(_, layer, ps, st):
     return unfreeze(*lora(layer, ps, st, rng=1, rank=2, alpha=3.0), lambda name: "bias" in name)
 
 
-def normalise(_, layer, ps, st):
+def normalize(_, layer, ps, st):
     matrices = [name for name, leaf in lt.flatten_names(ps).items() if leaf.ndim >= 2 and "normalized" not in name]
     return weight_norm(layer, ps, st, *matrices)
 
@@ -134,7 +134,7 @@ SURGERIES = {
     ),
     "lora": (adapt, merge_lora),
     "lora, unfreeze": (adapt_and_train_more, merge_lora),
-    "weight norm": (normalise, remove_weight_norm),
+    "weight norm": (normalize, remove_weight_norm),
     "layer map": (lambda _, *triple: layer_map(lambda *part: part[:3], *triple), lambda *triple: triple),
 }
 PAIRS = [(surgery, kind) for surgery in SURGERIES for kind in KINDS if (surgery, kind) != ("weight norm", "module")]
@@ -174,7 +174,7 @@ def test_the_model_computes_what_it_did_and_the_surgery_can_be_undone(make_key, 
     back = undo(*triple)
     assert back[0] == layer and isinstance(back[1], tree)
     assert tree_structure(back[1:]) == tree_structure((ps, st))
-    # Putting a normalised weight together rounds; all else is moved, not computed.
+    # Putting a normalized weight together rounds; all else is moved, not computed.
     exact = surgery != "weight norm"
     torch.testing.assert_close(tree_leaves(back[1:]), tree_leaves((ps, st)), rtol=0 if exact else 1e-6, atol=0)
 

@@ -149,7 +149,7 @@ def outcome(call: Callable[[], Any], check: Callable[[Any], None]) -> tuple[str,
 
 
 def report(title: str, results: list[Result], exceptions: Mapping[str, str]) -> None:
-    """Fail if anything differs that is no exception, if an exception is needed no more, or if the table says else."""
+    """Fail if anything differs that is not an exception, if one is needed no more, or if the table says else."""
     assert results, f"{title}: nothing was tried"
     differing = [result for result in results if result.kind in ("wrong", "crash") or result.beyond_torch == ""]
     new = [result for result in differing if result.name not in exceptions]

@@ -90,7 +90,7 @@ def test_numbers_of_numpy_are_taken() -> None:
 )
 def test_what_is_no_number_is_refused_by_name(value: Any, metrics: Callable, name: str) -> None:
     logger = Keeping()
-    with pytest.raises(InputError, match=f"The metric '{name}' is no number") as error:
+    with pytest.raises(InputError, match=f"The metric '{name}' is not a number") as error:
         logger.log(1, metrics(value))
     assert (str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)) in error.value.got
     assert logger.kept == []

@@ -198,7 +198,7 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
 
 
 def fill_uniform(keys: Keys, x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Draw `Tensor.uniform_`; torch calls the bounds `from`, which is no name in Python, and `to`."""
+    """Draw `Tensor.uniform_`; torch calls the bounds `from`, which is not a name in Python, and `to`."""
     return x.copy_(uniform(keys.next(), tuple(x.shape), x.dtype, low, high))
 
 
