@@ -86,7 +86,6 @@ def _replace(
                 got=f"{name}={getattr(rule, name)!r}",
                 fix="Write the change into the schedule, with optim.join or optim.piecewise.",
             )
-    rule.check_adjusted(values, state)
     hyper = state.hyper
     if chosen is not None:
         if not rule.by_parameter():
@@ -97,9 +96,9 @@ def _replace(
             )
         if isinstance(hyper, Tensor):
             hyper = dict.fromkeys(state.leaves, hyper)
-    return state._replace(
-        hyper=map_hyper(lambda old: replace(old, rule.hyperparameters, rule.ranges, values), hyper, chosen)
-    )
+    new = map_hyper(lambda old: replace(old, rule.hyperparameters, rule.ranges, values), hyper, chosen)
+    rule.check_adjusted(values, state)
+    return state._replace(hyper=new)
 
 
 def _unknown(name: str, known: set[str]) -> InputError | KeyNameError:

@@ -111,11 +111,12 @@ def with_extra(leaves: Leaves, ps: Any, extra: Mapping[str, Any], whole: Callabl
         leaves: The leaves.
         ps: The tree that they are of.
         extra: The arguments.
-        whole: Takes a tree like `ps` to what `value_fn` knows.
+        whole: Takes a tree like `ps` to what `value_fn` knows, where `ps` has components in the place of vectors.
     """
     extra = dict(extra)
     if extra.get("hessian") is not None:
-        extra["hessian"] = dict(zip(leaves.names, pair(ps, extra["hessian"]).grads, strict=True))
+        hessian = extra["hessian"] if whole is None else to_components(extra["hessian"])
+        extra["hessian"] = dict(zip(leaves.names, pair(ps, hessian).grads, strict=True))
     if extra.get("value_fn") is not None:
         value_fn = extra["value_fn"]
 

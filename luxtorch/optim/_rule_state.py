@@ -16,7 +16,10 @@ Slots: TypeAlias = dict[str, Tensor]
 """What a rule remembers of one parameter."""
 
 
-COUNTS = ("step", "mu_product", "count")
+ALL = "(all)"
+"""The name in the state for what is remembered of all parameters together."""
+
+COUNTS = ("step", "mu_product", "count", "weight_sum")
 """The slots that hold one number for the whole parameter."""
 
 

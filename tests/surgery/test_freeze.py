@@ -62,7 +62,7 @@ def test_no_rule_moves_what_is_frozen_and_each_moves_the_rest(model, x, rule, tr
     opt_state = optim.setup(RULES[rule], ps)
     for _ in range(4):
         grads, st = torch.func.grad(partial(loss, layer, x), has_aux=True)(ps, st)
-        opt_state, ps = optim.update(opt_state, ps, grads)
+        opt_state, ps = optim.update(opt_state, ps, grads, value=torch.tensor(1.0), hessian=ps)
     kept = lt.flatten_names(st["frozen_params"])
     assert list(kept) == ["layer_1.weight", "layer_1.bias", "layer_4.bias"]
     assert all(torch.equal(kept[name], leaf) for name, leaf in frozen.items())

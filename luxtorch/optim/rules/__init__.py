@@ -14,6 +14,11 @@ from ._adaptive import AdaGrad as AdaGrad
 from ._adaptive import RMSProp as RMSProp
 from ._matrix import Adafactor as Adafactor
 from ._matrix import Muon as Muon
+from ._parameter_free import PolyakSGD as PolyakSGD
+from ._parameter_free import Prodigy as Prodigy
+from ._parameter_free import ScheduleFreeAdamW as ScheduleFreeAdamW
+from ._second_order import SOAP as SOAP
+from ._second_order import Sophia as Sophia
 from ._sgd import ASGD as ASGD
 from ._sgd import SGD as SGD
 from ._sgd import Descent as Descent

@@ -15,12 +15,8 @@ from .._hyperparameters import Number
 from .._kernels import unobserved
 from .._leaves import Leaves, pair
 from .._rule import ListRule, Updates
-from .._rule_state import RuleState, Slots, check_names
+from .._rule_state import ALL, RuleState, Slots, check_names
 from ..modifiers._chain import choose
-
-ALL = "(all)"
-"""The name in the state for what is remembered of all parameters together."""
-
 
 # Where the gradient changes by less than this along a step, nothing is learnt of it: torch's number.
 _LEAST_CURVATURE = 1e-10

@@ -14,8 +14,8 @@ from luxtorch.core import DTypeError, InputError, out_of_range
 
 from .._leaves import pair, rebuild, to_components
 from .._opt_state import OptState
-from .._rule_state import RuleState, check_names
-from ._lbfgs import ALL, LBFGS, can_read, check_size, direction, flatten, mark, remember, unflatten
+from .._rule_state import ALL, RuleState, check_names
+from ._lbfgs import LBFGS, can_read, check_size, direction, flatten, mark, remember, unflatten
 from ._line_search import Point, strong_wolfe
 
 
