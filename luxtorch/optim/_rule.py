@@ -53,7 +53,7 @@ class Rule(GradientTransformation):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        dataclasses.dataclass(frozen=True)(cls)
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.hyperparameters, cls.ranges = declared(cls, fields)
         parameters = inspect.signature(cls.update).parameters.values()
@@ -79,6 +79,10 @@ class Rule(GradientTransformation):
             return self.ranges[name] if schedule is None else (NOT_NEGATIVE,)
         ranges = self.ranges[name] * len(schedule)
         return tuple(r if s is None else NOT_NEGATIVE for r, s in zip(ranges, schedule, strict=False))
+
+    def __repr__(self) -> str:
+        shown = [field.name for field in written(self) if field.name != "maximize" or getattr(self, field.name)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __ne__(self, other: object) -> bool:
         return not self == other  # a tuple would compare its items
@@ -324,7 +328,7 @@ class ListRule(Rule):
         by_path = isinstance(state.hyper, dict)
         vectors = {} if by_path else self._vectors(state.hyper)
         parts = ["by path"] if by_path else []
-        for field in dataclasses.fields(self):
+        for field in written(self):
             value = getattr(self, field.name)
             if field.name in vectors:
                 text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
@@ -368,6 +372,11 @@ def check_names_differ(names: list[str]) -> None:
 def negative(updates: Updates) -> Updates:
     """Return what is to be added where the given is to be subtracted, and the other way round."""
     return [None if u is None else -u for u in updates]
+
+
+def written(rule: Rule) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a rule in the order in which one writes them."""
+    return sorted(dataclasses.fields(rule), key=lambda field: bool(field.kw_only))  # type: ignore[arg-type]
 
 
 def _bare(value: Any) -> Any:
