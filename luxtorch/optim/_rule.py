@@ -80,6 +80,10 @@ class Rule(GradientTransformation):
         ranges = self.ranges[name] * len(schedule)
         return tuple(r if s is None else NOT_NEGATIVE for r, s in zip(ranges, schedule, strict=False))
 
+    def __repr__(self) -> str:
+        shown = [field.name for field in written(self) if field.name != "maximize" or getattr(self, field.name)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     def __ne__(self, other: object) -> bool:
         return not self == other  # a tuple would compare its items
 
@@ -324,7 +328,7 @@ class ListRule(Rule):
         by_path = isinstance(state.hyper, dict)
         vectors = {} if by_path else self._vectors(state.hyper)
         parts = ["by path"] if by_path else []
-        for field in self._written():
+        for field in written(self):
             value = getattr(self, field.name)
             if field.name in vectors:
                 text = show(vectors[field.name], {field.name: self.hyperparameters[field.name]})
@@ -339,15 +343,6 @@ class ListRule(Rule):
             elif field.name not in self.hyperparameters and value != field.default:
                 parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
-
-    def _written(self) -> list[dataclasses.Field[Any]]:
-        """Return the fields, with those that are keyword arguments only behind the others, as one writes them."""
-        return sorted(dataclasses.fields(self), key=lambda field: field.kw_only is True)
-
-    def __repr__(self) -> str:
-        values = [(field, getattr(self, field.name)) for field in self._written()]
-        shown = [f"{field.name}={value!r}" for field, value in values if not field.kw_only or value != field.default]
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     def scheduled(self) -> list[str]:
         """Return the names of the hyperparameters that follow a schedule."""
@@ -377,6 +372,11 @@ def check_names_differ(names: list[str]) -> None:
 def negative(updates: Updates) -> Updates:
     """Return what is to be added where the given is to be subtracted, and the other way round."""
     return [None if u is None else -u for u in updates]
+
+
+def written(rule: Rule) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a rule in the order in which one writes them."""
+    return sorted(dataclasses.fields(rule), key=lambda field: bool(field.kw_only))  # type: ignore[arg-type]
 
 
 def _bare(value: Any) -> Any:

@@ -28,7 +28,7 @@ def setup(rule: GradientTransformation, ps: Any) -> OptState:
     Raises:
         InputError: If a torchopt chain has a rule that works in an `OptimiserChain` only.
         DTypeError: If the rule is not a gradient transformation, if a parameter is not a tensor, or if it is complex
-            and the rule is one for matrices, `Muon` or `Adafactor`.
+            and the rule is one for matrices, such as `Muon`.
 
     Example:
         >>> import torch

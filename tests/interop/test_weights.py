@@ -343,7 +343,7 @@ def test_a_shard_without_its_tensor_is_an_error(module, trees, tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
 def test_other_json_is_an_error(text, trees, tmp_path):
     (tmp_path / "model.json").write_text(text)
-    with pytest.raises(lt.InputError, match="no index"):
+    with pytest.raises(lt.InputError, match="not an index"):
         load_weights(tmp_path / "model.json", *trees)
 
 

@@ -155,3 +155,9 @@ def test_rules_are_pairs(rule):
     init, update = rule
     assert (init, update) == (rule.init, rule.update) == (rule[0], rule[1])
     assert len(rule) == 2
+
+
+def test_maximize_is_written_last():
+    assert repr(optim.Descent(0.5)) == "Descent(lr=0.5)"
+    assert repr(optim.Descent(0.5, maximize=True)) == "Descent(lr=0.5, maximize=True)"
+    assert "Descent(lr=0.5, maximize=True)" in repr(optim.setup(optim.Descent(0.5, maximize=True), torch.ones(2)))

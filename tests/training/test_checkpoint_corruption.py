@@ -232,13 +232,13 @@ def test_newer_formats_are_named(file: Path, tree: dict[str, Any]) -> None:
 
 def test_files_of_others_are_no_checkpoints(file: Path, tree: dict[str, Any]) -> None:
     safetensors.torch.save_file({"a": torch.ones(2)}, file)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of luxtorch(.|\n)*begin with"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of luxtorch(.|\n)*begin with"):
         load_checkpoint(file, tree)
     torch.save({"a": torch.ones(2)}, file)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of luxtorch(.|\n)*begin with b'PK"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of luxtorch(.|\n)*begin with b'PK"):
         load_checkpoint(file, tree)
     file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of luxtorch(.|\n)*an empty file"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of luxtorch(.|\n)*an empty file"):
         load_checkpoint(file, tree)
 
 
