@@ -102,10 +102,10 @@ def test_means(name, how):
 @pytest.mark.parametrize("jitted", [False, True])
 def test_errors_are_the_same(jitted, make_state):
     step = jit(train, backend="replay") if jitted else train
-    with pytest.raises(lt.InputError, match="A single value a feature"):
+    with pytest.raises(lt.InputError, match="more than one value per feature"):
         step(make_state(lt.BatchNorm(3)), (torch.zeros(1, 3), torch.zeros(1, 3)))
     loss = L.CTCLoss()
     loss = jit(loss, backend="replay") if jitted else loss
     none = torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(lt.InputError, match="nothing to take the loss of"):
+    with pytest.raises(lt.InputError, match="at least one sequence"):
         loss(torch.zeros(5, 0, 3), (torch.zeros(0, 2, dtype=torch.int64), none, none))
