@@ -209,7 +209,7 @@ REFUSING: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", [dict, ComponentVector])
 @pytest.mark.parametrize("way", REFUSING)
-@pytest.mark.parametrize("rule", [optim.Muon(), optim.Adafactor()], ids=["Muon", "Adafactor"])
+@pytest.mark.parametrize("rule", [optim.Muon(), optim.Adafactor(), optim.SOAP()], ids=["Muon", "Adafactor", "SOAP"])
 def test_rules_for_matrices_refuse(draw, rule, way, kind):
     ps = kind({"weight": draw()["weight"]})
     with pytest.raises(DTypeError, match=rf"weight: {type(rule).__name__} does not take complex(.|\n)*view_as_real"):

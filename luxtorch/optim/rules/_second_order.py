@@ -160,15 +160,14 @@ class SOAP(LeafwiseRule):
         (beta1, beta2), (step, corrections) = h["betas"], advance(slots["step"], h["betas"])
         exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
         matrix = "left" in slots
-        left, right = (slots["left_basis"], slots["right_basis"]) if matrix else (None, None)
+        left, right = (slots[f"{side}_basis"].to(g.dtype) if matrix else None for side in ("left", "right"))
         turned = _turn(left, g, right)
         exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * turned * turned
-        scale = (exp_avg_sq / corrections[1]).clamp(min=0.0)
-        direction = _turn(left, exp_avg, right) / corrections[0] / (sqrt(scale) + h["eps"])
-        direction = direction.to(p.dtype)
+        root = sqrt((exp_avg_sq / corrections[1]).clamp(min=0.0)) + h["eps"]
+        direction = (_turn(left, exp_avg.to(g.dtype), right) / corrections[0] / root).to(g.dtype)
         new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        if matrix:
-            direction = slots["left_basis"] @ direction @ slots["right_basis"].T
+        if left is not None and right is not None:
+            direction = left @ direction @ right.T
             kept, due = h["shampoo_beta"], step % self.precondition_frequency == 0
             for side, square in (("left", g @ g.T), ("right", g.T @ g)):
                 new[side] = average = kept * slots[side] + (1 - kept) * square
@@ -179,7 +178,7 @@ class SOAP(LeafwiseRule):
 
 def _turn(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
     """Return a matrix in two bases."""
-    return x if left is None or right is None else left.T @ x.to(left.dtype) @ right
+    return x if left is None or right is None else left.T @ x @ right
 
 
 def _power_iteration(average: Tensor, bases: dict[str, Tensor]) -> dict[str, Tensor]:
