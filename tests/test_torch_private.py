@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import luxtorch
+from luxtorch.random._philox import has_kernels
 
 ROOT = Path(luxtorch.__file__).parent
 
@@ -81,4 +82,6 @@ def test_private_names_of_torch_stand_in_few_modules():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted({name for _, name in USES}))
 def test_torch_has_each_private_name(name):
+    if name.startswith("torch.ops.aten._philox_") and not has_kernels("cpu"):
+        pytest.skip("it came with torch 2.14, and is asked for before it is used")
     resolved(name)
