@@ -85,8 +85,8 @@ def zeros(ps, st):
     [
         (lambda ps, st: weight_norm(MODEL, ps, st, "layer_9"), KeyNameError, "No parameter is named 'layer_9'"),
         (lambda ps, st: weight_norm(MODEL, ps, st, "layer_1.bias"), InputError, "None of the parameters is a matrix"),
-        (zeros, InputError, "model.layer_3: The parameter 'weight' starts at zero"),
-        (lambda ps, st: weight_norm(MODEL, ps, st, dim=2), InputError, "no dimension 2"),
+        (zeros, InputError, "model.layer_3: The initial value of 'weight'"),
+        (lambda ps, st: weight_norm(MODEL, ps, st, dim=2), InputError, "must be from -2 to 1"),
         (lambda ps, st: weight_norm(MODEL, lt.stack([ps, ps]), st), InputError, "has the wrong shape"),
         (
             lambda ps, st: weight_norm(*freeze(MODEL, ps, st, "layer_1.bias")),
