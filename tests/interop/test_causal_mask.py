@@ -66,6 +66,7 @@ def test_values_and_gradients_are_torchs_without_the_numbers(rng, kind, mask, tr
     torch.testing.assert_close(vmap(loss, (None, 0))(ps, masks), alone)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="before, the compiler could not trace unflatten under a mode")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled(rng, kind):
     _, name, (layer, ps, st) = converted(kind)
