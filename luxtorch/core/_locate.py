@@ -20,7 +20,7 @@ from torch import Tensor
 from luxtorch._errors import DTypeError, InputError, KeyNameError, LayerError, LuxtorchError, suggest
 
 from ._nowhere import NOWHERE
-from ._tree import named_leaves, subtree, tree_leaves
+from ._tree import named_leaves, subtree, tensors, tree_leaves
 
 if TYPE_CHECKING:
     from ._layer import Layer
@@ -261,9 +261,8 @@ def _is_about_dtypes(message: str) -> bool:
 
 def _wrong_dtype(x: Any, ps: Any, message: str) -> DTypeError | None:
     """Explain an input whose dtype is not that of the parameters, if that is what torch says."""
-    tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
-    wanted = {leaf.dtype for leaf in tree_leaves(ps) if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point}
-    others = {leaf.dtype for leaf in tensors} - wanted
+    wanted = {leaf.dtype for leaf in tensors(ps) if leaf.dtype.is_floating_point}
+    others = {leaf.dtype for leaf in tensors(x)} - wanted
     # A layer may well take integers, and fail because of something else inside.
     named = _DTYPES_DIFFER.search(message) and any(_is_named(dtype, message) for dtype in others)
     if len(wanted) != 1 or not others or not (named or _UNNAMED.search(message)):
@@ -284,7 +283,7 @@ def _is_named(dtype: torch.dtype, message: str) -> bool:
 
 def _wrong_device(x: Any, ps: Any, message: str) -> InputError | None:
     """Explain an input that is not where the parameters are, if that is what torch says."""
-    came, wanted = ({leaf.device for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)} for tree in (x, ps))
+    came, wanted = ({leaf.device for leaf in tensors(tree)} for tree in (x, ps))
     if len(wanted) != 1 or came <= wanted or not _DEVICES_DIFFER.search(message):
         return None
     return InputError(

@@ -16,7 +16,7 @@ from ._container import refuse_modules
 from ._layer import Layer, Parameters, States
 from ._nowhere import NOWHERE, without_numbers
 from ._static import Static
-from ._tree import count, tree_map
+from ._tree import count, map_tensors
 
 
 def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +115,7 @@ def output_shape(layer: Layer, x: Any) -> Any:
     Source: Lux's `outputsize`, which leaves the batch out.
     """
     y, _ = layer(without_numbers(x), *setup(NOWHERE, layer))
-    return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, y)
+    return map_tensors(lambda leaf: leaf.shape, y)
 
 
 def apply(layer: Layer, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:

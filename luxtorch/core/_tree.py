@@ -331,7 +331,7 @@ def nested_dicts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def count(tree: Any) -> int:
     """Return the number of elements of all tensors in a tree."""
-    return sum(leaf.numel() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() for leaf in tensors(tree))
 
 
 def subtree(tree: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch.core import out_of_range, tree_leaves
+from luxtorch.core import out_of_range, tensors
 
 from ._cast import in_precision, map_tensors
 from ._device import Device
@@ -117,7 +117,7 @@ def _copier(device: Device) -> Callable[[Any], Arrive]:
         return moved if device.dtype is None else moved.to(in_precision(moved, device.dtype))
 
     def start(batch: Any) -> Arrive:
-        if not all(_is_plain(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)):
+        if not all(map(_is_plain, tensors(batch))):
             return _mover(device)(batch)
         with torch.cuda.stream(stream):
             copied = map_tensors(copy, batch)
@@ -126,9 +126,8 @@ def _copier(device: Device) -> Callable[[Any], Arrive]:
         def arrive() -> Any:
             current = torch.cuda.current_stream(place)
             current.wait_event(there)
-            for leaf in tree_leaves(copied):
-                if isinstance(leaf, Tensor):
-                    leaf.record_stream(current)  # its memory is not given to the next copy before this use ends
+            for tensor in tensors(copied):
+                tensor.record_stream(current)  # its memory is not given to the next copy before this use ends
             return copied
 
         return arrive

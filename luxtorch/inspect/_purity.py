@@ -19,6 +19,7 @@ from luxtorch.core import (
     States,
     initial_parameters,
     initial_states,
+    map_tensors,
     named_leaves,
     nested_dicts,
     out_of_range,
@@ -230,7 +231,7 @@ def _finding(path: Path, layer: Layer, kind: str, what: str) -> Impurity:
 
 
 def _copied(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+    return map_tensors(lambda leaf: leaf.detach().clone(), tree)
 
 
 def _followed(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
-from luxtorch.core import Layer, out_of_range, setup, tree_leaves, tree_map, unknown_name
+from luxtorch.core import Layer, map_tensors, out_of_range, setup, tensors, unknown_name
 from luxtorch.core._nowhere import NOWHERE, without_numbers
 from luxtorch.core._table import Line, aligned, html, plain
 
@@ -109,7 +109,7 @@ class _Seen:
 
     def take_trees(self, ps: Any, st: Any) -> _Seen:
         """Take down parameters and states."""
-        self.parameters, self.states = (sum(unwrapped(leaf).numel() for leaf in _tensors(tree)) for tree in (ps, st))
+        self.parameters, self.states = (sum(unwrapped(leaf).numel() for leaf in tensors(tree)) for tree in (ps, st))
         self.weights = _bytes((ps, st))
         return self
 
@@ -153,9 +153,9 @@ class _Meter:
 
     def _take(self, seen: _Seen, before: tuple[int, int], x: Any, y: Any) -> None:
         if self.returned == before[1]:  # nothing inside has returned anything new
-            given = {_storage(leaf) for leaf in _tensors(x)}
-            self.returned += _bytes([leaf for leaf in _tensors(y) if _storage(leaf) not in given])
-        seen.output = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, y)
+            given = {_storage(leaf) for leaf in tensors(x)}
+            self.returned += _bytes([leaf for leaf in tensors(y) if _storage(leaf) not in given])
+        seen.output = map_tensors(lambda leaf: tuple(leaf.shape), y)
         seen.calls += 1
         seen.flops += self.counter.get_total_flops() - before[0]
         seen.returned += self.returned - before[1]
@@ -198,12 +198,8 @@ def _shown(layer: Layer | nn.Module) -> str:
     return type(layer).__name__ + (f"({arguments})" if arguments else "")
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _bytes(tree: Any) -> int:
-    return sum(int(unwrapped(leaf).nbytes) for leaf in _tensors(tree))
+    return sum(int(unwrapped(leaf).nbytes) for leaf in tensors(tree))
 
 
 def _storage(tensor: Tensor) -> int:

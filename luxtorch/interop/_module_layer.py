@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch._transforms import functional
-from luxtorch.core import TRAINING, InputError, KeyNameError, Layer, Parameters, States, Static, suggest, tree_map
+from luxtorch.core import (
+    TRAINING,
+    InputError,
+    KeyNameError,
+    Layer,
+    Parameters,
+    States,
+    Static,
+    map_tensors,
+    suggest,
+    tree_map,
+)
 from luxtorch.layers._perturbed import OUTPUT, PERTURBATION, added, changed, without_tap
 
 from ._duplicate import Duplicate
@@ -304,19 +315,16 @@ class PerturbedModule(Layer):
                 return without_tap(st)
 
             own = changed(own, path.split("."), take)
-        states = {
-            "module": {name: value for name, value in own.items() if name not in (RNG, NAMES)},
-            TRAINING: Static(False),
-        }
+        of_module, ours = _apart(own)
         # The probe wants a key also where its module draws nothing.
-        states[RNG] = own[RNG] if RNG in own else torch.zeros(2, dtype=torch.uint64)
+        key = ours[RNG] if RNG in ours else torch.zeros(2, dtype=torch.uint64)
+        states = {"module": of_module, TRAINING: Static(False), RNG: key}
         try:
             (y, outputs), new = _call(self._probe, Inputs(x, perturbations), {"module": ps}, states)
         except Exception as error:
             error.inside = getattr(error, "inside", ())[1:]  # type: ignore[attr-defined]  # without the "module" above
             raise
-        st = {**new["module"], **{name: own[name] for name in (NAMES,) if name in own}}
-        st = {**st, RNG: new[RNG]} if RNG in own else st
+        st = {**new["module"], **ours, **({RNG: new[RNG]} if RNG in ours else {})}
         for path in self.paths:
             kept = {PERTURBATION: perturbations[path], OUTPUT: outputs[path]}
             st = changed(st, path.split("."), lambda own, kept=kept: {**own, **kept})  # type: ignore[misc]
@@ -356,4 +364,4 @@ def _perturb(module: nn.Module, _: Any, y: Any) -> Any:
     y = added(y, module.__dict__[PERTURBATION])
     module.__dict__[OUTPUT] = (y,)
     # What comes after may write into it.
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, y)
+    return map_tensors(lambda leaf: leaf.clone(), y)

@@ -456,6 +456,15 @@ CONVERTERS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {
 }
 """What takes a module of each kind to a layer, or to None where an option has no counterpart."""
 
+_ONE = (
+    *(AdaptiveMaxPool, AdaptiveMeanPool, AlphaDropout, BatchNorm, Conv, Dense, Dropout, Embedding, FeatureDropout),
+    *(FlattenLayer, GLU, GroupNorm, Identity, InstanceNorm, LayerNorm, LPPool, MaxPool, MeanPool, Pad, PReLU),
+    *(Unbatched, Upsample, WrappedFunction),
+)
+
+ARGUMENTS: dict[type[Layer], str] = {**dict.fromkeys(_ONE, "input"), RMSNorm: "x"}
+"""What torch calls the input of the modules that become a layer; a derived class may take arguments itself."""
+
 
 def native(module: nn.Module) -> Layer | None:
     """Return the layer that computes what a module does, with tensors of the same names; None if there is none.

@@ -7,44 +7,11 @@ from typing import Any
 
 from luxtorch._torch import compile_constant
 from luxtorch.core import Layer
-from luxtorch.layers import (
-    GLU,
-    AdaptiveMaxPool,
-    AdaptiveMeanPool,
-    AlphaDropout,
-    BatchNorm,
-    Chain,
-    Conv,
-    Dense,
-    Dropout,
-    Embedding,
-    FeatureDropout,
-    FlattenLayer,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    LPPool,
-    MaxPool,
-    MeanPool,
-    Pad,
-    PReLU,
-    RMSNorm,
-    Upsample,
-    WrappedFunction,
-)
+from luxtorch.layers import Chain, WrappedFunction
 
 from ._inputs import Inputs, bound
 from ._module_layer import ModuleLayer
-from ._native import Identity, Unbatched
-
-_ONE = (
-    *(AdaptiveMaxPool, AdaptiveMeanPool, AlphaDropout, BatchNorm, Conv, Dense, Dropout, Embedding, FeatureDropout),
-    *(FlattenLayer, GLU, GroupNorm, Identity, InstanceNorm, LayerNorm, LPPool, MaxPool, MeanPool, Pad, PReLU),
-    *(Unbatched, Upsample, WrappedFunction),
-)
-
-ARGUMENTS: dict[type[Layer], str] = {**dict.fromkeys(_ONE, "input"), RMSNorm: "x"}
-"""What torch calls the input of the modules that become a layer; a derived class may take arguments itself."""
+from ._native import ARGUMENTS
 
 
 def single(layer: Layer, given: Inputs) -> Any:

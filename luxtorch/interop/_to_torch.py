@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, tree_leaves, tree_map
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, map_tensors, tensors, tree_map
 from luxtorch.surgery import Frozen, unfreeze
 
 from ._branch import Branch, branches_only
@@ -130,10 +130,7 @@ def held(module: LayerModule) -> tuple[Layer, dict[str, Any], dict[str, Any]] | 
     """Return the layer, the parameters and the states of a module; None if the module was altered meanwhile."""
     if type(module) is not LayerModule or not branches_only(module):
         return None
-    ps, st = (
-        tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
-        for tree in (module._read_ps(), module._read_st())
-    )
+    ps, st = (map_tensors(lambda leaf: leaf.detach().clone(), tree) for tree in (module._read_ps(), module._read_st()))
     return module._layer, ps, st
 
 
@@ -212,7 +209,7 @@ def _name_inputs(module: LayerModule, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _batch_size(inputs: Any) -> int:
-    sizes = [len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    sizes = [len(leaf) for leaf in tensors(inputs) if leaf.ndim]
     if not sizes or sizes[0] < 2:
         raise InputError(
             "The example has no batch whose size could vary.",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from luxtorch.core import tensors
+
 from ._donate import Pair
 from ._purity import Known
 from ._replay import Program, replay
@@ -61,13 +63,13 @@ def _is_small(node: fx.Node) -> bool:
         return False  # who knows what is in it
     arguments = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
     result = node.meta.get("val")
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((arguments, result)) if isinstance(leaf, Tensor)]
-    if any(tensor.device.type != "cpu" or not isinstance(tensor.numel(), int) for tensor in tensors):
+    found = tensors((arguments, result))
+    if any(tensor.device.type != "cpu" or not isinstance(tensor.numel(), int) for tensor in found):
         return False
     operations = flop_registry.get(node.target.overloadpacket)
     if operations is not None:
         return bool(operations(*arguments[0], **arguments[1], out_val=result) <= _OPERATIONS)
-    return max((tensor.numel() for tensor in tensors), default=0) <= _NUMBERS
+    return max((tensor.numel() for tensor in found), default=0) <= _NUMBERS
 
 
 _aten = torch.ops.aten

@@ -21,7 +21,6 @@ from luxtorch.core import (
     named_leaves,
     tensors,
     tree_flatten,
-    tree_leaves,
     tree_unflatten,
 )
 from luxtorch.core._weighted import watching_means
@@ -151,7 +150,7 @@ def in_precision(model: Any, dtype: torch.dtype, ps: Any) -> InPrecision:
             expected="for instance torch.bfloat16",
             got=repr(dtype),
         )
-    numbers = (leaf.dtype.to_real() for leaf in tree_leaves(ps) if isinstance(leaf, Tensor))
+    numbers = (leaf.dtype.to_real() for leaf in tensors(ps))
     masters = (dtype for dtype in numbers if dtype.is_floating_point)
     return InPrecision(model, dtype, next(masters, torch.float32))
 

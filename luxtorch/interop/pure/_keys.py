@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import vmap_levels
-from luxtorch.core import tree_leaves
+from luxtorch.core import tensors
 from luxtorch.random import fold_in, split
 
 
@@ -47,7 +47,7 @@ class Keys:
     def _made_batch(self) -> Tensor:
         true = self.rng.new_ones((), dtype=torch.bool)
         if not torch.compiler.is_compiling():
-            one_each = {vmap_levels(leaf): leaf for leaf in tree_leaves(self._given) if isinstance(leaf, Tensor)}
+            one_each = {vmap_levels(leaf): leaf for leaf in tensors(self._given)}
             for levels, leaf in one_each.items():
                 if levels:
                     true = true & leaf.new_ones((), dtype=torch.bool, device=true.device)
