@@ -150,7 +150,7 @@ def in_precision(model: Any, dtype: torch.dtype, ps: Any) -> InPrecision:
             expected="for instance torch.bfloat16",
             got=repr(dtype),
         )
-    numbers = (leaf.dtype.to_real() for leaf in tensors(ps))
+    numbers = (leaf.real.dtype for leaf in tensors(ps))
     masters = (dtype for dtype in numbers if dtype.is_floating_point)
     return InPrecision(model, dtype, next(masters, torch.float32))
 

@@ -21,59 +21,17 @@ STEPS = 6
 
 
 class Missing(Exception):
-    """Report that luxtorch has no rule for an optimizer of torch, or for one of its options."""
+    """Report that luxtorch has no rule for an optimizer of torch."""
 
 
-def number(value: Any) -> Any:
-    """Return a learning rate as the number that it is."""
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def decayed(rule: Any, decay: float) -> Any:
-    """Return a rule after L2 regularization, which is added to the gradient."""
-    return optim.OptimiserChain(optim.WeightDecay(decay), rule) if decay else rule
-
-
-def sgd(*, lr=1e-3, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0):
-    if dampening:
-        raise Missing("dampening")
-    if not momentum:
-        return decayed(optim.Descent(lr), weight_decay)
-    return decayed((optim.Nesterov if nesterov else optim.Momentum)(lr, momentum), weight_decay)
-
-
-def adam(*, amsgrad=False, weight_decay=0.0, **options):
-    return decayed((optim.AMSGrad if amsgrad else optim.Adam)(**options), weight_decay)
-
-
-def adamw(*, amsgrad=False, weight_decay=1e-2, lr=1e-3, **options):
+def adam(*, amsgrad=False, weight_decay=0.0, maximize=False, **options):
     if amsgrad:
-        raise Missing("decoupled weight decay with AMSGrad")
-    return optim.AdamW(lr, weight_decay=weight_decay, **options)
-
-
-def adagrad(*, initial_accumulator_value=0.0, **options):
-    if initial_accumulator_value:
-        raise Missing("initial_accumulator_value")
-    return optim.AdaGrad(**options)
+        return optim.AMSGrad(weight_decay=weight_decay, maximize=maximize, **options)
+    return optim.OptimiserChain(optim.WeightDecay(weight_decay, maximize=maximize), optim.Adam(**options))
 
 
 def adafactor(*, beta2_decay=-0.8, **options):
     return optim.Adafactor(decay_rate=-beta2_decay, **options)
-
-
-def rmsprop(*, momentum=0.0, lr=1e-2, weight_decay=0.0, **options):
-    if not momentum:
-        return optim.RMSProp(lr, weight_decay=weight_decay, **options)
-    # The momentum is that of the divided gradient.
-    rule = optim.RMSProp(1.0, weight_decay=weight_decay, **options)
-    return optim.OptimiserChain(rule, optim.Momentum(lr, momentum))
-
-
-def muon(*, ns_coefficients=None, adjust_lr_fn="original", **options):
-    if ns_coefficients or adjust_lr_fn not in ("original", "match_rms_adamw"):
-        raise Missing("ns_coefficients" if ns_coefficients else f"adjust_lr_fn={adjust_lr_fn}")
-    return optim.Muon(adjust_lr_fn=adjust_lr_fn, **options)
 
 
 def missing(**options):
@@ -83,18 +41,18 @@ def missing(**options):
 RULES = {
     "Adadelta": optim.AdaDelta,
     "Adafactor": adafactor,
-    "Adagrad": adagrad,
+    "Adagrad": optim.AdaGrad,
     "Adam": adam,
     "Adamax": optim.AdaMax,
-    "AdamW": adamw,
-    "ASGD": missing,
+    "AdamW": optim.AdamW,
+    "ASGD": optim.ASGD,
     "LBFGS": missing,  # here it takes the function itself, and is tested with the other solvers
-    "Muon": muon,
+    "Muon": optim.Muon,
     "NAdam": optim.NAdam,
     "RAdam": optim.RAdam,
-    "RMSprop": rmsprop,
+    "RMSprop": optim.RMSProp,
     "Rprop": optim.Rprop,
-    "SGD": sgd,
+    "SGD": optim.SGD,
     "SparseAdam": missing,
 }
 
@@ -107,7 +65,8 @@ def configurations():
 
 
 def rule_of(cls: Any, options: dict[str, Any]) -> Any:
-    options = {name: number(value) for name, value in options.items() if name != "maximize"}
+    """Return the rule that stands for an optimizer of torch; a learning rate as the number that it is."""
+    options = {name: value.item() if isinstance(value, Tensor) else value for name, value in options.items()}
     return RULES[cls.__name__](**options)
 
 
@@ -146,15 +105,20 @@ def of_torch(cls: Any, options: dict[str, Any], ps: Any, all_grads: list[Any]) -
     return {name: p.detach() for name, p in parameters.items()}
 
 
-def of_luxtorch(rule: Any, ps: Any, all_grads: list[Any], maximize: bool, how: str) -> dict[str, Tensor]:
+def of_luxtorch(rule: Any, ps: Any, all_grads: list[Any], how: str) -> dict[str, Tensor]:
     kind = lt.ComponentVector if how == "vector" else dict
     tree: Any = kind(ps)
     opt_state = optim.setup(rule, tree)
     step = lt.jit(optim.update, backend="replay") if how == "jit" else optim.update
     for grads in all_grads:
-        grads = kind({name: -g if maximize else g for name, g in grads.items()})
+        grads = kind(grads)
         opt_state, tree = step(opt_state, tree, grads)
     return tree.to_dict() if how == "vector" else tree
+
+
+def lost(ps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters with NaN for infinity: which of the two an infinite gradient leaves is chance."""
+    return {name: torch.where(p.isfinite(), p, torch.nan) for name, p in ps.items()}
 
 
 def calls(how: str, key: Tensor) -> Iterator[Result]:
@@ -175,12 +139,12 @@ def calls(how: str, key: Tensor) -> Iterator[Result]:
             wanted = of_torch(cls, options, ps, all_grads)
         except Exception:
             continue  # torch has no such kernel
-        # Torch computes with a rate that is a tensor in the precision of that.
-        tolerance = 1e-6 if isinstance(options.get("lr"), Tensor) else DTYPES[dtype_name]
-        maximize = options.get("maximize", False)
+        # Torch computes with a rate that is a tensor in the precision of that, and with those of ASGD in single.
+        single = cls is torch.optim.ASGD or isinstance(options.get("lr"), Tensor)
+        tolerance = max(1e-6, DTYPES[dtype_name]) if single else DTYPES[dtype_name]
         outcomes = outcome(
-            lambda rule=rule, ps=ps, grads=all_grads, maximize=maximize: of_luxtorch(rule, ps, grads, maximize, how),
-            lambda got, wanted=wanted, near=tolerance: check_same(got, wanted, near, strides=False),
+            lambda rule=rule, ps=ps, grads=all_grads: of_luxtorch(rule, ps, grads, how),
+            lambda got, wanted=wanted, near=tolerance: check_same(lost(got), lost(wanted), near, strides=False),
         )
         yield Result(f"torch.optim.{cls.__name__}", *outcomes, place)
 
