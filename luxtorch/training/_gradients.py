@@ -25,7 +25,7 @@ from luxtorch.core import (
 )
 from luxtorch.core._weighted import watching_means
 
-from ._train_state import TrainState, Trees, make, peek
+from ._train_state import TrainState
 
 Objective: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Tensor, Any, Any]]
 """A pure function `objective(model, ps, st, data) -> (loss, st, stats)`; every loss of luxtorch is one.
@@ -370,12 +370,11 @@ def compute_gradients(
     Source: `Training.compute_gradients` of Lux.
     """
     check_state(ts)
-    trees = peek(ts)
+    trees = ts._trees
     grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
     if skip_nonfinite:
         st = select(all_finite(loss, grads), st, trees.states)
-    new = Trees(trees.parameters, st, trees.optimizer_state, trees.step, trees.skipped)
-    return grads, loss, stats, make(ts._statics, new)
+    return grads, loss, stats, ts._with(trees._replace(states=st))
 
 
 def gradients(
@@ -389,7 +388,7 @@ def gradients(
 ) -> tuple[Any, Tensor, Any, Any]:
     """Return gradients, loss, stats and new states."""
     check_objective(objective)
-    trees, model = peek(ts), ts._statics.model
+    trees, model = ts._trees, ts._statics.model
     ps = trees.parameters
     if dtype is not None:
         model = in_precision(model, dtype, ps)

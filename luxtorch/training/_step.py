@@ -18,7 +18,7 @@ from luxtorch.optim._leaves import pair
 from luxtorch.optim._rule import negative
 
 from ._gradients import Objective, all_finite, check_state, gradients, select
-from ._train_state import TrainState, Trees, make, peek, spend
+from ._train_state import TrainState, Trees
 
 
 def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
@@ -34,7 +34,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
         grads: The gradients.
         st: The new states.
     """
-    trees, own = peek(ts), ts._own
+    trees, owned = ts._trees, ts._owned
     layout, state = trees.optimizer_state.layout, trees.optimizer_state.state
     rule = layout.rule
     if not isinstance(rule, optim.LeafwiseRule) or rule.in_place is None or layout.by_component or not unobserved():
@@ -43,7 +43,9 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     values = numbers(hyper) if isinstance(hyper, Tensor) else None
     if values is None:
         return None
-    shared = own is None or sum(map(storage_users, own)) > len(own) * _alone()  # before views of them are made here
+    shared = (
+        owned is None or sum(map(storage_users, owned)) > len(owned) * _alone()
+    )  # before views of them are made here
     names, params, gs, *_ = pair(trees.parameters, grads)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
@@ -56,7 +58,7 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
             return None
         ps = map_tensors(_copy, ps)
         slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
-        own = tuple(storage_id(p) for p in tensors(ps))
+        owned = tuple(storage_id(p) for p in tensors(ps))
         params = pair(ps, None).params
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
@@ -64,8 +66,8 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
         rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
         state = state.after(slots)
     new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)
-    spend(ts)
-    return make(ts._statics, new, own)
+    ts._give_away()
+    return ts._with(new, owned)
 
 
 @cache
@@ -138,7 +140,7 @@ def apply_gradients(
     """
     check_state(ts)
     ok = all_finite(grads) if skip_nonfinite else None
-    return _stepped(ts, grads, peek(ts).states, ok, donate, extra)
+    return _stepped(ts, grads, ts._trees.states, ok, donate, extra)
 
 
 def single_train_step(
@@ -207,7 +209,7 @@ def _stepped(
     ts: TrainState, grads: Any, st: Any, ok: Tensor | None, donate: bool, extra: Mapping[str, Any]
 ) -> TrainState:
     """Return the training state after a step, or where `ok` is false as it was."""
-    old = peek(ts)
+    old = ts._trees
     if donate and ok is None:
         new = update_donated(ts, grads, st)
         if new is not None:
@@ -218,5 +220,5 @@ def _stepped(
         kept = old._replace(skipped=old.skipped + 1)
         trees = Trees(*(select(ok, after, before) for after, before in zip(trees, kept, strict=True)))
     if donate and not transformed():
-        spend(ts)
-    return make(ts._statics, trees)
+        ts._give_away()
+    return ts._with(trees)

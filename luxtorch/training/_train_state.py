@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -95,11 +94,13 @@ class TrainState:
     Source: Lux's `Training.TrainState`.
     """
 
-    __slots__ = ("_own", "_statics", "_trees")
+    __slots__ = ("_held", "_owned", "_statics")
 
     _statics: Statics
-    _trees: Trees | None
-    _own: tuple[int, ...] | None
+    _held: Trees | None
+    """The parts made of tensors; None once they were given away."""
+    _owned: tuple[int, ...] | None
+    """The storages of the parameters, by torch's handles, if nobody else holds these nor the optimizer's."""
 
     def __init__(self, model: Any, parameters: Any, states: Any, rule: GradientTransformation) -> None:
         if isinstance(model, type) or not callable(model):
@@ -111,12 +112,50 @@ class TrainState:
         optimizer_state = optim.setup(rule, parameters)
         device = next((leaf.device for leaf in tree_leaves(parameters)), None)
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        _fill(self, Statics(model, rule), Trees(parameters, states, optimizer_state, zero, zero.clone()), None)
+        self._assign(Statics(model, rule), Trees(parameters, states, optimizer_state, zero, zero.clone()))
+
+    @classmethod
+    def _of(cls, statics: Statics, trees: Trees, owned: tuple[int, ...] | None = None) -> TrainState:
+        """Return a training state of these parts, unchecked."""
+        ts = cls.__new__(cls)
+        ts._assign(statics, trees, owned)
+        return ts
+
+    def _assign(self, statics: Statics, trees: Trees, owned: tuple[int, ...] | None = None) -> None:
+        object.__setattr__(self, "_statics", statics)
+        object.__setattr__(self, "_held", trees)
+        object.__setattr__(self, "_owned", owned)
+
+    def _with(self, trees: Trees, owned: tuple[int, ...] | None = None) -> TrainState:
+        """Return a training state of the same model and rule."""
+        return TrainState._of(self._statics, trees, owned)
+
+    @property
+    def _trees(self) -> Trees:
+        """The parts made of tensors, for a look that does not outlive the state; see `_shared`."""
+        if self._held is None:
+            raise LuxtorchError(
+                "This TrainState was given away: a step with donate=True has reused its memory.",
+                expected="the TrainState that the step returned",
+                fix="Write `..., ts = single_train_step(objective, data, ts, donate=True)`, or leave donate=True out.",
+            )
+        return self._held
+
+    def _shared(self) -> Trees:
+        """Return the parts made of tensors, which somebody may hold from now on: no donated step writes into them."""
+        trees = self._trees
+        if not torch.compiler.is_compiling() and self._owned is not None:
+            object.__setattr__(self, "_owned", None)
+        return trees
+
+    def _give_away(self) -> None:
+        """Make each later use an error: a donated step has reused the memory."""
+        object.__setattr__(self, "_held", None)
 
     @property
     def model(self) -> Any:
         """The model."""
-        peek(self)
+        _ = self._trees  # an error, if they were given away
         return self._statics.model
 
     @property
@@ -126,42 +165,34 @@ class TrainState:
         Of a hyperparameter that was adjusted by path it is None. It is what the next step takes: after
         `load_checkpoint`, the numbers of the file.
         """
-        opt_state, given = peek(self).optimizer_state, as_rule(self._statics.rule)
+        opt_state, given = self._trees.optimizer_state, as_rule(self._statics.rule)
         same = given.bare() == opt_state.layout.rule
         return (given if same else opt_state.layout.rule).in_force(opt_state.state)
 
     @property
     def parameters(self) -> Any:
         """The parameters."""
-        return self._lent.parameters
+        return self._shared().parameters
 
     @property
     def states(self) -> Any:
         """The states of the model."""
-        return self._lent.states
+        return self._shared().states
 
     @property
     def optimizer_state(self) -> optim.OptState:
         """The state of the optimizer."""
-        return self._lent.optimizer_state
+        return self._shared().optimizer_state
 
     @property
     def step(self) -> Tensor:
         """How many steps were taken."""
-        return self._lent.step
+        return self._shared().step
 
     @property
     def skipped(self) -> Tensor:
         """How many steps were skipped."""
-        return self._lent.skipped
-
-    @property
-    def _lent(self) -> Trees:
-        """The trees, which from now on somebody may hold: a donated step may no longer write into them."""
-        trees = peek(self)
-        if not torch.compiler.is_compiling() and self._own is not None:
-            object.__setattr__(self, "_own", None)
-        return trees
+        return self._shared().skipped
 
     def adjust(
         self,
@@ -212,9 +243,9 @@ class TrainState:
                     if name == "rule"
                     else suggest(name, ("model", *Trees._fields)),
                 )
-        trees = self._lent
+        trees = self._shared()
         statics = Statics(fields.pop("model"), self._statics.rule) if "model" in fields else self._statics
-        return make(statics, trees._replace(**fields))
+        return TrainState._of(statics, trees._replace(**fields))
 
     def with_rule(self, rule: GradientTransformation, *, steps: int | None = None) -> TrainState:
         """Return a training state that goes on by another rule, with the moments of this one.
@@ -239,9 +270,9 @@ class TrainState:
             >>> ts.replace(model=model, parameters=ps, states=st).with_rule(rule).optimizer_state
             OptState(Adam(lr=Cosine(start=0.1, end=0.0, steps=1000), betas=(0.9, 0.999), eps=1e-08), 4 parameters)
         """
-        trees = self._lent
+        trees = self._shared()
         optimizer_state = optim.transfer(trees.optimizer_state, rule, trees.parameters, steps=steps)
-        return make(Statics(self._statics.model, rule), trees._replace(optimizer_state=optimizer_state))
+        return TrainState._of(Statics(self._statics.model, rule), trees._replace(optimizer_state=optimizer_state))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise InputError(
@@ -252,10 +283,10 @@ class TrainState:
         raise InputError(f"A TrainState does not change, and '{name}' cannot be deleted.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make, (Statics(self.model, self._statics.rule), self._lent)
+        return TrainState._of, (Statics(self.model, self._statics.rule), self._shared())
 
     def __repr__(self) -> str:
-        trees = self._trees
+        trees = self._held
         if trees is None:
             return "TrainState(given away by donate=True)"
         lines = [
@@ -266,48 +297,12 @@ class TrainState:
         return "\n".join(("TrainState(", *(f"    {line}" for line in lines), ")"))
 
     def _repr_html_(self) -> str:
-        trees = self._trees
+        trees = self._held
         if trees is None:
             return plain(repr(self))  # it was given away
         parameters, states = tree_html(trees.parameters, "parameters"), tree_html(trees.states, "states")
         parts = [shown(self.model), plain(repr(trees.optimizer_state)), parameters, states]
         return section("TrainState", parts, progress(trees))
-
-
-def make(statics: Statics, trees: Trees, own: tuple[int, ...] | None = None) -> TrainState:
-    """Return a training state of these parts, without a look at them.
-
-    Args:
-        statics: The model and the rule.
-        trees: The parts made of tensors.
-        own: The storages of the parameters, by torch's handles, if nobody else holds these nor the optimizer's.
-    """
-    ts = TrainState.__new__(TrainState)
-    _fill(ts, statics, trees, own)
-    return ts
-
-
-def peek(ts: TrainState) -> Trees:
-    """Return the trees of a training state, for a look that does not outlive the state."""
-    trees = ts._trees
-    if trees is None:
-        raise LuxtorchError(
-            "This TrainState was given away: a step with donate=True has reused its memory.",
-            expected="the TrainState that the step returned",
-            fix="Write `..., ts = single_train_step(objective, data, ts, donate=True)`, or leave donate=True out.",
-        )
-    return trees
-
-
-def spend(ts: TrainState) -> None:
-    """Take its trees from a training state that was donated: each later use of it is an error."""
-    object.__setattr__(ts, "_trees", None)
-
-
-def _fill(ts: TrainState, statics: Statics, trees: Trees, own: tuple[int, ...] | None) -> None:
-    object.__setattr__(ts, "_statics", statics)
-    object.__setattr__(ts, "_trees", trees)
-    object.__setattr__(ts, "_own", own)
 
 
 def progress(trees: Trees) -> str:
@@ -325,8 +320,9 @@ def _show(number: Any) -> str:
     return f"<{'x'.join(map(str, number.shape))}>" if isinstance(number, Tensor) else repr(number)
 
 
-def _unflatten(children: Iterable[Any], statics: Statics) -> TrainState:
-    return make(statics, Trees(*children))
-
-
-register_node(TrainState, lambda ts: (list(ts._lent), ts._statics), _unflatten, names=Trees._fields)
+register_node(
+    TrainState,
+    lambda ts: (list(ts._shared()), ts._statics),
+    lambda children, statics: TrainState._of(statics, Trees(*children)),
+    names=Trees._fields,
+)
