@@ -1,15 +1,19 @@
-"""Gradients of scalar functions over any tree."""
+"""Gradients of scalar functions over any tree; all that luxtorch differentiates goes through here or `_torch_func`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from luxtorch.core import tree_flatten, tree_unflatten
+from luxtorch._transforms import transformed
+from luxtorch.components import ComponentVector
+from luxtorch.components._views import split_once
+from luxtorch.core import InputError, map_tensors, tree_flatten, tree_unflatten
 
 from ._arguments import Mode, check_inputs, check_mode, check_scalar, join, split
-from ._torch_func import Tree, value_and_gradients
+from ._torch_func import Tree, WithAux, gradients, value_and_gradients
 from ._vmap import columns
 
 
@@ -53,11 +57,11 @@ def withgradient(
         return check_scalar(value), aux
 
     try:
-        value, aux, gradients = value_and_gradients(loss, xs)
+        value, aux, slopes = value_and_gradients(loss, xs)
     except Exception:
         check_inputs(xs)
         raise
-    return join(value, aux, has_aux), gradients[0] if len(xs) == 1 else gradients
+    return join(value, aux, has_aux), slopes[0] if len(xs) == 1 else slopes
 
 
 def gradient(
@@ -91,8 +95,48 @@ def gradient(
     Source:
         `Zygote.gradient`, but that one argument gives its gradient and not a tuple of one.
     """
-    value, gradients = withgradient(f, *xs, mode=mode, has_aux=has_aux, chunk_size=chunk_size)
-    return (gradients, value[1]) if has_aux else gradients
+    value, slopes = withgradient(f, *xs, mode=mode, has_aux=has_aux, chunk_size=chunk_size)
+    return (slopes, value[1]) if has_aux else slopes
+
+
+def differentiate(f: WithAux, x: Tree, *, differentiable: bool = False) -> tuple[Tensor, Tree, Tree]:
+    """Return the scalar `f(x)`, its auxiliary output and the gradient, by the cheapest way; `f` is called once.
+
+    The plain tape costs less than a transform and lets torch's fused kernels be used, with the same numbers. But an
+    outer transform or an outer tape would not see through it: where one is to see all, the gradient is torch.func's.
+
+    Args:
+        f: Takes a tree to `(value, aux)`.
+        x: The tree.
+        differentiable: Whether the results are to be on the tape of what `f` closes over.
+    """
+    found = None if differentiable or transformed() else _by_tape(f, x)
+    if found is not None:
+        return found
+    (value, aux), gradient = withgradient(f, x, has_aux=True)
+    return value, aux, gradient
+
+
+def _by_tape(f: WithAux, x: Tree) -> tuple[Tensor, Tree, Tree] | None:
+    """Return the same by torch.autograd.grad, on no tape at all, or None where a leaf forbids it."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("There are no gradients in inference mode.", fix="Use torch.no_grad() instead.")
+    inputs: list[Tensor] = []
+
+    def recorded(p: Tensor) -> Tensor:
+        inputs.append(p.detach().requires_grad_() if p.is_floating_point() or p.is_complex() else p)
+        return inputs[-1]
+
+    tree = map_tensors(recorded, x)
+    if not inputs or not all(leaf.requires_grad for leaf in inputs):
+        return None
+    if isinstance(tree, ComponentVector):
+        tree = split_once(tree)
+    with torch.enable_grad():
+        value, aux = f(tree)
+    aux = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, aux)
+    found = iter(gradients((value,), None, inputs, retain=False, create=False))
+    return value.detach(), aux, map_tensors(lambda _: next(found), tree)
 
 
 def _forward(f: Callable[..., Tree], xs: tuple[Tree, ...], has_aux: bool, chunk_size: int | None) -> tuple[Tree, Tree]:
@@ -107,5 +151,5 @@ def _forward(f: Callable[..., Tree], xs: tuple[Tree, ...], has_aux: bool, chunk_
     (slopes,) = columns(loss, (value,), leaves, chunk_size)
     # A column has the dtype of the value, a gradient that of its leaf.
     matching = [slope.to(leaf.dtype) for slope, leaf in zip(slopes, leaves, strict=True)]
-    gradients = tree_unflatten(matching, spec)
-    return join(value, aux, has_aux), gradients[0] if len(xs) == 1 else gradients
+    by_argument = tree_unflatten(matching, spec)
+    return join(value, aux, has_aux), by_argument[0] if len(xs) == 1 else by_argument

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch import random
-from luxtorch._transforms import transformed
-from luxtorch.autodiff import withgradient
-from luxtorch.autodiff._torch_func import gradients as taped_gradients
-from luxtorch.components import ComponentVector
-from luxtorch.components._views import split_once
+from luxtorch.autodiff._gradient import differentiate
 from luxtorch.core import (
     DTypeError,
     InputError,
@@ -261,49 +257,6 @@ def _over(x: Tensor, weight: Any) -> Tensor:
     return (x / (weight.to(x.device) if isinstance(weight, Tensor) else weight)).to(x.dtype)
 
 
-OfParameters: TypeAlias = Callable[[Any], tuple[Tensor, Any]]
-
-
-def differentiate(f: OfParameters, ps: Any, *, differentiable: bool) -> tuple[Any, Tensor, Any]:
-    """Return the gradient of `f` at the parameters, its value, and what it returns besides; `f` is called once.
-
-    The plain tape costs less than a transform and lets torch's fused kernels be used, with the same numbers. But an
-    outer transform or an outer tape would not see through it: where one is to see all, the gradient is torch.func's.
-
-    Args:
-        f: Takes the parameters to `(value, aux)`.
-        ps: The parameters.
-        differentiable: Whether the results are to be on the tape of what `f` closes over.
-    """
-    found = None if differentiable or transformed() else _by_tape(f, ps)
-    if found is not None:
-        return found
-    (value, aux), grads = withgradient(f, ps, has_aux=True)
-    return grads, value, aux
-
-
-def _by_tape(f: OfParameters, ps: Any) -> tuple[Any, Tensor, Any] | None:
-    """Return the same by torch.autograd.grad, on no tape at all, or None where a parameter forbids it."""
-    if torch.is_inference_mode_enabled():
-        raise InputError("There are no gradients in inference mode.", fix="Use torch.no_grad() instead.")
-    inputs: list[Tensor] = []
-
-    def lent(p: Tensor) -> Tensor:
-        inputs.append(p.detach().requires_grad_() if p.is_floating_point() or p.is_complex() else p)
-        return inputs[-1]
-
-    tree = map_tensors(lent, ps)
-    if not inputs or not all(leaf.requires_grad for leaf in inputs):
-        return None
-    if isinstance(tree, ComponentVector):
-        tree = split_once(tree)
-    with torch.enable_grad():
-        value, aux = f(tree)
-    aux = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, aux)
-    remaining = iter(taped_gradients((value,), None, inputs, retain=False, create=False))
-    return map_tensors(lambda _: next(remaining), tree), value.detach(), aux
-
-
 def on_a_tape(*trees: Any) -> bool:
     """Say whether a tensor of some trees is recorded by autograd at the moment."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tensors(tree))
@@ -402,7 +355,7 @@ def gradients(
                 loss = loss / (weight if accumulate == 1 else nonzero(weight))
             return loss if loss_scale is None else loss * loss_scale, (new, stats, weight)
 
-        grads, loss, (new, stats, weight) = differentiate(scaled, ps, differentiable=differentiable)
+        loss, (new, stats, weight), grads = differentiate(scaled, ps, differentiable=differentiable)
         if loss_scale is not None:
             grads, loss = map_tensors(lambda g: (g / loss_scale).to(g.dtype), grads), (loss / loss_scale).to(loss.dtype)
         return grads, loss, stats, new, weight

@@ -11,9 +11,9 @@ from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from luxtorch.autodiff._gradient import differentiate
 from luxtorch.components import ComponentVector
 from luxtorch.components._views import split_once
-from luxtorch.training._gradients import differentiate
 
 
 class Count(TorchDispatchMode):

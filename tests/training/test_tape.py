@@ -14,8 +14,7 @@ from torch.utils import _pytree as pytree
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.autodiff import _torch_func
-from luxtorch.training import _gradients
+from luxtorch.autodiff import _gradient, _torch_func
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "all": lambda model, ps, st, data: (model(data[0], ps, st)[0].square().mean(), st, {}),
@@ -98,13 +97,13 @@ CONTEXTS = {
 @pytest.mark.parametrize("context", [*CONTEXTS, "dual"])
 def test_the_tape_stays_away_from_those_who_look_on(new, tree, data, context, monkeypatch) -> None:
     faithful: list[bool] = []
-    original = _gradients.withgradient
+    original = _gradient.withgradient
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         faithful.append(True)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(_gradients, "withgradient", counted)
+    monkeypatch.setattr(_gradient, "withgradient", counted)
     ts = new(tree, optim.Descent(0.1), MODEL)
 
     def step(data: Any, ts: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch import random
+from luxtorch.autodiff import hvp
 from luxtorch.core import out_of_range
 
 from .._hyperparameters import Betas, Number, Range
@@ -103,7 +104,7 @@ class Sophia(ListRule):
             name: random.bernoulli(places[name], 0.5, tuple(p.shape)).to(p.device, p.dtype) * 2 - 1
             for name, p in params.items()
         }
-        products: dict[str, Tensor] = torch.func.jvp(torch.func.grad(value_fn), (params,), (signs,))[1]
+        products = hvp(value_fn, params, signs, mode="forward")
         return {name: sign * products[name] for name, sign in signs.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import transformed
+from luxtorch.autodiff._gradient import differentiate
 from luxtorch.core import DTypeError, InputError, out_of_range
 
 from .._leaves import pair, rebuild, to_components
@@ -245,12 +246,11 @@ class FlatObjective:
 
     def __call__(self, x: Tensor) -> tuple[float, Tensor]:
         """Return the value and the gradient."""
-        leaves = [part.detach().requires_grad_() for part in self.parts(x)]
-        with torch.enable_grad():
-            loss = _check(self.f(rebuild(self.ps, iter(leaves))))
-        if not (leaves and loss.requires_grad):
-            return loss.item(), torch.zeros_like(x)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+        def loss_of(leaves: list[Tensor]) -> tuple[Tensor, None]:
+            return _check(self.f(rebuild(self.ps, iter(leaves)))), None
+
+        loss, _, grads = differentiate(loss_of, self.parts(x))
         return loss.item(), self.without_frozen(flatten(grads))
 
     def parts(self, x: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import transformed
+from luxtorch.autodiff import gradient, hessian, jacobian, pullback
 from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError, out_of_range, wrong_type
 
 from .._leaves import pair, rebuild, to_components
@@ -279,7 +280,7 @@ class Problem:
 class Scalar(Problem):
     """Evaluate a scalar function with its gradient and curvature."""
 
-    _recorded: tuple[Tensor, Callable[[Tensor], tuple[Tensor]]] | None = None
+    _recorded: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
 
     def value(self, x: Any) -> float:
         """Return the value alone."""
@@ -294,18 +295,18 @@ class Scalar(Problem):
         """Return the product of the Hessian with a vector; another one at the same place costs a backward pass."""
         at = self._flat(x)
         if self._recorded is None or not torch.equal(self._recorded[0], at):
-            self._recorded = at, torch.func.vjp(torch.func.grad(self._of_flat), at)[1]
-        return array(self._recorded[1](self._flat(v))[0])
+            self._recorded = at, pullback(lambda x: gradient(self._of_flat, x), at)[1]
+        return array(self._recorded[1](self._flat(v)))
 
     def hessian(self, x: Any) -> Any:
         """Return the Hessian."""
-        return array(torch.func.jacrev(torch.func.grad(self._of_flat))(self._flat(x)))
+        return array(hessian(self._of_flat, self._flat(x)))
 
 
 class Residuals(Problem):
     """Evaluate residuals with their Jacobian, which is computed in forward or reverse mode, in chunks of a size."""
 
-    def __init__(self, f: Callable[[Any], Tensor], ps: Any, mode: str, chunk_size: int | None) -> None:
+    def __init__(self, f: Callable[[Any], Tensor], ps: Any, mode: Literal["reverse", "forward"], chunk_size: int | None) -> None:
         super().__init__(f, ps)
         self._mode, self._chunk_size = mode, chunk_size
 
@@ -315,16 +316,7 @@ class Residuals(Problem):
 
     def jacobian(self, x: Any) -> Any:
         """Return the Jacobian, residuals by parameters."""
-        at = self._flat(x)
-        if self._mode == "reverse":
-            return array(torch.func.jacrev(self._residuals, chunk_size=self._chunk_size)(at))
-
-        def column(v: Tensor) -> Tensor:
-            product: Tensor = torch.func.jvp(self._residuals, (at,), (v,))[1]
-            return product
-
-        # jacfwd knows no chunks.
-        return array(torch.vmap(column, chunk_size=self._chunk_size)(torch.eye(at.numel()).to(at)).T)
+        return array(jacobian(self._residuals, self._flat(x), mode=self._mode, chunk_size=self._chunk_size))
 
     def _residuals(self, x: Tensor) -> Tensor:
         residuals = self._of_flat(x)
