@@ -306,7 +306,9 @@ class Scalar(Problem):
 class Residuals(Problem):
     """Evaluate residuals with their Jacobian, which is computed in forward or reverse mode, in chunks of a size."""
 
-    def __init__(self, f: Callable[[Any], Tensor], ps: Any, mode: Literal["reverse", "forward"], chunk_size: int | None) -> None:
+    def __init__(
+        self, f: Callable[[Any], Tensor], ps: Any, mode: Literal["reverse", "forward"], chunk_size: int | None
+    ) -> None:
         super().__init__(f, ps)
         self._mode, self._chunk_size = mode, chunk_size
 
