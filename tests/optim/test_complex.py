@@ -169,7 +169,10 @@ def test_norms_are_those_of_magnitudes(draw, p, kind, how):
     close({name: new[name] for name in expected}, expected)
 
 
-@pytest.mark.parametrize(("dtype", "how"), [(torch.complex128, "eager"), (torch.complex64, "in turns")])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [(torch.complex128, "eager"), pytest.param(torch.complex64, "in turns", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", [*OF_TORCH, *ALONE])
 def test_rules_step_on_parts(draw, name, mixed, dtype, how):
