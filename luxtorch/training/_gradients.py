@@ -11,13 +11,15 @@ from torch import Tensor
 from luxtorch import random
 from luxtorch.autodiff._gradient import differentiate
 from luxtorch.core import (
-    DTypeError,
     InputError,
+    described,
     map_tensors,
     named_leaves,
+    out_of_range,
     tensors,
     tree_flatten,
     tree_unflatten,
+    wrong_type,
 )
 from luxtorch.core._weighted import watching_means
 
@@ -39,51 +41,33 @@ _FORM = "(loss, st, stats), with a scalar loss or (sum, weight), the model's new
 def check_objective(objective: Any) -> None:
     """Raise unless something can be called as an objective."""
     if isinstance(objective, type) or not callable(objective):
-        raise DTypeError(
-            "The objective is not a function.",
-            expected="objective(model, ps, st, data) -> (loss, st, stats)",
-            got=f"{objective!r:.80}",
-            fix="Make the loss: lt.MSELoss(), not lt.MSELoss." if isinstance(objective, type) else "",
-        )
+        fix = "Make the loss: lt.MSELoss(), not lt.MSELoss." if isinstance(objective, type) else ""
+        raise wrong_type("objective", objective, "a function of (model, ps, st, data) to (loss, st, stats)", fix=fix)
 
 
 def check_result(result: Any) -> tuple[Tensor, Weight, Any, Any]:
     """Return the loss and its weight, the states and the stats, or raise if that is not what an objective returned."""
     if not isinstance(result, tuple | list) or len(result) != 3:
-        items = isinstance(result, tuple | list)
-        raise InputError(
-            "The objective did not return three things.",
-            expected=_FORM,
-            got=f"a {type(result).__name__}" + (f" of {len(result)}" if items else ""),
-            fix="Where there are no statistics, return (loss, st, {}).",
-        )
+        fix = "Where there are no statistics, return (loss, st, {})."
+        raise InputError("The objective must return three things.", expected=_FORM, got=described(result), fix=fix)
     loss, st, stats = result
     weight: Weight = 1
     if isinstance(loss, tuple) and len(loss) == 2:
         loss, weight = loss
         _check_weight(weight)
     if not isinstance(loss, Tensor) or loss.ndim > 0:
-        raise InputError(
-            "The objective did not return a scalar loss.",
-            expected=_FORM,
-            got=f"a loss of shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"a loss that is a {type(loss).__name__}",
-            fix="Reduce it, for instance by .mean(), or by agg='mean' in a loss of luxtorch.",
-        )
+        fix = "Reduce it, for instance by .mean(), or by agg='mean' in a loss of luxtorch."
+        raise InputError("The loss must be a scalar tensor.", expected=_FORM, got=described(loss), fix=fix)
     if not loss.is_floating_point():
-        raise DTypeError("The loss is not a real floating point number.", expected=_FORM, got=str(loss.dtype))
+        raise wrong_type("The loss", loss, "a real floating point number")
     return loss, weight, st, stats
 
 
 def _check_weight(weight: Any) -> None:
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not (weight is None or number or (isinstance(weight, Tensor) and weight.ndim == 0)):
-        raise InputError(
-            "The weight of the loss is not a number.",
-            expected="(sum, weight) with a 0-d tensor or a number, or (sum, None), in the place of the loss",
-            got=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"{weight!r:.80}",
-        )
+        expected = "(sum, weight) with a 0-d tensor or a number, or (sum, None), in the place of the loss"
+        raise InputError("The weight of the loss must be a number.", expected=expected, got=described(weight))
 
 
 def all_finite(*trees: Any) -> Tensor:
@@ -141,11 +125,7 @@ class InPrecision:
 def in_precision(model: Any, dtype: torch.dtype, ps: Any) -> InPrecision:
     """Return a model that computes in some precision, and whose outputs have that of the parameters."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise DTypeError(
-            "The dtype to compute in is not a floating point dtype.",
-            expected="for instance torch.bfloat16",
-            got=repr(dtype),
-        )
+        raise wrong_type("dtype", dtype, "a floating point dtype, for instance torch.bfloat16")
     numbers = (leaf.real.dtype for leaf in tensors(ps))
     masters = (dtype for dtype in numbers if dtype.is_floating_point)
     return InPrecision(model, dtype, next(masters, torch.float32))
@@ -170,17 +150,16 @@ def split_data(data: Any, n: int) -> list[Any]:
     Tensors without dimensions, and leaves that are no tensors, are in every part.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError("The number of microbatches is not a positive integer.", expected="accumulate=4", got=repr(n))
+        raise out_of_range("accumulate", n, "a positive integer")
     leaves, spec = tree_flatten(data)
     sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0}
     if len(sizes) != 1 or (size := sizes.pop()) % n or not size:
-        shapes = ", ".join(
-            f"{name or 'data'} {tuple(leaf.shape)}" for name, leaf in named_leaves(data) if isinstance(leaf, Tensor)
-        )
+        found = ((name, leaf) for name, leaf in named_leaves(data) if isinstance(leaf, Tensor))
+        shapes = ", ".join(f"{name or 'data'} {tuple(leaf.shape)}" for name, leaf in found)
         raise InputError(
-            f"The data cannot be split into {n} microbatches of equal size.",
+            "Microbatches must be of equal size.",
             expected=f"tensors whose first dimension is the same multiple of {n}",
-            got=shapes or f"no tensors, but {type(data).__name__}",
+            got=shapes or described(data),
             fix="Choose another accumulate, or drop the last batch of the loader.",
         )
     parts = [
@@ -232,7 +211,7 @@ def of_microbatch(objective: Objective) -> Objective:
         told = isinstance(result, tuple | list) and bool(result) and isinstance(result[0], tuple)
         if taken and not told:
             raise InputError(
-                "The mean over microbatches would not be that of the whole batch: their weights differ.",
+                "The mean over microbatches must be weighted where their weights differ.",
                 expected="an objective that returns ((sum, weight), st, stats)",
                 got=f"a number, though {taken[0]!r} weighs its targets or leaves some out",
                 fix="Return loss.sum_and_weight(y_hat, y) in the place of loss(y_hat, y).",
@@ -369,9 +348,5 @@ def gradients(
 def check_state(ts: Any) -> None:
     """Raise unless the argument is a training state."""
     if not isinstance(ts, TrainState):
-        raise InputError(
-            "The training state is not a TrainState.",
-            expected="(objective, data, ts), in this order",
-            got=f"a {type(ts).__name__} as ts",
-            fix="Make one: TrainState(model, ps, st, rule).",
-        )
+        fix = "The order is (objective, data, ts), with ts = TrainState(model, ps, st, rule)."
+        raise InputError("ts must be a TrainState.", got=described(ts), fix=fix)

@@ -9,7 +9,16 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from luxtorch import optim
-from luxtorch.core import InputError, KeyNameError, LuxtorchError, count, register_node, suggest, tree_leaves
+from luxtorch.core import (
+    InputError,
+    KeyNameError,
+    LuxtorchError,
+    count,
+    out_of_range,
+    register_node,
+    suggest,
+    tree_leaves,
+)
 from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
 from luxtorch.core._table import plain, section, shown
@@ -104,11 +113,7 @@ class TrainState:
 
     def __init__(self, model: Any, parameters: Any, states: Any, rule: GradientTransformation) -> None:
         if isinstance(model, type) or not callable(model):
-            raise InputError(
-                "The model of a TrainState is called by the objective.",
-                expected="TrainState(model, parameters, states, rule), with a layer or a function",
-                got=f"{model!r:.80}",
-            )
+            raise out_of_range("model", model, "a layer or a function, for the objective to call")
         optimizer_state = optim.setup(rule, parameters)
         device = next((leaf.device for leaf in tree_leaves(parameters)), None)
         zero = torch.zeros((), dtype=torch.int64, device=device)

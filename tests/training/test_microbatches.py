@@ -185,7 +185,7 @@ def test_a_weight_is_a_number(run, weight: Any) -> None:
     def objective(model: Any, ps: Any, st: Any, data: Any) -> Any:
         return (ps["w"].sum(), weight), st, {}
 
-    with pytest.raises(lt.InputError, match="weight of the loss is not a number"):
+    with pytest.raises(lt.InputError, match="weight of the loss must be a number"):
         run(objective, same, NUMBERS, 1)
 
 

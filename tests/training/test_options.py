@@ -60,7 +60,7 @@ def test_what_has_no_batch_is_in_every_microbatch(new, data):
         (lambda data: data, 3, r"0 \(8, 3\), 1 \(8, 2\)"),
         (lambda data: (data[0], data[1][:4]), 4, r"1 \(4, 2\)"),
         (lambda data: (data[0][:0], data[1][:0]), 2, r"0 \(0, 3\)"),
-        (lambda data: 3.0, 2, "no tensors, but float"),
+        (lambda data: 3.0, 2, "3.0 of type float"),
         (lambda data: data, 0, "positive integer"),
         (lambda data: data, 2.0, "positive integer"),
     ],
@@ -125,7 +125,7 @@ def test_a_loss_scale_alone_changes_nothing(new, tree, data, objective, equal):
 
 
 def test_a_dtype_without_fractions(new, data, objective):
-    with pytest.raises(lt.DTypeError, match="not a floating point dtype"):
+    with pytest.raises(lt.DTypeError, match="must be a floating point dtype"):
         training.single_train_step(objective, data, new(), dtype=torch.int32)
 
 

@@ -280,10 +280,10 @@ def test_stats_may_be_anything(new, tree, data):
 @pytest.mark.parametrize(
     ("result", "error", "text"),
     [
-        (lambda loss, st: loss, lt.InputError, "did not return three things"),
-        (lambda loss, st: (loss, st), lt.InputError, "a tuple of 2"),
-        (lambda loss, st: (loss.item(), st, {}), lt.InputError, "a loss that is a float"),
-        (lambda loss, st: (loss.expand(3), st, {}), lt.InputError, r"a loss of shape \(3,\)"),
+        (lambda loss, st: loss, lt.InputError, "must return three things"),
+        (lambda loss, st: (loss, st), lt.InputError, "a tuple of length 2"),
+        (lambda loss, st: (loss.item(), st, {}), lt.InputError, "of type float"),
+        (lambda loss, st: (loss.expand(3), st, {}), lt.InputError, r"tensor of shape \(3,\)"),
         (lambda loss, st: (loss.long(), st, {}), lt.DTypeError, "torch.int64"),
     ],
 )
@@ -298,12 +298,12 @@ def test_wrong_objectives(new, data, result, error, text):
 
 def test_wrong_arguments(new, data, objective):
     ts = new()
-    with pytest.raises(lt.DTypeError, match="not a function") as error:
+    with pytest.raises(lt.DTypeError, match="must be a function") as error:
         training.single_train_step(lt.MSELoss, data, ts)
     assert "Make the loss" in str(error.value)
-    with pytest.raises(lt.InputError, match="not a TrainState"):
+    with pytest.raises(lt.InputError, match="must be a TrainState"):
         training.single_train_step(objective, ts, data)
-    with pytest.raises(lt.InputError, match="not a TrainState"):
+    with pytest.raises(lt.InputError, match="must be a TrainState"):
         training.apply_gradients({}, ts)
     with pytest.raises(lt.InputError, match="neither of the two call forms"):
         training.single_train_step(lt.MSELoss(), data[0], ts)

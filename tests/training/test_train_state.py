@@ -92,9 +92,9 @@ def test_does_not_change(new):
 
 def test_wrong_parts():
     ps, st = lt.setup(0, lt.Dense(2, 2))
-    with pytest.raises(lt.InputError, match="The model of a TrainState"):
+    with pytest.raises(lt.InputError, match="model must be a layer or a function"):
         training.TrainState(ps, ps, st, optim.Adam())
-    with pytest.raises(lt.InputError, match="The model of a TrainState"):
+    with pytest.raises(lt.InputError, match="model must be a layer or a function"):
         training.TrainState(lt.Dense, ps, st, optim.Adam())
     with pytest.raises(lt.DTypeError, match="not a gradient transformation"):
         training.TrainState(lt.Dense(2, 2), ps, st, torch.optim.Adam)
