@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luxtorch.core import InputError, Layer, Parameters, States, Value, WrapperLayer, out_of_range, show_value
-from luxtorch.core._locate import opened
+from luxtorch.core._call_errors import single_input
 from luxtorch.layers import (
     ACTIVATIONS,
     GLU,
@@ -223,7 +223,7 @@ class Identity(NoOpLayer):
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return `(x, st)`."""
-        return x if isinstance(x, Tensor) else opened(self, x), st
+        return x if isinstance(x, Tensor) else single_input(self, x), st
 
 
 def _linear(module: nn.Linear) -> Dense:

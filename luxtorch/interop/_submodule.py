@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from luxtorch._torch import Dropouts, NormsWithStatistics
 from luxtorch.core import TRAINING, InputError, LuxtorchError, Parameters, States, Static, described, wrong_shape
-from luxtorch.core._locate import wrong_names
+from luxtorch.core._call_errors import wrong_names
 
 from ._branch import Branch
 from ._reach import OF_A_MODULE, left_by_calls, package

@@ -32,7 +32,7 @@ from luxtorch.core import (
     tree_map_with_path,
     wrong_type,
 )
-from luxtorch.core._former import names_today, uncounted
+from luxtorch.core._renamed import current_names, optional_counts
 
 from ._names import Names, names_in, public
 
@@ -249,7 +249,7 @@ def load_weights(
     wanted = dict(named_leaves(_vectors_as_dicts((ps, st))))
     wanted = {public(name.partition(".")[2]): leaf for name, leaf in wanted.items()}
     new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
-    today = names_today(new_names.values(), wanted)
+    today = current_names(new_names.values(), wanted)
     new_names = {name: today[new] for name, new in new_names.items()}
     values, report = _matched(tensors, new_names, wanted, list(names_in(st)))
     if strict and not report.complete:
@@ -297,7 +297,7 @@ def _matched(
                 unexpected.append(name)
     # Not missing: keys, non-persistent states, and num_batches_tracked, as in torch itself.
     keys = {name for name, like in wanted.items() if like.dtype == torch.uint64}
-    spared = transient | keys | uncounted(sources, wanted)
+    spared = transient | keys | optional_counts(sources, wanted)
     missing = tuple(name for name in wanted if name not in sources and name not in spared)
     loaded = tuple(name for name in wanted if name in values)
     return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)

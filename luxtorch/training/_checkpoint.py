@@ -15,7 +15,7 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, KeyNameError, LuxtorchError, Static, Value, suggest
-from luxtorch.core._former import uncounted
+from luxtorch.core._renamed import optional_counts
 
 from ._checkpoint_format import (
     TEMPORARY,
@@ -105,7 +105,7 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     named = name_leaves(like)
     with _reading(path) as file:
         contents = contents_today(read_header(file), named)
-        counts = uncounted(contents.tensors, named.leaves)
+        counts = optional_counts(contents.tensors, named.leaves)
         _check_fits(contents, named, counts)
         flags = {name: Static(flag) for name, flag in contents.flags.items()}
         tensors = _read_tensors(file, contents, named) | {name: _zeros_like(named.leaves[name]) for name in counts}

@@ -13,7 +13,7 @@ from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
 from luxtorch.core import DTypeError, KeyNameError, Static, path_name, tree_flatten_with_path, tree_unflatten
-from luxtorch.core._former import names_today, same_today
+from luxtorch.core._renamed import current_names, same_after_renaming
 from luxtorch.core._tree import TreeSpec
 from luxtorch.optim import OptState
 from luxtorch.optim._torchopt import TorchOpt
@@ -94,11 +94,11 @@ def contents_of(named: Named, note: Mapping[str, Any]) -> tuple[Contents, list[T
 def contents_today(contents: Contents, named: Named) -> Contents:
     """Return the description of a file by the names that a tree has for what is in it, some of which were others."""
     file, tree = describe_contents(contents), describe_tree(named)
-    names = names_today(file, tree)
+    names = current_names(file, tree)
     structure = {}
     for name, text in contents.structure.items():
         wanted = tree.get(names[name], text)
-        structure[names[name]] = wanted if same_today(text, wanted) else text
+        structure[names[name]] = wanted if same_after_renaming(text, wanted) else text
     return replace(
         contents,
         tensors={names[name]: stored for name, stored in contents.tensors.items()},
