@@ -318,7 +318,7 @@ def _aot_settings() -> Iterator[None]:
 
     # The order of effects, as of the check that a matrix was not singular, is kept by tokens. As inputs and outputs of
     # the graph they would shift the strides that inductor reports, and each saved tensor would be read by those of
-    # its neighbour.
+    # its neighbor.
     tokens = {"unlift_effect_tokens": True}
     # The backward pass must not overwrite saved tensors, since it may run again with `retain_graph=True`.
     with aot_config.patch({**tokens, "donated_buffer": False}):

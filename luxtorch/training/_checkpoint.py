@@ -270,7 +270,7 @@ class CheckpointManager(Value):
             step: The number of the step, not before that of the last checkpoint. A checkpoint of the same step is
                 replaced.
             tree: The tree; see `save_checkpoint`.
-            metric: The metric by which checkpoints are compared. A checkpoint without one, or with NaN, is never the best.
+            metric: The metric by which checkpoints are compared. One without a metric, or with NaN, is never the best.
 
         Raises:
             InputError: If the step is not an integer of at least 0, or before that of the last checkpoint.

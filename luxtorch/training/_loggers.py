@@ -43,8 +43,8 @@ class Logger(ABC):
         Tensors are read, which synchronizes with a GPU: logging every tenth step may be enough.
 
         Args:
-            step: The number of the step. A run that is resumed from a checkpoint logs steps again: loggers of files drop
-                this step and later ones then.
+            step: The number of the step. A run that is resumed from a checkpoint logs steps again: loggers of files
+                then drop this step and later ones.
             metrics: Numbers and 0-d tensors by their names. They may be NaN or infinite. Names of nested
                 dicts are joined by "/".
 
@@ -200,8 +200,8 @@ class CSVLogger(Logger):
     another path for the next one.
 
     Several calls for a step are one row. A new name is a new column at the end, which is empty in earlier rows, as for
-    a validation metric that comes after the first loss. Then the file is rewritten under a temporary name and renamed, so
-    that it is complete at any time.
+    a validation metric that comes after the first loss. Then the file is rewritten under a temporary name and renamed,
+    so that it is complete at any time.
 
     Args:
         path: The file. Its folder is created if it does not exist.
