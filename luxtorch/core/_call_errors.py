@@ -263,8 +263,9 @@ def _wrong_dtype(x: Any, ps: Any, message: str) -> DTypeError | None:
     if len(wanted) != 1 or not others or not (named or _UNNAMED.search(message)):
         return None
     dtype = wanted.pop()
-    got, fix = ", ".join(sorted(map(str, others))), f"Convert the input, x.to({dtype}), or the parameters, lt.f64(ps)."
-    return DTypeError("The input must have the dtype of the parameters.", expected=str(dtype), got=got, fix=fix)
+    expected, got = f"{dtype}, as the parameters", ", ".join(sorted(map(str, others)))
+    fix = f"Convert the input, x.to({dtype}), or the parameters, lt.f64(ps) and the like."
+    return DTypeError("The input must have the dtype of the parameters.", expected=expected, got=got, fix=fix)
 
 
 def _is_named(dtype: torch.dtype, message: str) -> bool:
