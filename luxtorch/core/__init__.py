@@ -1,4 +1,4 @@
-"""The contract: what a layer is, and what every other folder needs to speak about layers and their trees."""
+"""`Layer`, setup of parameters and states, pytrees, modes, and errors that name the layer; used by all folders."""
 
 from luxtorch._errors import DTypeError as DTypeError
 from luxtorch._errors import InputError as InputError

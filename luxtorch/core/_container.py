@@ -1,4 +1,4 @@
-"""Layers made of layers: containers, which nest their children's trees under names, and wrappers, which do not."""
+"""Base classes of layers that hold layers: containers, which nest their trees under names, and wrappers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ._value import Value
 class ContainerLayer(Layer):
     """Hold layers in fields; parameters and states are nested under the fields' names.
 
-    Each child's key is folded from its name, so that adding a child leaves the others' initial values as they are.
-    A subclass writes `__call__`, and passes each child its own part of `ps` and `st`.
+    The name of each child is folded into its key, so that adding a child does not change the initial values of others.
+    A subclass defines `__call__`, and passes each child its own part of `ps` and `st`.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -40,7 +40,7 @@ class ContainerLayer(Layer):
     """
 
     def children(self) -> Mapping[str, Layer]:
-        """Return the layers held in fields, by the fields' names."""
+        """Return the layers in fields, by the fields' names."""
         values = ((item.name, getattr(self, item.name)) for item in fields(self))
         return {name: value for name, value in values if isinstance(value, Layer)}
 
@@ -59,14 +59,14 @@ class ContainerLayer(Layer):
         return {name: child.initial_states(fold_in(key, name)) for name, child in children.items()}
 
     def extra_repr(self) -> str:
-        """Return nothing: the children are shown by themselves."""
+        """Return an empty string: the children are shown on lines of their own."""
         return ""
 
 
 class WrapperLayer(ContainerLayer):
     """Hold one layer in a field; parameters and states are those of that layer, not nested.
 
-    Calling a wrapper calls the layer inside; a subclass changes what it likes about that.
+    Calling a wrapper calls the layer inside; a subclass overrides the call.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -82,19 +82,16 @@ class WrapperLayer(ContainerLayer):
     """
 
     def children(self) -> Mapping[str, Layer]:
-        """Return the layer inside, under the empty name: its trees are the wrapper's own.
+        """Return the layer inside, under the empty name, since its trees are not nested.
 
         Raises:
             InputError: If the fields hold no layer, or more than one.
         """
         layers = list(super().children().values())
         if len(layers) != 1:
-            raise InputError(
-                f"{type(self).__name__} is a wrapper.",
-                expected="one field that holds a layer",
-                got=f"{len(layers)} of them",
-                fix="Derive from lt.ContainerLayer to hold several layers.",
-            )
+            headline = f"The wrapper {type(self).__name__} must have one field that holds a layer."
+            fix = "Derive from lt.ContainerLayer to hold several layers."
+            raise InputError(headline, got=f"{len(layers)} of them", fix=fix)
         return {"": layers[0]}
 
     def __call__(self, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
@@ -103,14 +100,14 @@ class WrapperLayer(ContainerLayer):
 
 
 def refuse_modules(value: Any, what: str, where: str = "") -> None:
-    """Raise if something that is to be part of a model holds tensors of its own.
+    """Raise if a value that becomes part of a model holds tensors of its own.
 
-    A module of torch.nn, or a function that calls one, looks like a function of the input; but what it holds would be
-    neither among the parameters nor among the states, and so be trained, saved, moved and switched by nobody.
+    A module of torch.nn, or a function that calls one, looks like a function of the input; but its tensors would be
+    neither parameters nor states, and so be left out of training, saving, moving and switching modes.
 
     Args:
         value: The value.
-        what: What it is, for the error.
+        what: Its name, for the error.
         where: The layer that it belongs to, for the error.
 
     Raises:
@@ -118,29 +115,23 @@ def refuse_modules(value: Any, what: str, where: str = "") -> None:
     """
     if torch.compiler.is_compiling():
         return
-    found = next(_holders(value, True, set()), None)
+    found = next(_tensor_holders(value, True, set()), None)
     if found is None:
         return
     is_tensor, is_box = isinstance(found, Tensor), isinstance(found, StatefulLayer)
     got = f"a tensor of shape {tuple(found.shape)} that requires grad" if is_tensor else f"{found!r:.80}"
-    fix = "Convert it with its numbers: layer, ps, st = lt.from_torch(module)."
+    fix = "Convert it with its tensors: layer, ps, st = lt.from_torch(module)."
     if isinstance(found, nn.Module) and not any(True for _ in _tensors(found)):
         fix = "Use the layer or the function of the same kind, such as lt.Dropout, or lt.from_torch(module)[0]."
-    raise InputError(
-        f"{what} holds what is neither parameter nor state, and would be trained and saved by nobody.",
-        expected="a layer, or a pure function",
-        got=got if found is value else f"{got}, in {value!r:.80}",
-        fix="Make it a parameter of a layer."
-        if is_tensor
-        else "Use the layer of the box, box.layer."
-        if is_box
-        else fix,
-        where=where,
-    )
+    if is_tensor or is_box:
+        fix = "Make it a parameter of a layer." if is_tensor else "Use the layer of the StatefulLayer, `.layer`."
+    got = got if found is value else f"{got}, in {value!r:.80}"
+    headline = f"{what} must be a layer or a pure function, without tensors that are neither parameters nor states."
+    raise InputError(headline, got=got, fix=fix, where=where)
 
 
-def _holders(value: Any, direct: bool, seen: set[int]) -> Iterator[Any]:
-    """Yield what in a value holds tensors; what a function merely refers to only if it is there to be trained."""
+def _tensor_holders(value: Any, direct: bool, seen: set[int]) -> Iterator[Any]:
+    """Yield objects in a value that hold tensors; of what a function refers to, only those with trainable ones."""
     if id(value) in seen or isinstance(value, type | Layer):
         return
     seen.add(id(value))
@@ -163,14 +154,14 @@ def _holders(value: Any, direct: bool, seen: set[int]) -> Iterator[Any]:
         read = [value.__globals__.get(name) for name in code.co_names]
         closed = [cell.cell_contents for cell in kept if _is_filled(cell)]
         inside = [*closed, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        # A name may also be that of an attribute: of what is global, only what is trained counts, and nothing in it.
+        # A name may also be that of an attribute: of globals, only trainable ones count, and nothing inside of them.
         inside += [each for each in read if isinstance(each, nn.Module | Tensor | StatefulLayer)]
         direct = False
     elif not isinstance(value, Value | ModuleType):
         held = getattr(value, "__dict__", {}).values()
         inside, direct = [each for each in held if isinstance(each, nn.Module | Tensor | StatefulLayer)], False
     for each in inside:
-        yield from _holders(each, direct, seen)
+        yield from _tensor_holders(each, direct, seen)
 
 
 def _is_filled(cell: Any) -> bool:
@@ -182,7 +173,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of a module: parameters, buffers, and any others among the attributes."""
+    """Yield the tensors of a module: parameters, buffers, and other attributes."""
     yield from module.parameters()
     yield from module.buffers()
     for part in module.modules():
@@ -193,6 +184,6 @@ _RANDOM = (Dropouts, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 def _is_impure(module: nn.Module) -> bool:
-    """Tell whether a module is more than a pure function of its input: it has tensors, draws, or writes."""
+    """Return whether a module has tensors, draws random numbers, or writes in place."""
     impure = any(isinstance(part, _RANDOM) or getattr(part, "inplace", False) for part in module.modules())
     return impure or any(True for _ in _tensors(module))

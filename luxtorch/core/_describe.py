@@ -1,4 +1,4 @@
-"""What is in a tree of tensors, with statistics of its numbers, to print or for notebooks: `describe`."""
+"""`describe`: a table of a tree of tensors with shapes and statistics, for printing and notebooks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from luxtorch._errors import InputError, LuxtorchError, out_of_range
 from luxtorch._torch import is_wrapped
 from luxtorch._transforms import watched
 
-from ._stack import _opened
+from ._stack import _one_level
+from ._statistics import Statistics, physical
 from ._table import MANY, Line, html, runs, text
 from ._tree import path_name
-from ._values import Statistics, physical
 
 
 class Description:
-    """Hold a tree and show what is in it, as text and in notebooks; made by `describe`.
+    """Show a tree as a table, as text and in notebooks; made by `describe`.
 
-    The numbers are read each time it is shown, and not before.
+    Values are read each time it is shown.
     """
 
     __slots__ = ("_depth", "_tree")
@@ -40,21 +40,21 @@ class Description:
 
 
 def describe(tree: Any, *, depth: int | None = None) -> Description:
-    """Tabulate a tree of tensors: shapes, and the least, the largest, the mean and the spread of the numbers.
+    """Tabulate a tree of tensors: shapes, minimum, maximum, mean and standard deviation of the values.
 
-    Print what it returns, or let a notebook show it, where groups open and close. A group's line is about all numbers
-    in it, so that a NaN is seen from the first line on. In a tree of more than 60 tensors, like groups one after the
-    other, as the layers of a deep model have, are folded into one line.
+    Print the result, or let a notebook show it, where groups open and close. The line of a group is about all values in
+    it, so that a NaN is visible from the first line on. In a tree of more than 60 tensors, consecutive groups of the
+    same names and shapes, such as the layers of a deep model, are folded into one line.
 
     Args:
         tree: Parameters, states, gradients, a training state, or any other pytree.
-        depth: How many levels to show; all if None.
+        depth: The number of levels to show; all if None.
 
     Returns:
         A `Description`, to print.
 
     Raises:
-        InputError: If there is no tree, or the depth is negative.
+        InputError: If `tree` is not a tree, or the depth is negative.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -66,20 +66,15 @@ def describe(tree: Any, *, depth: int | None = None) -> Description:
             weight                               (2, 2)   -2    4     1  2.449  1 NaN
             bias                                 (2,)      0    0     0      0
 
-    Statistics leave out what is not finite, and those of complex numbers are of magnitudes. `std` divides by the number
-    of elements. A group's leave out integers and booleans. Tensors that are traced, batched by `torch.vmap`, of a
-    class of their own or on the meta device have no numbers to read, and random keys none that say anything: these
-    show their shapes.
+    Statistics leave out values that are not finite, and for complex numbers are those of magnitudes. `std` divides by
+    the number of elements. Those of a group leave out integers and booleans. For tensors that are traced, batched by
+    `torch.vmap`, of a subclass or on the meta device, and for random keys, only shapes are shown.
 
     Source: `pandas.DataFrame.describe`.
     """
     if not isinstance(tree, Tensor) and children(tree) is None:
-        raise InputError(
-            "tree must be a tree of tensors.",
-            expected="parameters, states, gradients, or any other pytree",
-            got=type(tree).__name__,
-            fix="A model shows itself, by print(model); describe takes what lt.setup returns for it.",
-        )
+        fix = "For a model, print(model), or pass what lt.setup returns: parameters, states, or any other pytree."
+        raise InputError("tree must be a tree of tensors.", got=type(tree).__name__, fix=fix)
     if depth is not None and depth < 0:
         raise out_of_range("depth", depth, "at least 0, or None")
     return Description(tree, depth)
@@ -91,7 +86,7 @@ HEAD = ("shape", "min", "max", "mean", "std")
 
 @dataclass(frozen=True)
 class _Part:
-    """Hold the line of a part of a tree, how many elements it has, and what is known of its real or complex numbers."""
+    """Hold the line of a subtree, its number of elements, and statistics of its real or complex values."""
 
     line: Line
     size: int
@@ -99,13 +94,13 @@ class _Part:
 
 
 def outline(tree: Any, title: str = "") -> Line:
-    """Return a tree as lines: one for each tensor, and one for each group, about all numbers in it.
+    """Return a tree as lines: one for each tensor, and one for each group, about all values in it.
 
-    The numbers are read here, so this is called when they are to be shown, and not before.
+    Values are read here, so this is called when they are shown.
 
     Args:
         tree: The tree.
-        title: What to call it; its type and size by default.
+        title: Its title; type and size by default.
     """
     leaves = list(_leaves(tree))
     kinds = {_kind(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
@@ -115,7 +110,7 @@ def outline(tree: Any, title: str = "") -> Line:
 
 
 def tree_text(tree: Any, depth: int | None = None) -> str:
-    """Return a tree as text; `depth` says how many levels to show, all if None."""
+    """Return a tree as text, with `depth` levels, all if None."""
     return text(HEAD, outline(tree), depth)
 
 
@@ -124,8 +119,8 @@ def tree_html(tree: Any, title: str = "", depth: int | None = None) -> str:
 
     Args:
         tree: The tree.
-        title: What to call it; its type and size by default.
-        depth: How many levels to show; all if None.
+        title: Its title; type and size by default.
+        depth: The number of levels to show; all if None.
     """
     return html(HEAD, outline(tree, title), depth)
 
@@ -135,9 +130,9 @@ def children(node: Any) -> list[tuple[str, Any]] | None:
     if isinstance(node, Mapping):
         try:
             return [(str(name), child) for name, child in node.items()]
-        except (LuxtorchError, AttributeError):  # a vector that a tree library has filled with something else
+        except (LuxtorchError, AttributeError):  # a vector whose leaves a tree library has replaced
             return None
-    pairs, _ = _opened(node)
+    pairs, _ = _one_level(node)
     return None if pairs and not pairs[0][0] else [(path_name(path), child) for path, child in pairs]
 
 
@@ -150,13 +145,13 @@ def _leaves(node: Any) -> Iterator[Any]:
 
 
 def _part(name: str, node: Any, alike: bool, many: bool) -> _Part:
-    """Return a part of a tree.
+    """Return the line of a subtree.
 
     Args:
-        name: What it is called there.
-        node: The part.
-        alike: Whether all dtypes and devices are the same, so that they need not be told.
-        many: Whether there is so much that runs of like parts are folded.
+        name: Its name.
+        node: The subtree.
+        alike: Whether all dtypes and devices are the same, so that they are left out.
+        many: Whether runs of equal subtrees are folded.
     """
     if isinstance(node, Tensor):
         return _tensor(name, node, alike)
@@ -173,7 +168,7 @@ def _tensor(name: str, tensor: Tensor, alike: bool) -> _Part:
     statistics = _statistics(tensor)
     if statistics is None:
         return _Part(Line(name, cells=(shape,)), size)
-    # A single number says all there is to say of itself.
+    # A single number is shown itself.
     detail = _equals(_number(physical(tensor).item())) if size == 1 and statistics.finite else ""
     line = Line(name, detail, (shape, *(() if size == 1 else _numbers(statistics))), _alarm(statistics))
     return _Part(line, size, statistics if tensor.is_floating_point() or tensor.is_complex() else None)
@@ -190,7 +185,7 @@ def _group(name: str, parts: Sequence[_Part], folded: bool = False) -> _Part:
 
 
 def _folded(parts: Sequence[_Part]) -> list[_Part]:
-    """Return parts with each run of those of the same names and shapes as one."""
+    """Return parts with each run of equal names and shapes folded into one."""
     found = runs([(part.line.label, _signature(part.line)) for part in parts])
     return [
         parts[start] if length == 1 else _group(name, parts[start : start + length], folded=True)
@@ -203,7 +198,7 @@ def _signature(line: Line) -> Any:
 
 
 def _statistics(tensor: Tensor) -> Statistics | None:
-    """Return the statistics of a tensor; None where there is nothing to read, or something looks on."""
+    """Return the statistics of a tensor; None if values cannot be read, or a tracer is active."""
     if (
         type(tensor) not in (Tensor, Parameter)
         or is_wrapped(tensor)
@@ -211,7 +206,7 @@ def _statistics(tensor: Tensor) -> Statistics | None:
         or torch.compiler.is_compiling()
         or tensor.is_meta
         or tensor.is_nested
-        or tensor.dtype is torch.uint64  # random keys, whose numbers say nothing
+        or tensor.dtype is torch.uint64  # random keys, whose values have no meaning
         or not tensor.numel()
     ):
         return None
@@ -226,7 +221,7 @@ def _sizes(tensor: Tensor) -> tuple[int, str]:
     """Return the number of elements and the shape."""
     try:
         return tensor.numel(), str(tuple(tensor.shape))
-    except (RuntimeError, ValueError):  # nested tensors have no shape, and parameters of lazy modules have none yet
+    except (RuntimeError, ValueError):  # nested tensors and parameters of lazy modules have no shape
         return 0, "no shape"
 
 
@@ -257,5 +252,5 @@ def _alarm(statistics: Statistics) -> str:
 
 
 def _elements(size: int) -> str:
-    """Return a number of elements in words; while a tracer looks on, it may be a symbol."""
+    """Return a number of elements in words; while tracing, it may be a symbol."""
     return f"{size:_} element{'s' * (size != 1)}" if isinstance(size, int) else f"{size} elements"

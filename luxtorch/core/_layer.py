@@ -1,4 +1,4 @@
-"""The layer: an immutable description of a computation, whose parameters and states live outside it."""
+"""`Layer`: an immutable description of a computation, whose parameters and states are passed to its call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from ._locate import located
-from ._nowhere import NOWHERE
+from ._call_errors import locate_errors
+from ._meta import META_KEY
 from ._table import Line, html, runs
 from ._tree import count, named_leaves, subtree
 from ._value import Value
@@ -29,11 +29,11 @@ States: TypeAlias = Mapping[str, Any]
 class Layer(Value, ABC):
     """Describe a computation by its hyperparameters; subclasses become frozen, hashable dataclasses.
 
-    A layer holds no tensor. `initial_parameters` and `initial_states` make its tensors from a key, and calling it
-    is a pure function of an input and of those tensors. Two equal layers are interchangeable.
+    A layer holds no tensor. `initial_parameters` and `initial_states` make its tensors from a key, and its call
+    is a pure function of an input and of these tensors. Two equal layers are interchangeable.
 
     A subclass declares its hyperparameters as annotated fields, which become the constructor's arguments, and
-    defines `__call__`; where it has parameters or states it defines their initial values too.
+    defines `__call__`; if it has parameters or states, it defines their initial values too.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -57,13 +57,13 @@ class Layer(Value, ABC):
         super().__init_subclass__(**kwargs)
         call = cls.__dict__.get("__call__")
         if call is not None and not getattr(call, "__isabstractmethod__", False):
-            cls.__call__ = located(call)  # type: ignore[method-assign]
+            cls.__call__ = locate_errors(call)  # type: ignore[method-assign]
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
         """Return the initial trainable tensors, by name.
 
         Args:
-            key: The key to draw from; the tensors belong on its device.
+            key: The key to draw from; tensors are made on its device.
 
         Returns:
             A nested dict of tensors; empty for a layer without parameters.
@@ -71,10 +71,10 @@ class Layer(Value, ABC):
         return {}
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the initial tensors that change without being trained, and the static switches, by name.
+        """Return the initial tensors that are updated without being trained, and `Static` flags, by name.
 
         Args:
-            key: The key to draw from; the tensors belong on its device.
+            key: The key to draw from; tensors are made on its device.
 
         Returns:
             A nested dict of tensors and `Static` values; empty for a layer without states.
@@ -83,7 +83,7 @@ class Layer(Value, ABC):
 
     @abstractmethod
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
-        """Return the output and the new state; nothing that is passed in is changed.
+        """Return the output and the new state, without changing any argument.
 
         Args:
             x: The input: a tensor, or any tree of tensors that the layer takes.
@@ -97,16 +97,16 @@ class Layer(Value, ABC):
     def children(self) -> Mapping[str, Layer]:
         """Return the layers inside, by the names under which their parameters and states are nested.
 
-        The empty name stands for a single layer inside whose trees are not nested at all.
+        The empty name stands for a single layer whose trees are not nested.
         """
         return {}
 
     def expected_input(self) -> str:
-        """Say in words what the layer takes, for error messages; empty where there is nothing to say."""
+        """Describe the input that the layer expects, for error messages; empty for any input."""
         return ""
 
     def extra_repr(self) -> str:
-        """Return the arguments as they are shown in prints and errors: by default, the fields that matter."""
+        """Return the arguments for prints and errors: by default, the fields without their default values."""
         shown = []
         for item in fields(self):
             value = getattr(self, item.name)
@@ -122,12 +122,12 @@ class Layer(Value, ABC):
 
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The names at the top of the layer's parameters and of its states, found without computing anything."""
-        return frozenset(self.initial_parameters(NOWHERE)), frozenset(self.initial_states(NOWHERE))
+        """The top names of the layer's parameters and states, computed on the meta device."""
+        return frozenset(self.initial_parameters(META_KEY)), frozenset(self.initial_states(META_KEY))
 
 
 def show_value(value: Any) -> str:
-    """Return how a hyperparameter is shown: a function by its name."""
+    """Return the text of a hyperparameter: a function by its name."""
     if isinstance(value, torch.dtype | str | int | float | tuple):
         return str(value) if not isinstance(value, str) else repr(value)
     return getattr(value, "__name__", None) or str(value)
@@ -137,7 +137,7 @@ _INDENT = "    "
 
 
 def _text(layer: Layer) -> str:
-    """Return a model as a tree: a line a layer, its parameters' shapes and counts beside it, totals at the end.
+    """Return a model as text: a line for each layer with the shapes and counts of its parameters, and the totals.
 
     Runs of equal layers are folded into one line.
 
@@ -150,7 +150,7 @@ def _text(layer: Layer) -> str:
             layer_5 = BatchNorm(8),           # 16 parameters: weight (8,), bias (8,); 17 states
         )                                     # total: 256 parameters, 17 states
     """
-    ps, st = layer.initial_parameters(NOWHERE), layer.initial_states(NOWHERE)
+    ps, st = layer.initial_parameters(META_KEY), layer.initial_states(META_KEY)
     lines = list(_text_lines("", layer, ps, st, 0, 1))
     if len(lines) > 1:
         lines[-1] = (lines[-1][0].rstrip(","), f"total: {_counts(ps, st)}")
@@ -161,7 +161,7 @@ def _text(layer: Layer) -> str:
 
 
 def _text_lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: int) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a layer, each with the note that belongs beside it."""
+    """Yield the lines of a layer, each with the comment beside it."""
     label = f"{name} = " if name else ""
     head = f"{_INDENT * depth}{label}{type(layer).__name__}("
     children = layer.children()
@@ -177,7 +177,7 @@ def _text_lines(name: str, layer: Layer, ps: Any, st: Any, depth: int, times: in
 
 def _folded(children: Mapping[str, Layer], ps: Any, st: Any) -> Iterator[tuple[str, str, Layer, int]]:
     """Yield each run of equal layers once: its first name, the name to show, the layer, the length of the run."""
-    # Where some parameters are frozen or shared, equal layers may have different trees.
+    # If parameters are frozen or shared, equal layers may have different trees.
     items = [(name, (child, _shapes(ps, name), _shapes(st, name))) for name, child in children.items()]
     for shown, start, length in runs(items):
         first, (layer, *_) = items[start]
@@ -206,11 +206,11 @@ def _shape(leaf: Any) -> str:
 
 
 def _html(layer: Layer) -> str:
-    """Return a model as HTML: a line a layer, with the counts of its parameters and states.
+    """Return a model as HTML: a line for each layer, with the counts of its parameters and states.
 
     Runs of equal layers are folded into one line, as in `str(layer)`.
     """
-    ps, st = layer.initial_parameters(NOWHERE), layer.initial_states(NOWHERE)
+    ps, st = layer.initial_parameters(META_KEY), layer.initial_states(META_KEY)
     return html(("parameters", "states"), _html_line("", layer, ps, st, 1))
 
 

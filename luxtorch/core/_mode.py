@@ -1,27 +1,27 @@
-"""Switching a model between training and testing, and setting states by name."""
+"""Train and test mode of a model, and updates of states by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from luxtorch._errors import KeyNameError, suggest
+from luxtorch._errors import unknown_name
 
 from ._layer import States
 from ._static import Static
 
 TRAINING = "training"
-"""The name under which a layer keeps whether it is being trained, as a `Static` bool."""
+"""The name of the state that tells whether a layer is in training mode, a `Static` bool."""
 
 
 def train_mode(st: States) -> dict[str, Any]:
-    """Return the states with every layer set to training; models start out so.
+    """Return the states with every layer in training mode, which is the initial one.
 
     Args:
         st: The states of a model.
 
     Returns:
-        New states; those passed in stay as they are.
+        New states; those passed in are not changed.
 
     Example:
         >>> import luxtorch as lt
@@ -29,17 +29,17 @@ def train_mode(st: States) -> dict[str, Any]:
         >>> lt.test_mode(st)["training"], lt.train_mode(lt.test_mode(st))["training"]
         (Static(False), Static(True))
     """
-    return _replaced(st, TRAINING, Static(True))
+    return _with_entries(st, TRAINING, Static(True))
 
 
 def test_mode(st: States) -> dict[str, Any]:
-    """Return the states with every layer set to testing: no dropout, running statistics used as they are.
+    """Return the states with every layer in test mode: no dropout, and running statistics are used and not updated.
 
     Args:
         st: The states of a model.
 
     Returns:
-        New states; those passed in stay as they are.
+        New states; those passed in are not changed.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -49,10 +49,10 @@ def test_mode(st: States) -> dict[str, Any]:
         >>> y
         tensor([1., 1., 1.])
     """
-    return _replaced(st, TRAINING, Static(False))
+    return _with_entries(st, TRAINING, Static(False))
 
 
-test_mode.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
+test_mode.__test__ = False  # type: ignore[attr-defined]  # so that pytest does not collect it
 
 
 def update_state(st: States, name: str, value: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def update_state(st: States, name: str, value: Any) -> dict[str, Any]:
         value: The new value, the same for all.
 
     Returns:
-        New states; those passed in stay as they are.
+        New states; those passed in are not changed.
 
     Raises:
         KeyNameError: If no entry has that name.
@@ -77,18 +77,13 @@ def update_state(st: States, name: str, value: Any) -> dict[str, Any]:
     """
     names = set(_entry_names(st))
     if name not in names:
-        raise KeyNameError(
-            f"No state is called '{name}'.",
-            expected=", ".join(sorted(names)) or "no names at all",
-            got=name,
-            fix=suggest(name, names),
-        )
-    return _replaced(st, name, value)
+        raise unknown_name(name, sorted(names), "state")
+    return _with_entries(st, name, value)
 
 
-def _replaced(tree: States, name: str, value: Any) -> dict[str, Any]:
+def _with_entries(tree: States, name: str, value: Any) -> dict[str, Any]:
     return {
-        key: _replaced(entry, name, value) if isinstance(entry, Mapping) else value if key == name else entry
+        key: _with_entries(entry, name, value) if isinstance(entry, Mapping) else value if key == name else entry
         for key, entry in tree.items()
     }
 

@@ -1,4 +1,4 @@
-"""Choosing parameters by their names."""
+"""Selection of parameters and layers by dotted paths, globs and predicates."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from luxtorch._errors import DTypeError, KeyNameError, suggest
+from luxtorch._errors import KeyNameError, suggest, wrong_type
 from luxtorch._torch import compile_constant
 
 Name: TypeAlias = "str | Callable[[str], bool]"
-"""Which of some things with dotted names are meant:
+"""A selection of dotted names:
 
-- a dotted path such as `"layer_1"`, which stands for everything below it;
-- a glob such as `"*.bias"` or `"encoder.block_?.norm"`, which stands for all dotted paths that it matches, and so for
-  everything below them. It is matched as by `fnmatch.fnmatchcase`: `*` is any number of characters and `?` is one, dots
-  among them; `[ab]` is one of these and `[!ab]` any other. A path that is literally there stands for that alone;
+- a dotted path such as `"layer_1"`, which selects everything below it;
+- a glob such as `"*.bias"` or `"encoder.block_?.norm"`, which selects all dotted paths that it matches, and everything
+  below them. It is matched as by `fnmatch.fnmatchcase`: `*` is any number of characters and `?` is one, also dots;
+  `[ab]` is one of these and `[!ab]` any other. A path that exists literally selects that alone;
 - a predicate on the dotted names.
 """
 
 Path: TypeAlias = "Name | Sequence[Name] | Set[Name] | None"
-"""One of these; or a list, tuple or set of them, for what any of them stands for; or None, for all."""
+"""A selection; or a list, tuple or set of these, for their union; or None, for all."""
 
 
 def select(path: Path, names: Sequence[str], kind: str = "parameter") -> set[str]:
-    """Return the names that a path stands for.
+    """Return the names that a path selects.
 
     Args:
         path: The path.
         names: The dotted names to choose from.
-        kind: What they are the names of, for the error.
+        kind: The kind of things that have these names, for the error.
 
     Raises:
-        KeyNameError: If there is none, also for one of several paths.
+        KeyNameError: If the path, or one of several, selects none.
         DTypeError: If it is not a path.
     """
     return {name for below in places(path, names, kind).values() for name in below}
 
 
 def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "parameter") -> list[str]:
-    """Return the names that any of some paths stands for, in their order; without paths, all.
+    """Return the names that any of some paths selects, in their order; without paths, all.
 
     Raises:
-        KeyNameError: If a path stands for none.
+        KeyNameError: If a path selects none.
         DTypeError: If one is not a path.
     """
     if not paths:
@@ -53,45 +53,44 @@ def select_any(paths: Sequence[Path], names: Sequence[str], kind: str = "paramet
 
 
 def places(path: Path, names: Sequence[str], kind: str = "parameter", *, below: bool = True) -> Mapping[str, list[str]]:
-    """Return the places that a path stands for, each with the names there, or also below; see `select`."""
+    """Return the dotted paths that a path matches, each with the names that it selects; see `select`."""
     if path is None:
         return {name: [name] for name in names}
     if isinstance(path, str):
-        found = _literally(path, names, below) or _matching(path, names, below)
+        found = _exact(path, names, below) or _matching(path, names, below)
         problem = f"No {kind} is named '{path}'."
     elif callable(path):
         found = {name: [name] for name in names if path(name)}
         problem = f"The predicate is true of no {kind}."
     elif isinstance(path, Sequence | Set) and not any(one is None for one in path):
         found = {place: each for one in path for place, each in places(one, names, kind, below=below).items()}
-        problem = f"An empty list of paths stands for no {kind}."
+        problem = f"An empty list of paths selects no {kind}."
     else:
-        raise DTypeError(
-            f"That is not a path of a {kind}.",
-            expected="a dotted path, a glob such as '*.bias', a predicate on names, or a list of these",
-            got=f"{path!r:.80} of type {type(path).__name__}",
-        )
+        expected = "a dotted path, a glob such as '*.bias', a predicate on names, or a list of these"
+        raise wrong_type(f"The path of a {kind}", path, expected)
     if found:
         return found
     raise KeyNameError(
         problem,
         expected=", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or f"no {kind}, as there is none",
-        fix=_nearest(path, names) if isinstance(path, str) else "It is called with each dotted name." * callable(path),
+        fix=_nearest(path, names)
+        if isinstance(path, str)
+        else "The predicate is called with each dotted name." * callable(path),
     )
 
 
 def is_glob(path: str) -> bool:
-    """Tell whether a path has characters with a meaning in globs."""
+    """Return whether a path has characters with a meaning in globs."""
     return any(character in path for character in "*?[")
 
 
-def _literally(path: str, names: Sequence[str], below: bool) -> dict[str, list[str]]:
+def _exact(path: str, names: Sequence[str], below: bool) -> dict[str, list[str]]:
     found = [name for name in names if name == path or (below and name.startswith(f"{path}."))]
     return {path: found} if found else {}
 
 
 def _matching(glob: str, names: Sequence[str], below: bool) -> dict[str, list[str]]:
-    """Return the places that a glob matches; but none below another, where that stands for all below it."""
+    """Return the paths that a glob matches, without those below another match."""
     found: dict[str, list[str]] = {}
     for name in names if is_glob(glob) else ():
         paths = _prefixes(name) if below else [name]
@@ -101,20 +100,20 @@ def _matching(glob: str, names: Sequence[str], below: bool) -> dict[str, list[st
     return found
 
 
-@compile_constant  # which cannot trace regular expressions
+@compile_constant  # torch.compile cannot trace regular expressions
 def _fits(path: str, glob: str) -> bool:
     return fnmatchcase(path, glob)
 
 
 def _prefixes(name: str) -> list[str]:
-    """Return the paths that lead to a name, the shortest first, and the name."""
+    """Return the prefixes of a dotted name, the shortest first, with the name itself."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 def _nearest(path: str, names: Sequence[str]) -> str:
-    """Suggest a path that stands for something."""
-    if is_glob(path):  # misspelt is one of the words between the dots
+    """Suggest a path that selects something."""
+    if is_glob(path):  # correct each word between the dots
         words = {word for name in names for word in name.split(".")}
         near = (word if is_glob(word) else "".join(get_close_matches(word, words, 1)) for word in path.split("."))
         mended = ".".join(near)

@@ -1,4 +1,4 @@
-"""A container with other layers in the places of its own."""
+"""`replace_children`: copy a container with some of its layers replaced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
-from luxtorch._errors import KeyNameError, suggest
+from luxtorch._errors import unknown_name
 
 from ._layer import Layer
 
@@ -14,13 +14,13 @@ L = TypeVar("L", bound=Layer)
 
 
 def replace_children(layer: L, children: Mapping[str, Layer]) -> L:
-    """Return a container in which some of the layers inside are replaced.
+    """Return a copy of a container with some of its layers replaced.
 
-    Its constructor is not called again: what it checks, and what it derives from the layers, stays as it was.
+    The constructor is not called again, so its checks are not repeated.
 
     Args:
         layer: A container or wrapper.
-        children: The new layers, by the names that `layer.children()` has for the old ones.
+        children: The new layers, by their names in `layer.children()`.
 
     Raises:
         KeyNameError: If the container has no layer of a name.
@@ -36,23 +36,18 @@ def replace_children(layer: L, children: Mapping[str, Layer]) -> L:
     old = layer.children()
     for name in children:
         if name not in old:
-            raise KeyNameError(
-                f"{type(layer).__name__} has no layer '{name}'.",
-                expected=", ".join(old) or "no name, as there are no layers inside",
-                got=name,
-                fix=suggest(name, old),
-            )
-    # Equal layers are often one object. In a copy of the container where none is, the names tell them apart.
+            raise unknown_name(name, old, "layer", where=type(layer).__name__)
+    # Equal layers are often one object. In a copy of the container without such sharing, each has one name.
     origins: dict[int, Layer] = {}
 
-    def apart(child: Layer) -> Layer:
+    def unshared(child: Layer) -> Layer:
         copied = _with_layers(child, lambda inner: inner)
         origins[id(copied)] = child
         return copied
 
-    copy = _with_layers(layer, apart)
+    copy = _with_layers(layer, unshared)
     named = {id(child): name for name, child in copy.children().items() if id(child) in origins}
-    # A field without a name of its own may hold a layer that another field has under a name.
+    # A field that is not in children() may hold the same layer as one that is.
     followed = {id(origins[child]): name for child, name in named.items()}
     wanted = {**old, **children}
 

@@ -1,4 +1,4 @@
-"""Making a model's parameters and states, measuring them, and calling it."""
+"""`setup` of a model's parameters and states, their sizes, and ways to call it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError, LuxtorchError
+from luxtorch._errors import InputError, LuxtorchError, described, out_of_range, wrong_type
 from luxtorch.random import Rng, as_key, fold_in
 
 from ._container import refuse_modules
 from ._layer import Layer, Parameters, States
-from ._nowhere import NOWHERE, without_numbers
+from ._meta import META_KEY, to_meta
 from ._static import Static
 from ._tree import count, map_tensors
 
@@ -23,7 +23,7 @@ def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make the initial parameters and states of a model.
 
     Args:
-        rng: A seed, a key, or a `torch.Generator`, which is moved on. The tensors are made on the key's or the
+        rng: A seed, a key, or a `torch.Generator`, which is advanced. The tensors are made on the key's or the
             generator's device.
         layer: The model.
 
@@ -31,7 +31,7 @@ def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
         `(ps, st)`: two nested dicts. A layer's values depend on the key and on its path alone.
 
     Raises:
-        InputError: If the model is none, or a layer in it does not make nested dicts with strings as names.
+        InputError: If the model is not a layer, or a layer in it does not make nested dicts with strings as names.
         DTypeError: If a parameter is not a tensor of real or complex numbers, or a state neither a tensor nor `Static`.
 
     Example:
@@ -42,7 +42,7 @@ def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Source: Lux's `setup`.
     """
-    _checked(layer)
+    _check_layer(layer)
     key = as_key(rng)
     return initial_parameters(key, layer), initial_states(key, layer)
 
@@ -55,7 +55,7 @@ def initial_parameters(rng: Rng, layer: Layer) -> dict[str, Any]:
         >>> list(lt.initial_parameters(0, lt.Dense(3, 2)))
         ['weight', 'bias']
     """
-    return _sound(_checked(layer).initial_parameters(as_key(rng)), layer, "parameter")
+    return _check_tree(_check_layer(layer).initial_parameters(as_key(rng)), layer, "parameter")
 
 
 def initial_states(rng: Rng, layer: Layer) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def initial_states(rng: Rng, layer: Layer) -> dict[str, Any]:
         >>> lt.initial_states(0, lt.Dense(3, 2))
         {}
     """
-    return _sound(_checked(layer).initial_states(fold_in(as_key(rng), "states")), layer, "state")
+    return _check_tree(_check_layer(layer).initial_states(fold_in(as_key(rng), "states")), layer, "state")
 
 
 def parameter_length(model: Layer | Parameters) -> int:
-    """Count the numbers in a model's parameters, without making them.
+    """Count the elements of a model's parameters, without allocating them.
 
     Args:
         model: A layer, or the parameters themselves.
@@ -80,11 +80,11 @@ def parameter_length(model: Layer | Parameters) -> int:
         >>> lt.parameter_length(lt.Dense(3, 2))
         8
     """
-    return count(initial_parameters(NOWHERE, model) if isinstance(model, Layer) else model)
+    return count(initial_parameters(META_KEY, model) if isinstance(model, Layer) else model)
 
 
 def state_length(model: Layer | States) -> int:
-    """Count the numbers in a model's states, without making them; `Static` values do not count.
+    """Count the elements of a model's states, without allocating them; `Static` values do not count.
 
     Args:
         model: A layer, or the states themselves.
@@ -94,18 +94,18 @@ def state_length(model: Layer | States) -> int:
         >>> lt.state_length(lt.BatchNorm(3))
         7
     """
-    return count(initial_states(NOWHERE, model) if isinstance(model, Layer) else model)
+    return count(initial_states(META_KEY, model) if isinstance(model, Layer) else model)
 
 
 def output_shape(layer: Layer, x: Any) -> Any:
-    """Find the shape of a model's output without computing anything.
+    """Infer the shape of a model's output, without computing it.
 
     Args:
         layer: The model.
-        x: An input, of which only shapes and dtypes matter; or the shape of one, batch included.
+        x: An input, of which only shapes and dtypes matter; or its shape, with the batch.
 
     Returns:
-        The shape of the output, batch included; for a tree of outputs, a tree of shapes.
+        The shape of the output, with the batch; for a tree of outputs, a tree of shapes.
 
     Example:
         >>> import luxtorch as lt
@@ -114,12 +114,12 @@ def output_shape(layer: Layer, x: Any) -> Any:
 
     Source: Lux's `outputsize`, which leaves the batch out.
     """
-    y, _ = layer(without_numbers(x), *setup(NOWHERE, layer))
+    y, _ = layer(to_meta(x), *setup(META_KEY, layer))
     return map_tensors(lambda leaf: leaf.shape, y)
 
 
 def apply(layer: Layer, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
-    """Call a layer: `layer(x, ps, st)`, as a function that can be passed on.
+    """Call a layer: `layer(x, ps, st)`, as a function that can be passed to others.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -131,7 +131,7 @@ def apply(layer: Layer, x: Any, ps: Parameters, st: States) -> tuple[Any, States
 
 
 def stateless_apply(layer: Layer, x: Any, ps: Parameters) -> Any:
-    """Call a model that has no states, and return its output alone.
+    """Call a model without states, and return its output alone.
 
     Args:
         layer: A model without states.
@@ -157,34 +157,26 @@ def _empty_states(layer: Layer) -> dict[str, Any]:
         return _empty_states(children[""])
     if children:
         return {name: _empty_states(child) for name, child in children.items()}
-    states = {} if type(layer).initial_states is Layer.initial_states else layer.initial_states(NOWHERE)
+    states = {} if type(layer).initial_states is Layer.initial_states else layer.initial_states(META_KEY)
     if states:
-        raise InputError(
-            "Only a model without states can be called without them.",
-            expected="no states",
-            got=f"{type(layer).__name__} with the states {sorted(states)}",
-            fix="Call model(x, ps, st).",
-        )
+        got = f"{type(layer).__name__} with the states {sorted(states)}"
+        raise InputError("The model must be without states.", got=got, fix="Call model(x, ps, st).")
     return states
 
 
-def _checked(layer: Any) -> Layer:
+def _check_layer(layer: Any) -> Layer:
     if not isinstance(layer, Layer):
-        raise InputError(
-            "Only a layer can be set up.",
-            expected="a luxtorch layer",
-            got=f"{layer!r:.80} of type {type(layer).__name__}",
-            fix="A module becomes a layer with its trees: layer, ps, st = lt.from_torch(module)."
-            if isinstance(layer, torch.nn.Module)
-            else "The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction.",
-        )
+        fix = "The order is lt.setup(rng, model). A plain function becomes a layer by lt.WrappedFunction."
+        if isinstance(layer, torch.nn.Module):
+            fix = "A module becomes a layer with its trees: layer, ps, st = lt.from_torch(module)."
+        raise InputError("The model must be a luxtorch layer.", got=described(layer), fix=fix)
     if not torch.compiler.is_compiling():
         _check_fields(layer, ())
     return layer
 
 
 def _check_fields(layer: Layer, path: tuple[str, ...]) -> None:
-    """Raise if a layer, or one inside, has a field that holds tensors of its own."""
+    """Raise if a field of a layer, or of one inside, holds tensors."""
     for item in fields(layer):
         value = getattr(layer, item.name)
         if not isinstance(value, str | int | float):
@@ -194,65 +186,51 @@ def _check_fields(layer: Layer, path: tuple[str, ...]) -> None:
         _check_fields(child, (*path, name) if name else path)
 
 
-def _sound(tree: dict[str, Any], layer: Layer, what: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a tree that a layer has made, or raise unless it is what every function on trees expects."""
+def _check_tree(tree: dict[str, Any], layer: Layer, what: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a tree that a layer has made; raise if it is not made of nested dicts of tensors."""
     if not isinstance(tree, Mapping):
-        raise _misshapen(tree, layer, what, path)
+        raise _wrong_entry(tree, layer, what, path)
     owner, rest = _follow(layer, path)
     groups = {} if rest else owner.children()
     for name, entry in tree.items():
         if not isinstance(name, str) or not name or "." in name:
-            raise InputError(
-                f"The name of a {what} is not a string without dots.",
-                expected="a string, not empty; dots separate the names in a path",
-                got=repr(name),
-                where=_owner(layer, path),
-            )
+            expected = "a string without dots, which separate the names in a path, and not empty"
+            raise out_of_range(f"The name of a {what}", name, expected, where=_owner_text(layer, path))
         if isinstance(entry, Tensor) and name not in groups:
             if what == "parameter" and not (entry.is_floating_point() or entry.is_complex()):
-                raise DTypeError(
-                    f"The parameter '{'.'.join((*path, name))}' does not hold real or complex numbers.",
-                    expected="a floating dtype, as it is differentiated by",
-                    got=str(entry.dtype),
-                    fix="Make it a state, in initial_states, or convert it, .float().",
-                    where=_owner(layer, (*path, name)),
-                )
+                place, where = f"The parameter '{'.'.join((*path, name))}'", _owner_text(layer, (*path, name))
+                expected = "a tensor of real or complex numbers, to be differentiated by"
+                fix = "Make it a state, in initial_states, or convert it, .float()."
+                raise wrong_type(place, entry, expected, fix=fix, where=where)
         elif not (what == "state" and isinstance(entry, Static)):
-            _sound(entry, layer, what, (*path, name))
+            _check_tree(entry, layer, what, (*path, name))
     return tree
 
 
-def _misshapen(entry: Any, layer: Layer, what: str, path: tuple[str, ...]) -> LuxtorchError:
-    """Explain an entry that is neither a tensor nor a group."""
-    where, name = _owner(layer, path), ".".join(path)
+def _wrong_entry(entry: Any, layer: Layer, what: str, path: tuple[str, ...]) -> LuxtorchError:
+    """Return the error for an entry that is neither a tensor nor a dict."""
+    where, name = _owner_text(layer, path), ".".join(path)
     place = f"'{name}'" if name else f"what initial_{what}s returned"
     if isinstance(entry, list | tuple | Tensor):
-        return InputError(
-            f"The {what}s of a layer are not nested dicts: {place} is a {type(entry).__name__}.",
-            expected="a dict of tensors, nested or not",
-            got=f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"{len(entry)} entries",
-            fix='Name the entries: {"0": ..., "1": ...}, read as ps["ws"]["0"].',
-            where=where,
-        )
-    fix = "Make it a tensor, torch.tensor(...), or a field of the layer."
-    return DTypeError(
-        f"A {what} is not a tensor: {place}.",
-        expected="a tensor" + ", or a lt.core.Static that never changes in a call" * (what == "state"),
-        got=f"{entry!r:.80} of type {type(entry).__name__}",
-        fix="Leave it out." if entry is None else fix,
-        where=where,
+        headline = f"The {what}s of a layer must be nested dicts of tensors, but {place} is a {type(entry).__name__}."
+        fix = 'Name the entries: {"0": ..., "1": ...}, read as ps["ws"]["0"].'
+        return InputError(headline, got=described(entry), fix=fix, where=where)
+    fix = "Leave it out." if entry is None else "Make it a tensor, torch.tensor(...), or a field of the layer."
+    expected = (
+        "a tensor" + ", or a lt.core.Static that never changes in a call" * (what == "state") if name else "a dict"
     )
+    return wrong_type(f"The {what} {place}" if name else place.capitalize(), entry, expected, fix=fix, where=where)
 
 
-def _owner(layer: Layer, path: tuple[str, ...]) -> str:
-    """Return the place of the layer that made what lies at a path, as errors name it."""
+def _owner_text(layer: Layer, path: tuple[str, ...]) -> str:
+    """Return the place of the layer that made the entry at a path, for errors."""
     owner, rest = _follow(layer, path)
     names = path[: len(path) - len(rest)]
     return f"{'.'.join(('model', *names))} ({f'{type(owner).__name__} {owner.extra_repr()}'.strip()})"
 
 
 def _follow(layer: Layer, path: tuple[str, ...]) -> tuple[Layer, tuple[str, ...]]:
-    """Return the innermost layer on a path, and what of the path lies inside of its own trees."""
+    """Return the innermost layer on a path, and the rest of the path inside of its own trees."""
     children = layer.children()
     if "" in children:
         return _follow(children[""], path)

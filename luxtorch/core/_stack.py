@@ -1,4 +1,4 @@
-"""Many models as one tree: stacking trees of equal structure, and taking the stack apart."""
+"""`stack` and `unstack`: trees of equal structure as one with a new first dimension, for vmap over models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError, KeyNameError, LuxtorchError, suggest
+from luxtorch._errors import DTypeError, InputError, KeyNameError, LuxtorchError, described, suggest
 
 from ._static import Static
 from ._tree import named_leaves, path_name, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 
 def stack(trees: Iterable[Any]) -> Any:
-    """Stack trees of equal structure: each tensor gets a new first dimension, along which the trees lie.
+    """Stack trees of equal structure: each tensor gets a new first dimension, with one index for each tree.
 
     So `torch.vmap` calls many models at once: `torch.vmap(model, in_dims=(None, 0, 0))(x, ps, st)`.
 
     Args:
-        trees: Parameters, states, tuples of both, training states, or any other pytrees. What is not a tensor in them
-            must be equal in all, and stays as it is. A `ComponentVector` becomes a batch of vectors.
+        trees: Parameters, states, tuples of both, training states, or any other pytrees. Values that are not tensors
+            must be equal in all, and are kept. A `ComponentVector` becomes a batch of vectors.
 
     Returns:
         A tree of the same structure.
@@ -46,7 +46,7 @@ def stack(trees: Iterable[Any]) -> Any:
     """
     trees = list(trees)
     if not trees:
-        raise InputError("There is nothing to stack.", expected="at least one tree", got="none")
+        raise InputError("trees must have at least one tree.", got="none")
     leaves, spec = tree_flatten(trees[0])
     rows = [leaves]
     for number, tree in enumerate(trees[1:], 1):
@@ -61,13 +61,13 @@ def stack(trees: Iterable[Any]) -> Any:
 
 
 def unstack(tree: Any) -> list[Any]:
-    """Take apart what `stack` has put together.
+    """Split a stack of trees: the inverse of `stack`.
 
     Args:
         tree: A tree whose tensors have a common first dimension.
 
     Returns:
-        The trees, whose tensors are views of those that came.
+        The trees, whose tensors are views of those in the stack.
 
     Raises:
         InputError: If there is no tensor, or the first dimensions differ.
@@ -102,28 +102,23 @@ def _same(leaf: Any, first: Any) -> bool:
 
 
 def _other_structure(first: Any, tree: Any, number: int) -> LuxtorchError:
-    """Say in what two trees of different structure differ."""
+    """Return the error for a tree of another structure."""
     path, wanted, got = _difference(first, tree, ()) or ((), first, tree)
     place = f"'{path_name(path)}' of tree {number}" if path else f"Tree {number}"
     if isinstance(wanted, Mapping) and isinstance(got, Mapping) and wanted.keys() != got.keys():
         missing, extra = [name for name in wanted if name not in got], [name for name in got if name not in wanted]
-        return KeyNameError(
-            f"{place} lacks '{missing[0]}'." if missing else f"{place} has '{extra[0]}', which the first lacks.",
-            expected=", ".join(wanted) or "no names",
-            got=", ".join(got) or "no names",
-            fix=suggest(extra[0], missing) if missing and extra else "",
-        )
-    return InputError(
-        f"{place} has another structure than the first.",
-        expected=_outline(wanted),
-        got=_outline(got),
-        fix="lt.train_mode sets all alike." * isinstance(wanted, Static),
-    )
+        headline = f"{place} lacks '{missing[0]}'." if missing else f"{place} has '{extra[0]}', which the first lacks."
+        expected, found = (", ".join(names) or "no names" for names in (wanted, got))
+        fix = suggest(extra[0], missing) if missing and extra else ""
+        return KeyNameError(headline, expected=expected, got=found, fix=fix)
+    expected, found = _outline(wanted), _outline(got)
+    fix = "lt.train_mode sets all alike." * isinstance(wanted, Static)
+    return InputError(f"{place} must have the structure of the first.", expected=expected, got=found, fix=fix)
 
 
 def _difference(first: Any, tree: Any, path: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, Any] | None:
-    """Return where two trees begin to differ in structure, and the two nodes there."""
-    (children, spec), (others, other_spec) = _opened(first), _opened(tree)
+    """Return the path at which two trees begin to differ in structure, and the two nodes there."""
+    (children, spec), (others, other_spec) = _one_level(first), _one_level(tree)
     if spec != other_spec:
         return path, first, tree
     for (step, child), (_, other) in zip(children, others, strict=True):
@@ -133,17 +128,17 @@ def _difference(first: Any, tree: Any, path: tuple[Any, ...]) -> tuple[tuple[Any
     return None
 
 
-def _opened(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Return the children of a node with the steps that lead to them, and the structure of the node alone."""
+def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Return the children of a node with their keys, and the structure of the node alone."""
     return tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
 
 
 def _outline(node: Any) -> str:
-    return repr(node) if isinstance(node, Static) else f"{_opened(node)[1]!s:.200}"
+    return repr(node) if isinstance(node, Static) else f"{_one_level(node)[1]!s:.200}"
 
 
 def _other_leaf(trees: list[Any]) -> LuxtorchError:
-    """Say which leaf differs in trees of equal structure."""
+    """Return the error for a leaf that differs in trees of equal structure."""
     columns = zip(*map(named_leaves, trees), strict=True)
     name, number, first, leaf = next(
         (column[0][0], number, column[0][1], leaf)
@@ -152,30 +147,24 @@ def _other_leaf(trees: list[Any]) -> LuxtorchError:
         if not _same(leaf, column[0][1])
     )
     error = DTypeError if isinstance(first, Tensor) and getattr(leaf, "dtype", None) != first.dtype else InputError
-    return error(
+    headline = (
         f"'{name}' of tree {number} differs from that of the first."
         if name
-        else f"Tree {number} differs from the first.",
-        expected=_described(first),
-        got=_described(leaf),
+        else f"Tree {number} differs from the first."
     )
+    return error(headline, expected=_with_device(first), got=_with_device(leaf))
 
 
 def _no_stack(tree: Any) -> InputError:
-    """Say why a tree is not a stack."""
+    """Return the error for a tree that is not a stack."""
     tensors = [(name, leaf) for name, leaf in named_leaves(tree) if isinstance(leaf, Tensor)]
     if not tensors:
-        return InputError("A tree without tensors does not tell how many it is made of.", expected="a stack of trees")
+        return InputError("A stack of trees must hold tensors.", got="a tree without tensors")
     name, wrong = next((pair for pair in tensors if pair[1].shape[:1] != tensors[0][1].shape[:1]), tensors[0])
     size = f"({', '.join([*map(str, tensors[0][1].shape[:1]), '...'])})" if tensors[0][1].ndim else "(trees, ...)"
-    return InputError(
-        "The tensors have no common first dimension.",
-        expected=f"tensors of shape {size}, as lt.stack makes them",
-        got=f"'{name}' of shape {tuple(wrong.shape)}",
-    )
+    expected, got = f"tensors of shape {size}, as lt.stack makes them", f"'{name}' of shape {tuple(wrong.shape)}"
+    return InputError("The tensors of a stack must have a common first dimension.", expected=expected, got=got)
 
 
-def _described(leaf: Any) -> str:
-    if not isinstance(leaf, Tensor):
-        return f"{leaf!r:.80}"
-    return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)} on {leaf.device}"
+def _with_device(leaf: Any) -> str:
+    return f"{described(leaf)} on {leaf.device}" if isinstance(leaf, Tensor) else f"{leaf!r:.80}"

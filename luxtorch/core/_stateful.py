@@ -1,10 +1,10 @@
-"""A box around a layer that keeps its states, for notebooks and solvers."""
+"""`StatefulLayer`: a layer with its parameters and states as a mutable object, for notebooks and solvers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from luxtorch._errors import InputError, suggest
+from luxtorch._errors import InputError, described, suggest
 from luxtorch._transforms import transform_level
 
 from ._describe import tree_html
@@ -18,23 +18,23 @@ _PUBLIC = ("layer", "parameters", "states", "train_mode", "test_mode", "update_s
 class StatefulLayer:
     """Hold a layer with its parameters and states, and call it as a function of the input alone.
 
-    Each call keeps the new states in the box. This is the one mutable object of luxtorch: it is for notebooks, and for
-    solvers that take a plain function. It is not a `Layer`, and not to be differentiated or vmapped: pass it `ps`.
+    Each call stores the new states. This is the one mutable object of luxtorch: it is for notebooks, and for solvers
+    that take a plain function. It is not a `Layer`; to differentiate or vmap a call, pass it `ps`.
 
-    A box keeps states only from calls at the level of transforms where it was made. Inside a further
-    `torch.func.grad`, `vmap`, `jvp` or the like, a call gives the same output and leaves the box as it was, so that
-    the box never holds a value from inside a transform. To have the new states of a differentiated call, call the layer
-    itself, with `has_aux=True`. `torch.compile` alone changes nothing: a compiled call keeps its states.
+    States are stored only by calls at the level of transforms at which the object was made. Inside of a further
+    `torch.func.grad`, `vmap`, `jvp` or the like, a call returns the same output and stores no states, so that the
+    object never holds a value from inside a transform. For the new states of a differentiated call, call the layer
+    itself, with `has_aux=True`. Under `torch.compile` alone, states are stored.
 
     Args:
         layer: The layer.
-        ps: Its parameters, used by calls that come without their own; None if all of them do.
+        ps: Its parameters, for calls that do not pass any; None if all calls do.
         st: Its states.
 
     Attributes:
         layer: The layer.
-        parameters: The parameters; assign others to use them from then on.
-        states: The states that the next call uses.
+        parameters: The parameters; they can be assigned.
+        states: The states for the next call.
 
     Raises:
         InputError: If `layer` is not a layer.
@@ -47,7 +47,7 @@ class StatefulLayer:
         >>> box.states["running_mean"]
         tensor([0.1000, 0.1000])
         >>> grads = torch.func.grad(lambda ps: box(torch.ones(4, 2), ps).sum())(box.parameters)
-        >>> box.states["running_mean"]  # as before
+        >>> box.states["running_mean"]  # unchanged
         tensor([0.1000, 0.1000])
 
     Source: Lux's `StatefulLuxLayer`, which keeps the states in every case.
@@ -57,22 +57,19 @@ class StatefulLayer:
 
     def __init__(self, layer: Layer, ps: Parameters | None, st: States) -> None:
         if not isinstance(layer, Layer):
-            raise InputError(
-                "A StatefulLayer holds a layer.",
-                expected="StatefulLayer(layer, ps, st)",
-                got=f"{layer!r:.80} of type {type(layer).__name__}",
-            )
+            fix = "Call StatefulLayer(layer, ps, st)."
+            raise InputError("A StatefulLayer must hold a layer.", got=described(layer), fix=fix)
         self.layer = layer
         self.parameters = ps
         self.states = st
         self._level = transform_level()
 
     def __call__(self, x: Any, ps: Parameters | None = None) -> Any:
-        """Return the output, and keep the new states.
+        """Return the output, and store the new states.
 
         Args:
             x: The input.
-            ps: The parameters; those in the box if None.
+            ps: The parameters; the stored ones if None.
         """
         used: Any = self.parameters if ps is None else ps
         y, st = self.layer(x, used, self.states)
@@ -81,17 +78,17 @@ class StatefulLayer:
         return y
 
     def train_mode(self) -> StatefulLayer:
-        """Set every layer to training, and return the box."""
+        """Set every layer to training mode, and return the object itself."""
         self.states = train_mode(self.states)
         return self
 
     def test_mode(self) -> StatefulLayer:
-        """Set every layer to testing, and return the box."""
+        """Set every layer to test mode, and return the object itself."""
         self.states = test_mode(self.states)
         return self
 
     def update_state(self, name: str, value: Any) -> StatefulLayer:
-        """Set every state called `name` to a value, and return the box.
+        """Set every state called `name` to a value, and return the object itself.
 
         Raises:
             KeyNameError: If no state has that name.
@@ -100,7 +97,7 @@ class StatefulLayer:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks here only for what it has not found.
+        # It is called for missing attributes only.
         hint = suggest(name, _PUBLIC) or "Parameters are read as box.parameters['weight']."
         raise AttributeError(f"A StatefulLayer has no attribute '{name}'. {hint}")
 

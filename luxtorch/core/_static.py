@@ -1,4 +1,4 @@
-"""Values that ride along in a tree of tensors without being tensors."""
+"""`Static`: constants in a pytree that are part of its structure, such as the mode of a layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Static(Generic[H]):
 
     The transforms of torch.func accept tensors only as leaves, so a flag such as "training" cannot be
     one. A `Static` has no leaves at all: it passes through grad, vmap, jvp and compile unchanged, and a
-    compiled graph is specialised on its value.
+    compiled graph is specialized on its value.
 
     Args:
         value: Any hashable value.

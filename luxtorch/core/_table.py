@@ -1,4 +1,4 @@
-"""Tables whose lines form a tree, as text and as HTML that notebooks fold without a script."""
+"""Tables whose lines form a tree, as text and as HTML with foldable lines for notebooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MANY = 60
-"""How many lines are too many to show all of them at once."""
+"""The largest number of lines that are all shown at first."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class Line:
     """Hold a line of a table, with the lines below it.
 
     Attributes:
-        label: What stands first.
-        detail: What is said after it, less loudly.
-        cells: What stands in the columns, in their order; missing ones are empty.
-        alarm: What to worry about, if there is anything.
+        label: The label at the start.
+        detail: A less prominent text after it.
+        cells: The columns, in their order; missing ones are empty.
+        alarm: A warning, such as the number of NaNs; may be empty.
         below: The lines below.
-        folded: Whether the line stands for a run of lines like each other, which are those below.
+        folded: Whether the line stands for a run of equal lines, which are those below.
     """
 
     label: str
@@ -32,29 +32,29 @@ class Line:
     folded: bool = False
 
     def cell(self, i: int) -> str:
-        """Return what stands in a column."""
+        """Return the text of a column."""
         return self.cells[i] if i < len(self.cells) else ""
 
     @property
     def length(self) -> int:
-        """How many lines there are, with all below."""
+        """The number of lines, with all below."""
         return 1 + sum(line.length for line in self.below)
 
 
 def _used(head: Sequence[str], root: Line) -> list[int]:
-    """Return which columns have anything in them."""
+    """Return the columns that are not empty."""
     return [i for i in range(len(head)) if any(line.cell(i) for line in _all(root))]
 
 
 def text(head: Sequence[str], root: Line, depth: int | None = None) -> str:
     """Return a table as text.
 
-    A run of lines like each other is one line there, with those below it that have something to worry about.
+    A run of equal lines is shown as one, with those below it that have a warning.
 
     Args:
         head: The names of the columns, of which empty ones are left out.
         root: The first line.
-        depth: How many levels below it to print; all if None.
+        depth: The number of levels below it to print; all if None.
     """
     columns = _used(head, root)
     rows = [["", *(head[i] for i in columns), ""]]
@@ -69,7 +69,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
 
     Args:
         rows: The rows.
-        left: Of each column, whether its cells stand to the left.
+        left: For each column, whether its cells are left-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -82,13 +82,13 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[bool]) -> list[str]:
 
 
 def runs(items: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, int, int]]:
-    """Yield the runs of items which are equal and whose names are numbered one after the other.
+    """Yield the runs of equal items whose names are numbered consecutively.
 
     Args:
-        items: Names, each with what has to be equal.
+        items: Names, each with a value that has to be equal.
 
     Yields:
-        `(name, start, length)`: what to call the run, where it starts, and how many items there are in it.
+        `(name, start, length)`: the name of the run, its start, and its number of items.
 
     Example:
         >>> list(runs([("layer_1", "a"), ("layer_2", "b"), ("layer_3", "b"), ("out", "b")]))
@@ -121,9 +121,9 @@ def _shown(line: Line, depth: int | None, level: int = 0) -> Iterator[tuple[int,
             yield from _shown(below, depth, level + 1)
 
 
-# Colors are those of the notebook, but for a red that can be read on white as on black.
+# Colors are those of the notebook, except for a red that is readable on white and black.
 _PAGE = "font-family: monospace; max-width: 76em; line-height: 1.5"
-# The triangle of a line that opens stands in the margin, so that all labels are in line.
+# The triangle of a foldable line is in the margin, so that all labels are aligned.
 _INSET = "margin-left: 1.2em"
 _OPENS = f"{_INSET}; cursor: pointer; list-style-position: outside"
 _ROW = "display: flex; gap: 1em; align-items: baseline"
@@ -141,7 +141,7 @@ def html(head: Sequence[str], root: Line, depth: int | None = None) -> str:
     Args:
         head: The names of the columns, of which empty ones are left out.
         root: The first line.
-        depth: How many levels below it there are; all if None.
+        depth: The number of levels below it; all if None.
     """
     columns = _used(head, root)
     widths = {i: _CELL.format(*((15, "left") if head[i].endswith("shape") else (6.5, "right"))) for i in columns}
@@ -159,12 +159,12 @@ def section(title: str, parts: Sequence[str], note: str = "") -> str:
 
 
 def plain(text: str) -> str:
-    """Return text as it is."""
+    """Return text as preformatted HTML."""
     return f'<pre style="margin: 0; white-space: pre-wrap">{_escaped(text)}</pre>'
 
 
 def shown(value: Any) -> str:
-    """Return how a value shows itself in a notebook; as text if it has no way of its own."""
+    """Return the HTML of a value for notebooks; its repr if it has none."""
     own = getattr(value, "_repr_html_", None)
     return plain(repr(value)) if own is None else str(own())
 
@@ -178,7 +178,7 @@ def _html_lines(line: Line, widths: dict[int, str], depth: int | None, many: boo
     if not line.below or level == depth:
         yield f'<div style="{_INSET}">{row}</div>'
         return
-    # In a big tree, what has nothing below it but tensors waits to be opened.
+    # In a big tree, groups of tensors alone are closed at first.
     is_open = not line.folded and (not many or level == 0 or any(below.below for below in line.below))
     yield f'<details{" open" * is_open}><summary style="{_OPENS}">{row}</summary><div style="{_BELOW}">'
     for below in line.below:
@@ -195,6 +195,6 @@ def _span(style: str, text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    from html import escape  # takes as long to import as all of core's printing
+    from html import escape  # its import takes as long as that of all printing here
 
     return escape(text)

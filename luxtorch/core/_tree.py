@@ -1,4 +1,4 @@
-"""Pytrees: the one module that registers nodes with torch and optree, walks trees, and names their leaves."""
+"""Pytrees: registration of nodes with torch and optree, tree_map and the like, and dotted names of leaves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import optree
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from luxtorch._errors import InputError
+from luxtorch._errors import InputError, described
 
 T = TypeVar("T")
 
 TreeSpec = pytree.TreeSpec
 IsLeaf: TypeAlias = "Callable[[Any], bool] | None"
 
-# optree has no public name for the namespace that everyone looks in, torchopt included.
-_EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
+# optree has no public name for its global namespace, which torchopt uses.
+_GLOBAL_NAMESPACE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 
-# Nodes with a single child: how to take the child out, and how to make a node like another around a new one.
+# Nodes with a single child: a function that returns the child, and one that makes a node of a new child and an old one.
 _SINGLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
 
 _CONSTANTS: set[type] = set()
@@ -32,19 +32,18 @@ def register_node(
     names: Sequence[str] | None = None,
     single: tuple[Callable[[T], Any], Callable[[Any, T], T]] | None = None,
 ) -> None:
-    """Register a class as a pytree node, for torch and for whatever is built on optree.
+    """Register a class as a pytree node, with torch and with optree.
 
-    torch registers its nodes in an optree namespace that torchopt does not look in: a node has to be
-    registered with both to be a node everywhere.
+    torch registers its nodes in an optree namespace that torchopt does not use, so a node is registered with both.
 
     Args:
         cls: The class to register.
-        flatten: Takes a node to `(children, static)`; `static` must be hashable.
-        unflatten: Takes `(children, static)` back to a node. It must accept any children, not only
-            tensors: tree libraries put all kinds of placeholders in.
-        names: What the children are called in paths; their numbers if None.
-        single: For a node whose only child is a tensor, a short way for `tree_map` and `tree_leaves`: what takes a node
-            to its child, and what takes a new child and a node to a node like that one.
+        flatten: A function of a node that returns `(children, static)`; `static` must be hashable.
+        unflatten: A function of `(children, static)` that returns a node. It must accept any children, not only
+            tensors: tree libraries pass placeholders of all kinds.
+        names: The names of the children in paths; their numbers if None.
+        single: For a node whose only child is a tensor, a fast path of `tree_map` and `tree_leaves`: a function that
+            returns the child of a node, and one that makes a node from a new child and an old node.
     """
 
     def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
@@ -57,14 +56,14 @@ def register_node(
         cls,  # type: ignore[arg-type]
         flatten,  # type: ignore[arg-type]
         lambda static, children: unflatten(children, static),  # type: ignore[arg-type,return-value]
-        namespace=_EVERYWHERE,
+        namespace=_GLOBAL_NAMESPACE,
     )
     if single is not None:
         _SINGLE[cls] = single
 
 
 def register_constant(cls: type[Any]) -> None:
-    """Register a class whose values are part of a tree's structure, for torch and for whatever is built on optree.
+    """Register a class whose values are part of a tree's structure, with torch and with optree.
 
     Args:
         cls: The class; its values are hashable.
@@ -80,17 +79,17 @@ def register_constant(cls: type[Any]) -> None:
         cls,
         lambda node: ((), node),  # type: ignore[arg-type,return-value]
         lambda node, _: node,  # type: ignore[arg-type,return-value]
-        namespace=_EVERYWHERE,
+        namespace=_GLOBAL_NAMESPACE,
     )
     _CONSTANTS.add(cls)
 
 
 def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves of a tree and its structure; `tree_unflatten` is the way back.
+    """Return the leaves of a tree and its structure; `tree_unflatten` is the inverse.
 
     Args:
         tree: The tree.
-        is_leaf: Tells which nodes are to be taken for leaves.
+        is_leaf: A predicate for nodes that are leaves.
 
     Example:
         >>> leaves, structure = tree_flatten({"a": 1, "b": (2, 3)})
@@ -101,7 +100,7 @@ def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec
 
 
 def tree_unflatten(leaves: Iterable[Any], structure: TreeSpec) -> Any:
-    """Return a tree of a structure, with these leaves; see `tree_flatten`.
+    """Return a tree of a structure with given leaves; see `tree_flatten`.
 
     Example:
         >>> tree_unflatten([1, 2], tree_structure({"a": 0, "b": 0}))
@@ -121,7 +120,7 @@ def tree_structure(tree: Any) -> TreeSpec:
 
 
 def tree_flatten_with_path(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[tuple[Any, Any]], TreeSpec]:
-    """Return the leaves of a tree, each behind its path, and its structure; `path_name` writes a path.
+    """Return the leaves of a tree with their paths, and its structure; `path_name` prints a path.
 
     Example:
         >>> [(path_name(path), leaf) for path, leaf in tree_flatten_with_path({"a": {"b": 1}})[0]]
@@ -131,7 +130,7 @@ def tree_flatten_with_path(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[tupl
 
 
 def tree_map_with_path(f: Callable[..., Any], tree: Any, is_leaf: IsLeaf = None) -> Any:
-    """Return a tree with a function of path and leaf applied to its leaves.
+    """Apply a function of path and leaf to the leaves of a tree.
 
     Example:
         >>> tree_map_with_path(lambda path, leaf: f"{path_name(path)} is {leaf}", {"a": {"b": 1}})
@@ -141,15 +140,15 @@ def tree_map_with_path(f: Callable[..., Any], tree: Any, is_leaf: IsLeaf = None)
 
 
 def tree_map(f: Callable[..., Any], tree: Any, *others: Any, is_leaf: IsLeaf = None) -> Any:
-    """Return a tree with a function applied to its leaves, in the order in which torch lists them.
+    """Apply a function to the leaves of a tree, in the order of torch.
 
-    It is that of `torch.utils._pytree`, and takes a fifth of the time for nested dicts.
+    It does the same as that of `torch.utils._pytree`, in a fifth of the time for nested dicts.
 
     Args:
-        f: Takes a leaf, and the leaves of the other trees in its place.
+        f: A function of a leaf, and of the corresponding leaves of the other trees.
         tree: The tree.
         others: Trees of the same structure.
-        is_leaf: Tells which nodes are to be taken for leaves.
+        is_leaf: A predicate for nodes that are leaves.
 
     Example:
         >>> tree_map(lambda a, b: a + b, {"a": 1, "b": [2]}, {"a": 10, "b": [20]})
@@ -177,7 +176,7 @@ def _map(f: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def tree_leaves(tree: Any, is_leaf: IsLeaf = None) -> list[Any]:
-    """Return the leaves of a tree, in the order in which torch lists them; see `tree_map`.
+    """Return the leaves of a tree, in the order of torch; see `tree_map`.
 
     Example:
         >>> tree_leaves({"a": 1, "b": [2, 3]})
@@ -207,7 +206,7 @@ def _collect(tree: Any, found: list[Any]) -> None:
 
 
 def map_tensors(f: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Return a tree with a function applied to its tensors; other leaves are kept.
+    """Apply a function to the tensors of a tree; other leaves are kept.
 
     Example:
         >>> import torch
@@ -245,10 +244,10 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def flatten_names(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of parameters or states by their dotted names, as a `state_dict` has them.
+    """Return the tensors of parameters or states by their dotted names, as in a `state_dict`.
 
     Args:
-        tree: Nested dicts, or a ComponentVector. What is not a tensor, such as the mode of a layer, is left out.
+        tree: Nested dicts, or a ComponentVector. Entries that are not tensors, such as modes, are left out.
 
     Returns:
         A dict in the order of the tree.
@@ -274,14 +273,14 @@ def unflatten_names(named: Mapping[str, Any], like: Mapping[str, Any] | None = N
 
     Args:
         named: The entries by name.
-        like: A tree that has all that is to be returned besides: entries of other names, modes, and the empty dicts of
-            layers without tensors. It stays as it is.
+        like: A tree with the other entries of the result: of other names, modes, and the empty dicts of layers without
+            tensors. It is not changed.
 
     Returns:
-        A new tree, in the order of `like` as far as that goes.
+        A new tree, in the order of `like`; names that it does not have come last.
 
     Raises:
-        InputError: If a name is that of an entry and begins those of others.
+        InputError: If a name is that of an entry and a prefix of others.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -298,9 +297,9 @@ def unflatten_names(named: Mapping[str, Any], like: Mapping[str, Any] | None = N
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise _both(name)
+                raise _ambiguous(name)
         if isinstance(place.get(last), dict):
-            raise _both(name)
+            raise _ambiguous(name)
         place[last] = value
     return tree
 
@@ -312,20 +311,16 @@ def _flat_names(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tupl
         elif isinstance(entry, Tensor):
             yield ".".join((*path, name)), entry
         elif isinstance(entry, list | tuple) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(entry)):
-            raise InputError(
-                f"Only tensors in dicts have names, and '{'.'.join((*path, name))}' is a {type(entry).__name__}.",
-                expected="nested dicts of tensors",
-                got=f"a {type(entry).__name__} of {len(entry)}",
-                fix='Name its entries, {"0": ..., "1": ...}.',
-            )
+            place, fix = f"'{'.'.join((*path, name))}' is {described(entry)}", 'Name its entries, {"0": ..., "1": ...}.'
+            raise InputError(f"Tensors must be in nested dicts to have names, but {place}.", fix=fix)
 
 
-def _both(name: str) -> InputError:
-    return InputError("A name cannot be that of an entry and of a layer.", expected="names of a tree", got=f"'{name}'")
+def _ambiguous(name: str) -> InputError:
+    return InputError("A name must not be that of a tensor and of a group of tensors.", got=f"'{name}'")
 
 
 def nested_dicts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree of mappings as dicts of its own; a ComponentVector with each of its components as a leaf."""
+    """Copy a tree of mappings as nested dicts; the components of a ComponentVector are leaves."""
     return {name: nested_dicts(entry) if isinstance(entry, Mapping) else entry for name, entry in tree.items()}
 
 
@@ -335,5 +330,5 @@ def count(tree: Any) -> int:
 
 
 def subtree(tree: Any, name: str) -> Any:
-    """Return a child's part of its parent's tree: all of it for a child without a name."""
+    """Return the subtree of a child; the whole tree for the empty name."""
     return tree[name] if name else tree

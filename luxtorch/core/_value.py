@@ -1,4 +1,4 @@
-"""The value: an object that is nothing but its fields."""
+"""`Value`: base class of frozen dataclasses with cheap class creation, for layers and rules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing_extensions import dataclass_transform
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Value:
-    """Be an immutable value; subclasses become frozen dataclasses.
+    """Base class of immutable values; subclasses become frozen dataclasses.
 
     Two values are equal if they are of the same class and have equal fields; equal values hash alike. Equality and
-    hash stand here once, because generating them for each class would be half of what the class costs at import.
+    hash are defined here once, because generating them for each class would take half of its time at import.
 
     Args:
-        kw_only: Whether the fields of the class are keyword arguments only.
+        kw_only: Whether the fields are keyword-only arguments.
     """
 
     def __init_subclass__(cls, *, kw_only: bool = False, **kwargs: Any) -> None:
@@ -36,6 +36,6 @@ class Value:
         return tuple(getattr(self, item.name) for item in fields(self) if item.compare)  # type: ignore[arg-type]
 
     def _set(self, **values: Any) -> None:
-        """Set fields from a constructor of one's own, or from `__post_init__`: the only time that they change."""
+        """Set fields from a custom constructor or from `__post_init__`; they never change otherwise."""
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -1,4 +1,4 @@
-"""Which means were taken that are not plain ones, while somebody computes the parts of a batch."""
+"""Record of weighted means in losses, to combine the losses of microbatches correctly."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-_TAKEN: ContextVar[list[Any] | None] = ContextVar("weighted means", default=None)
+_RECORD: ContextVar[list[Any] | None] = ContextVar("weighted means", default=None)
 
 
 @contextmanager
 def watching_means() -> Iterator[list[Any]]:
-    """Return a list to which each weighted mean that is taken meanwhile is added."""
-    taken: list[Any] = []
-    token = _TAKEN.set(taken)
+    """Yield a list to which each weighted mean that is computed inside is added."""
+    record: list[Any] = []
+    token = _RECORD.set(record)
     try:
-        yield taken
+        yield record
     finally:
-        _TAKEN.reset(token)
+        _RECORD.reset(token)
 
 
 def watched_means() -> list[Any] | None:
-    """Return the list, if somebody watches."""
-    return None if torch.compiler.is_compiling() else _TAKEN.get()
+    """Return the list, if weighted means are recorded."""
+    return None if torch.compiler.is_compiling() else _RECORD.get()

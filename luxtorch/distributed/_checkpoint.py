@@ -31,7 +31,7 @@ from luxtorch.core import (
     tree_unflatten,
     wrong_type,
 )
-from luxtorch.core._former import names_today, same_today, uncounted
+from luxtorch.core._renamed import current_names, optional_counts, same_after_renaming
 
 from ._world import DistributedError, collective, rank, world_size
 
@@ -115,9 +115,9 @@ def load_checkpoint(path: PathLike, like: T) -> T:
     path = Path(path)
     wanted = _named(like)
     saved = _read_description(path)
-    today = names_today(saved["leaves"], wanted)
+    today = current_names(saved["leaves"], wanted)
     saved["leaves"] = {today[name]: text for name, text in saved["leaves"].items()}
-    counts = uncounted(saved["leaves"], wanted)
+    counts = optional_counts(saved["leaves"], wanted)
     _check_fits(saved, _describe(like), counts, path)
     tensors = {name: _empty_like(leaf) for name, leaf in wanted.items()}
     for name in counts:
@@ -230,7 +230,7 @@ def _check_fits(saved: dict[str, Any], like: dict[str, Any], counts: Collection[
         )
     for what in ("leaves", "axes"):
         wanted, came = like[what], saved[what]
-        differing = [name for name in wanted if not same_today(came.get(name, ""), wanted[name])]
+        differing = [name for name in wanted if not same_after_renaming(came.get(name, ""), wanted[name])]
         if differing:
             raise InputError(
                 "The checkpoint must have the shapes and dtypes of the tree to load it into.",

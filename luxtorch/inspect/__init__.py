@@ -1,6 +1,6 @@
 """Looking inside a model: intermediate outputs, a summary of its layers, where NaN arises, whether it is pure."""
 
-from luxtorch.core._values import Statistics as Statistics
+from luxtorch.core._statistics import Statistics as Statistics
 
 from ._capture import capture as capture
 from ._debug import DebugModel as DebugModel

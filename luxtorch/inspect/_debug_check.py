@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from luxtorch.core import Layer, LuxtorchError, Value, path_name, tree_flatten_with_path, tree_map_with_path
-from luxtorch.core._values import Statistics, physical, readable
+from luxtorch.core._statistics import Statistics, physical, readable
 
 from ._watch import Call, Path, describe, holds_modules, map_own, watched_modules
 

@@ -26,7 +26,7 @@ from luxtorch.core import (
     tree_map,
     tree_structure,
 )
-from luxtorch.core._values import physical
+from luxtorch.core._statistics import physical
 from luxtorch.random import Rng, as_key
 
 from ._global_random import generators, moved, reseed, restored

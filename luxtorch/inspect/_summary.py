@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
 from luxtorch.core import Layer, map_tensors, out_of_range, setup, tensors, unknown_name
-from luxtorch.core._nowhere import NOWHERE, without_numbers
+from luxtorch.core._meta import META_KEY, to_meta
 from luxtorch.core._table import Line, aligned, html, plain
 
 from ._watch import Call, Path, holds_modules, watched, watched_modules
@@ -70,10 +70,10 @@ def summary(layer: Layer, x: Any, *, depth: int | None = None) -> Summary:
         raise out_of_range("layer", layer, "a layer", fix=fix)
     if depth is not None and depth < 0:
         raise out_of_range("depth", depth, "at least 0, or None")
-    x = without_numbers(x)
+    x = to_meta(x)
     from torch.utils.flop_counter import FlopCounterMode  # which takes a tenth of a second to import
 
-    ps, st = setup(NOWHERE, layer)
+    ps, st = setup(META_KEY, layer)
     meter = _Meter(FlopCounterMode(display=False, custom_mapping=_FORMULAS))
     model = watched(layer, meter)
     with torch.no_grad(), meter.counter:

@@ -1,4 +1,4 @@
-"""Modules of torch.nn in and out: from_torch, to_torch, export."""
+"""Conversion between torch.nn modules and layers: from_torch, to_torch, export, load_weights."""
 
 from ._from_torch import Model as Model
 from ._from_torch import from_torch as from_torch

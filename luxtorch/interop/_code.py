@@ -1,4 +1,4 @@
-"""What the code of a module must not do, or is to be watched for: reach itself by globals, draw numbers elsewhere."""
+"""Checks of a module's code: that it does not reach its tensors through globals, or draw from global generators."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 from luxtorch.core import InputError
 from luxtorch.inspect._global_random import generators, moved, restored
 
-from ._part import tensors_of
 from ._reach import code_of, everything, names_used, package, reaches
+from ._submodule import tensors_of
 
 _SEEDS = frozenset(
     ("seed", "manual_seed", "initial_seed", "get_rng_state", "set_rng_state", "default_generator", "fork_rng")
@@ -24,11 +24,11 @@ _SEEDS = frozenset(
 
 
 def check_code(module: nn.Module, functions: list[types.FunctionType]) -> None:
-    """Refuse a module whose classes lead to the module itself, which no copy of it can change.
+    """Refuse a module whose code refers to the module itself by a global, which a copy of it would share.
 
     Args:
         module: The module.
-        functions: What a call of it may run.
+        functions: The functions that a call of it may run.
 
     Raises:
         InputError: If a global, a closure or a default of a method leads to a part or a tensor of the module.
@@ -37,15 +37,14 @@ def check_code(module: nn.Module, functions: list[types.FunctionType]) -> None:
     way = reaches(functions, wanted, set(map(package, functions)))
     if way is not None:
         raise InputError(
-            "The code of the module leads to the module itself by something that belongs to no module.",
-            expected="parameters, buffers and modules in attributes of the module",
+            "The code of a module must reach its parameters, buffers and submodules by attributes alone.",
             got=way.partition("]")[2].strip() or way,
             fix="Make it an attribute: self.name = ...; the call of a layer takes its tensors from ps and st alone.",
         )
 
 
 def functions_of(module: nn.Module) -> list[types.FunctionType]:
-    """Return the functions of the classes of a module that a call may run: those whose names lead on from a forward."""
+    """Return the methods of a module's classes that a call may run: those reachable by name from a forward."""
     known: dict[str, list[types.FunctionType]] = {}
     for part in module.modules():
         for name, function in code_of(part):
@@ -60,7 +59,7 @@ def functions_of(module: nn.Module) -> list[types.FunctionType]:
 
 
 def sources_of(module: nn.Module, functions: list[types.FunctionType]) -> frozenset[str]:
-    """Return the global sources of random numbers, by name, that a module and its functions may draw from."""
+    """Return the names of the global random number generators that a module and its functions may draw from."""
     found: set[str] = set()
     for _, each in everything([module, *functions], set(map(package, functions))):
         found.update(_sources(each))
@@ -88,15 +87,15 @@ def _sources(x: Any) -> Iterator[str]:
 
 
 @contextmanager
-def draws_checked(names: frozenset[str], own: list[Any]) -> Iterator[None]:
-    """Refuse random numbers that are drawn inside from where no key decides, and put back what was moved.
+def check_draws(names: frozenset[str], own: list[Any]) -> Iterator[None]:
+    """Raise if random numbers are drawn inside from a generator that no key seeds; restore the global generators.
 
     Args:
-        names: The global sources that may be drawn from.
-        own: Other sources.
+        names: The global generators that may be drawn from.
+        own: Other generators.
 
     Raises:
-        InputError: If there was anything.
+        InputError: If there was such a draw.
     """
     before, own_before = generators(), [*map(pickle.dumps, own)]
     with restored():
@@ -106,7 +105,7 @@ def draws_checked(names: frozenset[str], own: list[Any]) -> Iterator[None]:
     found += [f"a {type(each).__name__} of its own" for each, state in pairs if pickle.dumps(each) != state]
     if found:
         raise InputError(
-            f"The module's forward draws from {found[0]}.",
-            expected="random numbers of torch's functions, which come from the key in the states",
+            "A forward must draw by torch's functions, which take their numbers from the key in the states.",
+            got=f"a draw from {found[0]}",
             fix="Draw with torch.rand, torch.randint and their like, and leave the seed alone.",
         )

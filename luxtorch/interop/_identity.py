@@ -1,4 +1,4 @@
-"""What tells one module from another: its code and its options."""
+"""Fingerprint of a module, by its code and its options, to compare and hash converted modules."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ._reach import LRU, importable
 from .pure._modules import Pure
 
 Identity: TypeAlias = tuple[str, tuple[Any, ...]]
-"""A text that shows all options, and the classes and functions that it names, which may be redefined."""
+"""A hash of all options, and the classes and functions, which may be redefined under the same names."""
 
 
 class _Recorder(pickle.Pickler):
-    """Pickle, but note classes and functions instead of looking them up by their names."""
+    """Pickle, but record classes and functions instead of looking them up by name."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -40,8 +40,8 @@ class _Recorder(pickle.Pickler):
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        """Show what pickle refuses: functions by their code and what they close over, references by their target."""
-        if isinstance(obj, types.FunctionType | types.CellType | nn.Module):  # which may lead back to themselves
+        """Pickle what pickle refuses: functions by their code and closure, weak references by their target."""
+        if isinstance(obj, types.FunctionType | types.CellType | nn.Module):  # which may be in cycles
             if id(obj) in self._seen:
                 return tuple, (("seen", self._seen[id(obj)]),)
             self._seen[id(obj)] = len(self._seen)
@@ -63,18 +63,18 @@ class _Recorder(pickle.Pickler):
         return NotImplemented
 
     def _numbered(self, hooks: Any) -> Any:
-        """Return hooks by the order in which they come, where torch has numbers that are used once in a program."""
+        """Return hooks numbered in order, in place of torch's ids, which are unique in a process."""
         if not isinstance(hooks, dict):
             return hooks
         return {self._hooks.setdefault(number, len(self._hooks)): hook for number, hook in hooks.items()}
 
 
 def identity_of(*parts: Any) -> Identity:
-    """Return what is equal for objects of the same code and the same attributes, and for no others."""
+    """Return a fingerprint that is equal for objects of the same code and attributes alone."""
     shown = io.BytesIO()
     recorder = _Recorder(shown)
     try:
         recorder.dump(parts)
-    except Exception:  # whatever a class raises that cannot be pickled: such an object is like no other
+    except Exception:  # what cannot be pickled may raise anything: such an object equals no other
         return uuid.uuid4().hex, ()
     return hashlib.sha256(shown.getvalue()).hexdigest(), tuple(recorder.code)

@@ -1,4 +1,4 @@
-"""Several inputs, or inputs by keyword, as one."""
+"""`Inputs`: several arguments, or keyword arguments, as the one input of a layer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from luxtorch.core import InputError, Layer, register_node, suggest
 class Inputs:
     """Hold the arguments of a `torch.nn.Module` that takes several, or takes them by keyword.
 
-    A layer takes one input `x`, and a tuple is one input too: `Inputs` is how it is told apart from several. It is a
-    pytree, so transforms see the tensors in it. Layers that take the place of modules with one input, such as `Dense`,
-    take it as `Inputs(x)` and `Inputs(input=x)` too.
+    A layer takes one input `x`, which may be a tuple; `Inputs` stands for several. It is a pytree, so transforms see
+    the tensors in it. Layers that replace modules with one input, such as `Dense`, take `Inputs(x)` and
+    `Inputs(input=x)` too.
 
     Args:
         *args: The positional arguments.
         **kwargs: The keyword arguments.
 
     Raises:
-        InputError: In a call of such a layer: if these are other arguments.
+        InputError: In a call of such a layer, if the arguments are others.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -36,12 +36,12 @@ class Inputs:
         self.kwargs = kwargs
 
     def _single(self, layer: Layer) -> Any:
-        """Return the one input that these are for a layer that takes one; for any other, themselves.
+        """Return the only argument for a layer that takes one; for any other, these inputs.
 
         Raises:
-            InputError: If the layer takes one, and these are others.
+            InputError: If the layer takes one, and the arguments are others.
         """
-        from ._single import single  # which knows layers that take arguments
+        from ._single import single  # which imports layers
 
         return single(layer, self)
 
@@ -51,12 +51,12 @@ class Inputs:
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments that stand for an input."""
+    """Return the positional and keyword arguments of an input."""
     return (x.args, x.kwargs) if isinstance(x, Inputs) else ((x,), {})
 
 
 def bound(given: Inputs, name: str, *optional: str) -> list[Any]:
-    """Return arguments in the order of their names, None in the places of those that are not given.
+    """Return arguments in the order of their names, None for those that are not given.
 
     Raises:
         InputError: If they do not fit the names.

@@ -1,4 +1,4 @@
-"""The layer that a module with a forward of its own becomes, and with perturbations inside."""
+"""`ModuleLayer`: a layer that calls the forward of a torch.nn module, also bound or with perturbations inside."""
 
 from __future__ import annotations
 
@@ -15,45 +15,44 @@ from luxtorch._transforms import functional
 from luxtorch.core import (
     TRAINING,
     InputError,
-    KeyNameError,
     Layer,
     Parameters,
     States,
     Static,
     map_tensors,
-    suggest,
     tree_map,
+    unknown_name,
 )
 from luxtorch.layers._perturbed import OUTPUT, PERTURBATION, added, changed, without_tap
 
-from ._duplicate import Duplicate
 from ._inputs import Inputs, arguments
+from ._module_copy import ModuleCopy
 from ._names import NAMES
-from ._part import Part, tensors_of
 from ._reset import reset
 from ._skeleton import RNG, Skeleton
+from ._submodule import Submodule, tensors_of
 from .pure._keys import Keys
 from .pure._mode import PureMode
 
-_NO_ROOM = ("(self, *extra_args) is not possible because", "doesn't match the broadcast shape")
-"""What torch says where vmap computes a batch that is to be written into one new tensor."""
+_NOT_BATCHED = ("(self, *extra_args) is not possible because", "doesn't match the broadcast shape")
+"""Errors of torch for writing a batched value into a new tensor that is not batched, under vmap."""
 
 
 class ModuleLayer(Layer):
     """Call a `torch.nn.Module` as a pure function; `lt.from_torch` makes one.
 
-    The module's own `forward` runs, on parameters and states from outside.
+    The module's own `forward` runs, with the parameters and states that are passed in.
 
     Args:
-        skeleton: The module, without its tensors.
+        skeleton: The module without its tensors, functionalized.
         method: The method that a call of the layer calls.
 
     Parameters:
-        Those of the module, nested by its own names. Tied ones stand in the first of their places.
+        Those of the module, nested by its own names. Tied ones are listed under their first name.
 
     States:
-        Buffers and other tensors of the module, nested likewise; for modules that may ask for it `training`; and at
-        the top `rng`, if there may be random numbers, and `state_dict`, if its names differ from those of the trees.
+        Buffers and other tensors of the module, nested likewise; `training` for modules that may read it; and at the
+        top `rng`, if random numbers may be drawn, and `state_dict`, if its names differ from those of the trees.
 
     Shape:
         What the module takes, several arguments as `lt.Inputs`, to what it returns.
@@ -63,57 +62,61 @@ class ModuleLayer(Layer):
     method: str = "forward"
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return new parameters, as the modules' own `reset_parameters` draw them."""
+        """Return new parameters, from the submodules' `reset_parameters`."""
         return reset(self.skeleton, key, warn=True)[0]
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the buffers as the modules start out, and the key of the first random numbers."""
+        """Return the initial buffers, and the key of the first random numbers."""
         return {**reset(self.skeleton, key)[1], **self.skeleton.own_states(key.clone())}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
-        """Return what the module returns, and the states as it leaves them."""
+        """Return the module's output and new states."""
         try:
             return self._called(x, ps, st)
         except RuntimeError as error:
-            if torch.compiler.is_compiling() or not functional() or not any(text in str(error) for text in _NO_ROOM):
+            if (
+                torch.compiler.is_compiling()
+                or not functional()
+                or not any(text in str(error) for text in _NOT_BATCHED)
+            ):
                 raise
             try:
-                return self._called(x, ps, st, room=True)
+                return self._called(x, ps, st, batched=True)
             except Exception:
                 raise error from None
 
-    def _called(self, x: Any, ps: Parameters, st: States, *, room: bool = False) -> tuple[Any, States]:
-        """Call the module; with `room`, new tensors are batches of all that is one."""
+    def _called(self, x: Any, ps: Parameters, st: States, *, batched: bool = False) -> tuple[Any, States]:
+        """Call the module; with `batched`, new tensors are batched by every vmap around."""
         skeleton = self.skeleton
         args, kwargs = arguments(_copied(x) if skeleton.writes else x)
-        body, keys = skeleton.borrow(), None
+        copy, keys = skeleton.acquire(), None
         try:
-            own, ours = _apart(st)
-            body.lend(ps, own)
+            own, ours = _split_states(st)
+            copy.swap_in(ps, own)
             if not skeleton.random:
-                return body.function(self.method)(*args, **kwargs), {**body.take(own), **ours}
-            keys = Keys(st[RNG], (args, kwargs, ps) if room else ())
+                return copy.function(self.method)(*args, **kwargs), {**copy.read_states(own), **ours}
+            keys = Keys(st[RNG], (args, kwargs, ps) if batched else ())
             if torch.compiler.is_compiling():
                 with PureMode(keys):
-                    y = body.function(self.method)(*args, **kwargs)
+                    y = copy.function(self.method)(*args, **kwargs)
             else:
-                with body.running(keys):
-                    y = body.function(self.method)(*args, **kwargs)
-            return y, {**body.take(own), **ours, RNG: keys.rng}
+                with copy.running(keys):
+                    y = copy.function(self.method)(*args, **kwargs)
+            return y, {**copy.read_states(own), **ours, RNG: keys.rng}
         except Exception as error:
             if torch.compiler.is_compiling():
                 raise
             explained: Any = _explained(error)
             if not getattr(error, "inside", ()):
-                explained.inside = _place(error.__traceback__, body.root)
+                explained.inside = _place(error.__traceback__, copy.root)
             if explained is error:
                 raise
             raise explained from error
         finally:
-            skeleton.give_back(body, keys)
+            skeleton.release(copy, keys)
 
     def bind(self, ps: Parameters, st: States) -> Bound:
-        """Return the module with values, to use it as a module: `layer.bind(ps, st).generate(ids)`.
+        """Bind parameters and states, to use the module itself: `layer.bind(ps, st).generate(ids)`.
 
         Args:
             ps: The parameters.
@@ -122,11 +125,11 @@ class ModuleLayer(Layer):
         return Bound(self, ps, st)
 
     def tapped(self, path: str) -> Layer:
-        """Return the layer with a module inside it perturbed, for `lt.Perturbed`."""
+        """Return the layer with a perturbed submodule, for `lt.Perturbed`."""
         return PerturbedModule(self, (path,))
 
     def tappable(self) -> list[str]:
-        """Return the paths of the modules inside that are called."""
+        """Return the paths of the submodules that have a forward."""
         called = (part for part in self.skeleton.root if type(part.module).forward is not nn.Module.forward)
         return [".".join(part.path) for part in called if part.path]
 
@@ -137,9 +140,9 @@ class ModuleLayer(Layer):
 
 
 class Bound:
-    """Use a module with parameters and states as a module: call it, or its methods, one after another.
+    """Call a module with bound parameters and states, or its methods, one after another.
 
-    As a context, it is the module itself, for a while.
+    As a context manager, it yields the module itself with the values swapped in.
 
     Args:
         layer: The layer; `layer.bind(ps, st)` makes one.
@@ -147,7 +150,7 @@ class Bound:
         st: Its states.
 
     Attributes:
-        st: The states as the calls so far have left them.
+        st: The states after the calls so far.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -198,26 +201,26 @@ class Bound:
     @contextmanager
     def _entered(self) -> Iterator[nn.Module]:
         skeleton, st = self._layer.skeleton, self._given
-        own, ours = _apart(st)
-        body, keys = skeleton.borrow(), Keys(st.get(RNG, torch.zeros(2, dtype=torch.uint64)))
+        own, ours = _split_states(st)
+        copy, keys = skeleton.acquire(), Keys(st.get(RNG, torch.zeros(2, dtype=torch.uint64)))
         try:
-            body.lend(self._ps, own)
-            with body.running(keys):
-                yield body.module
-            self._given = {**body.take(own), **ours, **({RNG: keys.rng} if RNG in ours else {})}
+            copy.swap_in(self._ps, own)
+            with copy.running(keys):
+                yield copy.module
+            self._given = {**copy.read_states(own), **ours, **({RNG: keys.rng} if RNG in ours else {})}
             self.st = self._kept(self._given)
         finally:
-            skeleton.give_back(body, keys)
+            skeleton.release(copy, keys)
 
 
-def _apart(st: States) -> tuple[States, dict[str, Any]]:
-    """Return the states of the module, and those that are luxtorch's own."""
+def _split_states(st: States) -> tuple[States, dict[str, Any]]:
+    """Return the states of the module, and those that luxtorch adds."""
     ours = {name: st[name] for name in (RNG, NAMES) if name in st}
     return ({name: value for name, value in st.items() if name not in ours} if ours else st), ours
 
 
 def _copied(x: Any) -> Any:
-    """Copy all tensors of a tree, one that stands in several places once."""
+    """Copy all tensors of a tree; one that occurs twice is copied once."""
     if isinstance(x, Tensor):
         return x.clone()
     copies: dict[int, Tensor] = {}
@@ -233,19 +236,19 @@ def _copied(x: Any) -> Any:
 
 
 def _explained(error: Exception) -> Exception:
-    """Return an error that says what to do, where torch's own does not; else the error itself."""
+    """Return an error with a fix for those of torch that have none; any other unchanged."""
     if not isinstance(error, RuntimeError) or "must override the setup_context" not in str(error):
         return error
     return InputError(
-        "The module calls an autograd.Function whose forward takes a ctx, as no transform of torch.func can.",
+        "Inside of torch.func, an autograd.Function must have a setup_context, and no forward that takes a ctx.",
         expected="a forward(*args) without ctx, and a setup_context(ctx, inputs, output)",
-        fix="Write its forward in these two parts, or differentiate on a tape, as training steps (in lt.jit too) and "
+        fix="Write its forward in these two parts, or differentiate by autograd, as training steps (in lt.jit too) and "
         "loss.backward() do.",
     )
 
 
-def _place(traceback: TracebackType | None, root: Part) -> tuple[str, ...]:
-    """Return the path of the innermost module whose code an exception came through."""
+def _place(traceback: TracebackType | None, root: Submodule) -> tuple[str, ...]:
+    """Return the path of the innermost submodule in an exception's traceback."""
     paths = {id(part.module): part.path for part in root}
     place: tuple[str, ...] = ()
     while traceback is not None:
@@ -254,16 +257,16 @@ def _place(traceback: TracebackType | None, root: Part) -> tuple[str, ...]:
     return place
 
 
-# Without what names the layer in an error, which is to be this one and not the probe.
+# Without the wrapper that names the layer in errors, so that they name this layer and not the probe.
 _call: Callable[..., tuple[Any, Any]] = ModuleLayer.__call__.__wrapped__  # type: ignore[attr-defined]
 
 
 class PerturbedModule(Layer):
-    """Call a module, and perturb modules inside, by way of the state as `Tap` does.
+    """Call a module with perturbed submodules; perturbations and outputs are in the states, as in `Tap`.
 
     Args:
         inside: The module as a layer.
-        paths: The names of the modules to perturb.
+        paths: The paths of the submodules to perturb.
     """
 
     inside: ModuleLayer
@@ -274,39 +277,34 @@ class PerturbedModule(Layer):
         names = [".".join(part.path) for part in root]
         for path in self.paths:
             if path not in names:
-                raise KeyNameError(
-                    f"{type(root.module).__name__} has no module '{path}'.",
-                    expected=", ".join(names[1:]) or "no name, as there are no modules inside",
-                    got=path,
-                    fix=suggest(path, names),
-                )
-        self._probe  # noqa: B018  # made now, since a compiler could not trace it
+                raise unknown_name(path, names[1:], "module")
+        self._probe  # noqa: B018  # made now, since torch.compile cannot trace it
 
     @cached_property
     def _probe(self) -> ModuleLayer:
         return ModuleLayer(Skeleton(Probe(self.inside.skeleton.root.module, self.paths)))
 
     def tapped(self, path: str) -> Layer:
-        """Return the layer with one more module perturbed."""
+        """Return the layer with one more perturbed submodule."""
         return PerturbedModule(self.inside, (*self.paths, path))
 
     def tappable(self) -> list[str]:
-        """Return the paths of the modules inside that are called."""
+        """Return the paths of the submodules that have a forward."""
         return self.inside.tappable()
 
     def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return those of the module."""
+        """Return the parameters of the module."""
         return self.inside.initial_parameters(key)
 
     def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return those of the module, and no perturbations."""
+        """Return the states of the module, without perturbations."""
         st: Any = self.inside.initial_states(key)
         for path in self.paths:
             st = changed(st, path.split("."), lambda own: {**own, PERTURBATION: (), OUTPUT: ()})
         return st  # type: ignore[no-any-return]
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
-        """Return what the module returns, perturbed inside."""
+        """Return the output of the perturbed module, and new states."""
         own, perturbations = st, dict.fromkeys(self.paths, ())
         for path in self.paths:
 
@@ -315,8 +313,8 @@ class PerturbedModule(Layer):
                 return without_tap(st)
 
             own = changed(own, path.split("."), take)
-        of_module, ours = _apart(own)
-        # The probe wants a key also where its module draws nothing.
+        of_module, ours = _split_states(own)
+        # The probe needs a key even if its module draws nothing.
         key = ours[RNG] if RNG in ours else torch.zeros(2, dtype=torch.uint64)
         states = {"module": of_module, TRAINING: Static(False), RNG: key}
         try:
@@ -336,11 +334,11 @@ class PerturbedModule(Layer):
 
 
 class Probe(nn.Module):
-    """Call a module on one input and on perturbations, that hooks add to the outputs of modules inside."""
+    """Call a module on an input and on perturbations, which forward hooks add to the outputs of submodules."""
 
     def __init__(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         super().__init__()
-        self.module = Duplicate(
+        self.module = ModuleCopy(
             module, {}, shared={id(v): v for m in module.modules() for _, _, v in tensors_of(m)}
         ).module
         self.paths = paths
@@ -363,5 +361,5 @@ class Probe(nn.Module):
 def _perturb(module: nn.Module, _: Any, y: Any) -> Any:
     y = added(y, module.__dict__[PERTURBATION])
     module.__dict__[OUTPUT] = (y,)
-    # What comes after may write into it.
+    # Later code may write into it.
     return map_tensors(lambda leaf: leaf.clone(), y)

@@ -1,4 +1,4 @@
-"""The names in the `state_dict` of a module, where they are not those of the trees: second ones, and none."""
+"""Names in the `state_dict` of a module that differ from the trees: tied and non-persistent tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from luxtorch.core import Static
 
 NAMES = "state_dict"
-"""Under what the states of a converted module keep its `Names`, if there are any."""
+"""The key of `Names` in the states of a converted module, if it has any."""
 
 
 class Names(NamedTuple):
-    """Hold how the `state_dict` of a module differs from its trees.
+    """Record how the `state_dict` of a module differs from its trees.
 
     Attributes:
-        tied: Second names of tensors, each with the first one.
-        transient: The names of states that are not in it: attributes, and buffers that are not persistent.
+        tied: Second names of tensors, each with the first name.
+        transient: The names of states that are not in it: attributes, and non-persistent buffers.
     """
 
     tied: tuple[tuple[str, str], ...] = ()
@@ -28,7 +28,7 @@ class Names(NamedTuple):
 
 
 def names_of(module: nn.Module) -> Names:
-    """Return the names of a module."""
+    """Return the tied and transient names of a module."""
     first: dict[int, str] = {}
     tied = []
     members = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
@@ -48,7 +48,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def names_in(st: Any, prefix: str = "") -> Iterator[tuple[str, Names]]:
-    """Yield the names that states hold, each with the prefix of the module that they belong to."""
+    """Yield the `Names` in states, each with the dotted prefix of its module."""
     for name, value in st.items() if isinstance(st, Mapping) else ():
         if name == NAMES and isinstance(value, Static):
             yield prefix, value.value
@@ -60,5 +60,5 @@ _FROZEN = re.compile("frozen_params_*")
 
 
 def public(name: str) -> str:
-    """Return the name that a tensor of the trees has in a `state_dict`: without the place of the frozen ones."""
+    """Return the name of a tensor in a `state_dict`: without `frozen_params`."""
     return ".".join(part for part in name.split(".") if not _FROZEN.fullmatch(part))

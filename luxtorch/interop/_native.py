@@ -1,4 +1,4 @@
-"""Which modules of torch.nn become which layers of luxtorch."""
+"""Converters from modules of torch.nn to layers of luxtorch: Linear to Dense, Conv2d to Conv, and so on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luxtorch.core import InputError, Layer, Parameters, States, Value, WrapperLayer, show_value
-from luxtorch.core._locate import opened
+from luxtorch.core import InputError, Layer, Parameters, States, Value, WrapperLayer, out_of_range, show_value
+from luxtorch.core._call_errors import single_input
 from luxtorch.layers import (
     ACTIVATIONS,
     GLU,
@@ -42,16 +42,16 @@ from luxtorch.layers import (
 )
 
 from ._inputs import Inputs, bound
-from ._part import hooked, tensors_of
+from ._submodule import has_hooks, tensors_of
 
 
 class Function(Value):
     """Call a function of a tensor with options; two with the same function and options are equal.
 
-    `functools.partial` would do, were its objects equal when their contents are: layers that hold them have to be.
+    `functools.partial` has no such equality, which layers need.
 
     Args:
-        function: The function. It belongs to a module, so that it can be pickled.
+        function: The function. It is one of a module, so that it can be pickled.
         options: The names and values of further arguments.
     """
 
@@ -59,7 +59,7 @@ class Function(Value):
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the function returns."""
+        """Call the function."""
         return self.function(x, **dict(self.options))
 
     def __repr__(self) -> str:
@@ -73,21 +73,21 @@ def function(function: Callable[..., Tensor], **options: Any) -> Function:
 
 
 class Unbatched(WrapperLayer):
-    """Pass an input without a batch through a layer as a batch of one.
+    """Add a batch dimension to an unbatched input of a layer, and remove it from the output.
 
     Args:
         layer: The layer.
         ndim: The number of dimensions of a batch.
 
     Shape:
-        What the layer takes to what it returns, both with or both without the first dimension.
+        The input of the layer to its output, both with or both without the first dimension.
     """
 
     layer: Layer
     ndim: int
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
-        """Return the layer's output, without a batch if the input has none, and its states."""
+        """Return the layer's output, unbatched if the input is, and its states."""
         if x.ndim != self.ndim - 1:
             y, st = self.layer(x, ps, st)
             return y, st
@@ -103,7 +103,7 @@ def _plain(activation: Any) -> Converter:
 
 
 def _with(activation: Callable[..., Tensor], *names: str) -> Converter:
-    """Return what takes a module to a function, with the options of these names."""
+    """Return a converter to an activation function with the options of these names."""
     return lambda module: WrappedFunction(function(activation, **{name: getattr(module, name) for name in names}))
 
 
@@ -151,7 +151,7 @@ _ACTIVATIONS: dict[type[nn.Module], Converter] = {
 
 
 class SizedConvTranspose(ConvTranspose):
-    """Be a `ConvTranspose` that may be told the size of its output, as `torch.nn.ConvTranspose2d` may.
+    """Compute a `ConvTranspose` with an optional output size, as `torch.nn.ConvTranspose2d` takes it.
 
     Args:
         kernel_size: As in `ConvTranspose`, like all others.
@@ -168,12 +168,12 @@ class SizedConvTranspose(ConvTranspose):
     def __call__(self, x: Tensor | Inputs, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the transposed convolution of the input, and `st`."""
         image, size = bound(x, "input", "output_size") if isinstance(x, Inputs) else (x, None)
-        # Another layer, with the padding of this size: ConvTranspose's own call knows nothing of sizes.
+        # A layer with the output padding for this size, as ConvTranspose itself does not take sizes.
         plain = ConvTranspose.__call__
         return plain(self if size is None else replace(self, output_padding=self._missing(image, size)), image, ps, st)
 
     def _missing(self, x: Tensor, size: Sequence[int]) -> tuple[int, ...]:
-        """Return how much longer an output of the given size is than the shortest."""
+        """Return the output padding for an output size."""
         steps, ends = self.stride, zip(self._cut, self._extent, strict=True)
         least = [
             (n - 1) * step - low - high + reach + 1
@@ -181,9 +181,7 @@ class SizedConvTranspose(ConvTranspose):
         ]
         more = tuple(n - m for n, m in zip(size[-self._dims :], least, strict=True))
         if min(more) < 0:
-            raise InputError(
-                "The output cannot be as small.", expected=f"at least {tuple(least)}", got=f"{tuple(size)}"
-            )
+            raise out_of_range("output_size", tuple(size), f"at least {tuple(least)}")
         return more
 
 
@@ -215,17 +213,17 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {
 
 
 class Identity(NoOpLayer):
-    """Be a `NoOpLayer` that takes one input, as `torch.nn.Identity` does.
+    """Return the input; unlike `NoOpLayer`, take one input only, as `torch.nn.Identity` does.
 
     Shape:
-        Anything, but several arguments, to the same.
+        Any one input to the same.
 
     Source: `torch.nn.Identity`.
     """
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return `(x, st)`."""
-        return x if isinstance(x, Tensor) else opened(self, x), st
+        return x if isinstance(x, Tensor) else single_input(self, x), st
 
 
 def _linear(module: nn.Linear) -> Dense:
@@ -285,7 +283,7 @@ def _batch_norm(module: Any) -> Layer:
 
 
 def _instance_norm(ndim: int, module: Any) -> Layer | None:
-    if not module.affine:  # torch's takes any number of channels then
+    if not module.affine:  # then torch's takes any number of channels
         return None
     momentum, tracked = float(module.momentum or 0.0), module.track_running_stats
     layer = InstanceNorm(module.num_features, momentum=momentum, track_running_stats=tracked, **_norm_options(module))
@@ -325,7 +323,7 @@ _NORMS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {
 
 
 def _per_dim(value: Any, dims: int) -> tuple[Any, ...]:
-    """Return a number for each dimension, as torch takes a single one."""
+    """Return a number for each dimension, where torch may have a single one."""
     return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
 
 
@@ -416,7 +414,7 @@ def _upsample(module: nn.Upsample) -> Upsample | None:
     )
 
 
-# luxtorch's own shuffles take any number of dimensions after the channels; torch's take two, and any before.
+# luxtorch's own shuffles take any number of spatial dimensions; torch's take two, and any number of batch dimensions.
 def _pixel_shuffle(module: nn.PixelShuffle) -> WrappedFunction:
     return WrappedFunction(function(F.pixel_shuffle, upscale_factor=module.upscale_factor))
 
@@ -454,7 +452,7 @@ CONVERTERS: dict[type[nn.Module], Callable[[Any], Layer | None]] = {
     **_POOLS,
     **_SHAPES,
 }
-"""What takes a module of each kind to a layer, or to None where an option has no counterpart."""
+"""A function for each kind of module that returns the layer, or None where an option has no counterpart."""
 
 _ONE = (
     *(AdaptiveMaxPool, AdaptiveMeanPool, AlphaDropout, BatchNorm, Conv, Dense, Dropout, Embedding, FeatureDropout),
@@ -463,26 +461,26 @@ _ONE = (
 )
 
 ARGUMENTS: dict[type[Layer], str] = {**dict.fromkeys(_ONE, "input"), RMSNorm: "x"}
-"""What torch calls the input of the modules that become a layer; a derived class may take arguments itself."""
+"""The name that torch gives to the input of the modules that become a layer."""
 
 
 def native(module: nn.Module) -> Layer | None:
     """Return the layer that computes what a module does, with tensors of the same names; None if there is none.
 
-    A module of a subclass may compute something else, and so may one with hooks or parametrizations.
+    A module of a subclass, or one with hooks or parametrizations, may compute something else.
     """
     convert = CONVERTERS.get(type(module))
-    if convert is None or hooked(module) or module._modules or "forward" in vars(module):
+    if convert is None or has_hooks(module) or module._modules or "forward" in vars(module):
         return None
     try:
         layer = convert(module)
-    except InputError:  # options that luxtorch refuses; torch says at the call what is wrong with them
+    except InputError:  # options that luxtorch refuses; torch raises at the call
         return None
     return layer if layer is not None and _same_names(module, layer) else None
 
 
 def _same_names(module: nn.Module, layer: Layer) -> bool:
-    """Say whether a module holds the tensors that the layer wants, and no others."""
+    """Return whether a module has exactly the tensors that the layer needs."""
     ps, st = layer._names
     states = {name for name, store, _ in tensors_of(module) if store is not module._parameters}
     return ps == {name for name, value in module._parameters.items() if value is not None} and states <= st

@@ -1,4 +1,4 @@
-"""What the code of a module may reach: by attributes and containers, by what functions close over, and by globals."""
+"""Objects that a module's code can reach: through attributes, containers, closures and globals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LRU: Any = type(functools.lru_cache(len))
-"""The type of a function with a cache."""
+"""The type of what `functools.lru_cache` returns."""
 
 OF_A_MODULE = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
@@ -24,7 +24,7 @@ _CLOSED = (type, types.ModuleType, types.CodeType, str, bytes, int, float, compl
 
 
 def importable(function: Any) -> bool:
-    """Say whether a function is what its own name stands for in its module, and so belongs to no object."""
+    """Return whether a function is found by its qualified name in its module, so that no object owns it."""
     owner: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         owner = getattr(owner, name, None)
@@ -33,18 +33,18 @@ def importable(function: Any) -> bool:
 
 @functools.cache
 def names_used(code: types.CodeType) -> frozenset[str]:
-    """Return the names of attributes and globals that a function uses, or a function inside it."""
+    """Return the names of attributes and globals that a function, or one nested in it, uses."""
     return frozenset(code.co_names).union(*map(names_used, _codes_inside(code)))
 
 
 def globals_used(code: types.CodeType) -> frozenset[str]:
-    """Return the names of the globals that a function uses, or a function inside it."""
+    """Return the names of the globals that a function, or one nested in it, uses."""
     return names_in_operations(code, "LOAD_GLOBAL", "LOAD_NAME")
 
 
 @functools.cache
 def names_in_operations(code: types.CodeType, *operations: str) -> frozenset[str]:
-    """Return the names that some operations of a function are about, or those of a function inside it."""
+    """Return the arguments of some bytecode operations of a function and of those nested in it."""
     own = (one.argval for one in dis.get_instructions(code) if one.opname in operations)
     return frozenset(own).union(*(names_in_operations(each, *operations) for each in _codes_inside(code)))
 
@@ -54,12 +54,12 @@ def _codes_inside(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def reaches(x: Any, wanted: Collection[int], packages: Collection[str] = ()) -> str | None:
-    """Return by which way an object leads to one of those with some ids; None if it does not.
+    """Return the path from an object to one with any of some ids; None if there is none.
 
     Args:
         x: The object.
         wanted: The ids.
-        packages: The packages of those functions whose globals are looked at too.
+        packages: The packages of functions whose globals are followed too.
     """
     for path, each in everything(x, packages):
         if id(each) in wanted:
@@ -68,7 +68,7 @@ def reaches(x: Any, wanted: Collection[int], packages: Collection[str] = ()) -> 
 
 
 def everything(x: Any, packages: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield an object and all that it leads to, each once, with the way there; see `reaches`."""
+    """Yield an object and all that it references, each once, with its path; see `reaches`."""
     seen: dict[int, Any] = {}
     waiting: list[tuple[str, Any]] = [("", x)]
     while waiting:
@@ -92,13 +92,13 @@ def package(x: Any) -> str:
 
 
 def inside(x: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what an object leads to directly, each with the way there."""
+    """Yield what an object references directly, each with its path."""
     if isinstance(x, Tensor):
         return
     if isinstance(x, Mapping):
         try:
             yield from ((f"[{name!r:.40}]", value) for name, value in x.items())
-        except Exception:  # a mapping that is computed, of something that is no longer there
+        except Exception:  # a computed mapping of something that is gone
             return
     elif isinstance(x, _CONTAINERS):
         yield from ((f"[{i}]", value) for i, value in enumerate(x))
@@ -148,12 +148,12 @@ def _inside_function(x: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def of_torch(x: Any) -> bool:
-    """Say whether a class or function belongs to torch, or to luxtorch itself."""
+    """Return whether a class or function belongs to torch, or to luxtorch itself."""
     return package(x) in ("torch", "luxtorch")
 
 
 def code_of(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
-    """Yield the functions of the class of a module that are not torch's, each with the name of its attribute."""
+    """Yield the methods of a module's class that are not torch's, each with its name."""
     for kind in type(module).__mro__:
         if not of_torch(kind) and kind is not object:
             for name, value in vars(kind).items():
@@ -171,9 +171,9 @@ def _functions(x: Any) -> Iterator[types.FunctionType]:
 
 
 def left_by_calls(module: nn.Module) -> frozenset[str]:
-    """Return the attributes that hold what an earlier call has left: code writes them before it reads them.
+    """Return the attributes that earlier calls have left behind: code writes them before it reads them.
 
-    Such an attribute is not a state. Should a call read it first after all, it is not there.
+    Such an attribute is not a state. Should a call read it first after all, it is missing.
     """
     names = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     if not names:
@@ -191,7 +191,7 @@ def _codes_of(module: nn.Module) -> Iterator[types.CodeType]:
 
 @functools.cache
 def _first_use(code: types.CodeType, name: str) -> str:
-    """Say whether a function reads an attribute of a name before it writes one."""
+    """Return whether a function first reads ("read") or writes ("write") an attribute of a name."""
     if name in code.co_consts:  # by getattr
         return "read"
     for one in dis.get_instructions(code):
@@ -201,5 +201,5 @@ def _first_use(code: types.CodeType, name: str) -> str:
 
 
 def asks_for_parameters(module: nn.Module) -> bool:
-    """Say whether the code of a module, but for what makes one, mentions `nn.Parameter`."""
+    """Return whether the code of a module, except its `__init__`, mentions `nn.Parameter`."""
     return any("Parameter" in code.co_names for code in _codes_of(module))

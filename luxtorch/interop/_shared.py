@@ -1,4 +1,4 @@
-"""What the code of a module may change besides the module: caches and counters of its classes, and globals."""
+"""Global state that a module's code may change: caches of functions, class attributes and globals."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import nn
 
 from luxtorch._transforms import functional, watched
 
-from ._duplicate import content_of, put_back
+from ._module_copy import content_of, restore
 from ._reach import LRU, everything, names_in_operations, of_torch, package
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _ABSENT: Any = object()
 
 
-class Shared:
-    """Find what calls of a module share with all others, and put back what one has changed.
+class SharedState:
+    """Find the state that calls of a module share with other code, and undo changes of it.
 
-    What a method remembers is of one module, and is forgotten.
+    Caches of methods belong to one module, and are cleared.
 
     Args:
         module: The module; None for nothing.
-        functions: What a call of it may run.
+        functions: The functions that a call of it may run.
     """
 
     def __init__(self, module: nn.Module | None, functions: list[types.FunctionType]) -> None:
@@ -51,13 +51,13 @@ class Shared:
         self._attributes = [(kind, name) for kind in classes for name in names]
         self._any = bool(self._containers or self._variables or self._caches or self._methods or self._attributes)
 
-    def put_back(self) -> AbstractContextManager[None]:
-        """Put back what is changed inside; a cache keeps what plain code has computed."""
-        return self._put_back() if self._any else nullcontext()
+    def restored(self) -> AbstractContextManager[None]:
+        """Undo changes that are made inside; a cache keeps results that were computed outside of transforms."""
+        return self._restored() if self._any else nullcontext()
 
     @contextmanager
-    def _put_back(self) -> Iterator[None]:
-        # Most are the attributes of functions, of which there are none.
+    def _restored(self) -> Iterator[None]:
+        # Most containers are the `__dict__` of functions, which are empty.
         contents = [(each, content_of(each) if each else ()) for each in self._containers]
         variables = [(scope, name, scope.get(name, _ABSENT)) for scope, name in self._variables]
         attributes = [(kind, name, vars(kind).get(name, _ABSENT)) for kind, name in self._attributes]
@@ -67,7 +67,7 @@ class Shared:
         finally:
             for each, before in contents:
                 if each or before:
-                    put_back(each, before)
+                    restore(each, before)
             for scope, name, value in variables:
                 if value is _ABSENT:
                     scope.pop(name, None)
@@ -87,4 +87,4 @@ class Shared:
                     cache.cache_clear()
 
 
-NOTHING = Shared(None, [])
+NOTHING = SharedState(None, [])

@@ -1,4 +1,4 @@
-"""Arguments of torch's modules that come to layers of luxtorch, which take one input."""
+"""`Inputs` passed to layers that take one input, such as `Dense`: the single argument is unwrapped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ._native import ARGUMENTS
 
 
 def single(layer: Layer, given: Inputs) -> Any:
-    """Return the input that some arguments are, if a layer is what `from_torch` makes of a module with one input.
+    """Return the only argument, if `from_torch` makes the layer of a module with one input.
 
-    For any other layer, return the arguments as they came.
+    For any other layer, return the arguments unchanged.
 
     Raises:
         InputError: If torch's module would not take them.
@@ -25,22 +25,22 @@ def single(layer: Layer, given: Inputs) -> Any:
     if type(layer) is not Chain:
         name = _argument(layer)
         return given if name is None else bound(given, name)[0]
-    # A chain passes arguments on, but torch's takes an `input` that it passes on without that name.
+    # A chain passes arguments on, but nn.Sequential takes an `input` and passes it on by position.
     if given.args or given.kwargs.keys() != {"input"} or _takes_input(_first(layer)):
         return given
     return given.kwargs["input"]
 
 
-@compile_constant  # which cannot trace what reads modules and signatures
+@compile_constant  # torch.compile cannot trace code that reads signatures
 def _argument(layer: Layer) -> str | None:
-    if isinstance(layer, WrappedFunction):  # one of a user's own may take arguments
+    if isinstance(layer, WrappedFunction):  # a user's own function may take several
         home = getattr(layer.function, "__module__", None) or "torch"
         return "input" if home.partition(".")[0] in ("luxtorch", "torch") else None
     return ARGUMENTS.get(type(layer))
 
 
 def _first(layer: Layer) -> Layer:
-    """Return the first layer inside that a chain's input goes to."""
+    """Return the innermost layer that gets a chain's input."""
     while (inside := layer.layers[0] if isinstance(layer, Chain) else layer.children().get("")) is not None:
         layer = inside
     return layer
@@ -48,7 +48,7 @@ def _first(layer: Layer) -> Layer:
 
 @compile_constant
 def _takes_input(layer: Layer) -> bool:
-    """Tell whether a layer takes an argument that is called `input` itself."""
+    """Return whether a layer itself takes an argument called `input`."""
     if isinstance(layer, ModuleLayer):
         return "input" in inspect.signature(layer.skeleton.root.module.forward).parameters
     return _argument(layer) is None

@@ -1,4 +1,4 @@
-"""A module without its tensors, which are lent to it for the time of a call."""
+"""Functionalization of a module: parameters and states are swapped into a copy of it for the time of a call."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from luxtorch._torch import storage_id
 from luxtorch._transforms import in_reverse, unwrapped
 from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
-from ._code import check_code, draws_checked, functions_of, sources_of
-from ._duplicate import Alias, Duplicate
+from ._code import check_code, check_draws, functions_of, sources_of
+from ._deferred import CurrentCall, deferred
 from ._identity import Identity, identity_of
-from ._late import Called, carried
+from ._module_copy import Alias, ModuleCopy
 from ._names import NAMES, names_of
-from ._part import Part, Placeholder, tensors_of, writes_parameter
 from ._reach import asks_for_parameters, left_by_calls
-from ._reset import Place, untouched
-from ._shared import NOTHING, Shared
+from ._reset import Place, not_reset
+from ._shared import NOTHING, SharedState
+from ._submodule import Placeholder, Submodule, tensors_of, writes_parameter
 from .pure._keys import Keys
 from .pure._mode import PureMode
 from .pure._modules import make_pure, make_traceable
@@ -33,12 +33,12 @@ RNG = "rng"
 
 
 def shares(tensor: Any, other: Any) -> bool:
-    """Say whether to write into a tensor is to write into another one."""
+    """Return whether two tensors share their storage."""
     return tensor is other or _storage_of(tensor) == _storage_of(other)
 
 
 def _storage_of(tensor: Any) -> int:
-    """Return what two tensors have in common if to write into one is to write into the other."""
+    """Return an id that two tensors have in common if they share their storage."""
     try:
         return storage_id(unwrapped(tensor))
     except Exception:  # a kind of tensor without one
@@ -46,7 +46,7 @@ def _storage_of(tensor: Any) -> int:
 
 
 def _call_of(module: Any) -> Callable[..., Any]:
-    """Return the call of a module, without holding the module."""
+    """Return the call of a module, given a weak reference to it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module()._call_impl(*args, **kwargs)
@@ -54,34 +54,34 @@ def _call_of(module: Any) -> Callable[..., Any]:
     return call
 
 
-class Body:
-    """Hold a copy of a module for one call at a time.
+class WorkingCopy:
+    """Run a copy of a module with swapped parameters and states, one call at a time.
 
     Args:
-        duplicate: The copy, with placeholders.
-        draws: The global sources of random numbers that its code may draw from.
-        shared: What its code may change besides the module.
-        traced: Whether it is for a compiler.
+        copied: The copy, with placeholders.
+        draws: The global random number generators that its code may draw from.
+        shared: The state outside of the module that its code may change.
+        traced: Whether it is for torch.compile.
 
     Attributes:
         module: The copy.
-        root: Its parts.
+        root: The module itself as the root of its submodules.
     """
 
     def __init__(
         self,
-        duplicate: Duplicate,
+        copied: ModuleCopy,
         draws: frozenset[str] = frozenset(),
-        shared: Shared = NOTHING,
+        shared: SharedState = NOTHING,
         *,
         traced: bool = False,
     ) -> None:
-        self.module = duplicate.module
-        self.root = Part(duplicate.module, (), set())
+        self.module = copied.module
+        self.root = Submodule(copied.module, (), set())
         self._parts = [part for part in self.root if part.busy]
-        self._duplicate = duplicate
+        self._copied = copied
         self._draws, self._shared = draws, shared
-        self._sources: dict[int, tuple[Part, str]] = {}
+        self._sources: dict[int, tuple[Submodule, str]] = {}
         first = set()
         for part in self.root:
             for name, store in part.stores.items():
@@ -89,104 +89,105 @@ class Body:
                 first.add((id(store), name))
         asked = any(asks_for_parameters(part.module) for part in self.root)
         for part in self.root:
-            part.as_parameters, part.traced, part.apart = asked, traced, part.apart and not traced
-        self._lent_apart = {id(part.module._parameters): part.module for part in self.root if part.apart}
-        self._aliases = [alias for alias in duplicate.aliases if (id(alias.container), alias.name) not in first]
-        self._kept_as_given: set[int] | None = None
-        self._hooked = [part for part in self.root if part.module._backward_hooks or part.module._backward_pre_hooks]
-        duplicate.settle(self._lent_apart)
+            part.as_parameters, part.traced, part.own_dict = asked, traced, part.own_dict and not traced
+        self._own_dicts = {id(part.module._parameters): part.module for part in self.root if part.own_dict}
+        self._aliases = [alias for alias in copied.aliases if (id(alias.container), alias.name) not in first]
+        self._read_only: set[int] | None = None
+        self._with_hooks = [
+            part for part in self.root if part.module._backward_hooks or part.module._backward_pre_hooks
+        ]
+        copied.snapshot(self._own_dicts)
 
     @property
     def free(self) -> bool:
-        """Whether nobody holds what belongs to the copy."""
-        return self._duplicate.free
+        """Whether nothing outside references objects of the copy."""
+        return self._copied.free
 
-    def lend(self, ps: Parameters, st: States) -> None:
-        """Put parameters and states into the copy, wherever they stand."""
-        self._kept_as_given = None
-        self.root.lend(ps, st)
+    def swap_in(self, ps: Parameters, st: States) -> None:
+        """Put parameters and states into the copy, in the places of all placeholders."""
+        self._read_only = None
+        self.root.swap_in(ps, st)
         for alias in self._aliases:
-            self._put(alias, self._duplicate.filled(alias.content, self._value))
+            self._put(alias, self._copied.resolve(alias.content, self._value))
 
     def _value(self, placeholder: Any) -> Any:
         part, name = self._sources[id(placeholder)]
         return part.value(name)
 
     def _put(self, alias: Alias, value: Any) -> None:
-        module = self._lent_apart.get(id(alias.container))
+        module = self._own_dicts.get(id(alias.container))
         if module is None:
             alias.put(value)
-        else:  # another dict stands in the place of the container
+        else:  # the container was replaced by a dict for this call
             own: dict[str, Any] = module._parameters
             own[alias.name] = value
 
     def function(self, method: str) -> Callable[..., Any]:
-        """Return a method of the module; its call, where that is its forward."""
+        """Return a method of the module; for "forward", its call with hooks."""
         return self.module if method == "forward" else getattr(self.module, method)
 
     @contextmanager
     def running(self, keys: Keys) -> Iterator[None]:
-        """Let the module run, with random numbers from keys."""
-        if self._hooked and in_reverse():
-            raise self._hooked[0].located(
+        """Run the module inside with random numbers from keys, and undo changes of shared state."""
+        if self._with_hooks and in_reverse():
+            raise self._with_hooks[0].located(
                 InputError(
-                    "The module has full backward hooks, which only an autograd tape runs.",
-                    expected="a tape, as that of training.single_train_step or of y.backward()",
+                    "A module with full backward hooks must be differentiated by autograd, as only that runs them.",
+                    expected="training.single_train_step or y.backward()",
                     got="a transform of torch.func",
-                    fix="Remove them before from_torch: handle.remove().",
+                    fix="Remove the hooks before from_torch: handle.remove().",
                 )
             )
-        own = self._duplicate.generators
-        watched = draws_checked(self._draws, own) if self._draws or own else nullcontext()
-        with self._shared.put_back(), watched, Called(self, keys), PureMode(keys, self):
+        own = self._copied.generators
+        watched = check_draws(self._draws, own) if self._draws or own else nullcontext()
+        with self._shared.restored(), watched, CurrentCall(self, keys), PureMode(keys, self):
             yield
 
-    def take(self, st: States) -> dict[str, Any]:
+    def read_states(self, st: States) -> dict[str, Any]:
         """Return the states after a call; `st` are those before it."""
         for part in self._parts:
             if part.parameters:
                 part.check_parameters()
-        return self.root.take(st)
+        return self.root.read_states(st)
 
-    def clear(self) -> None:
-        """Take the tensors away again, and put back whatever else a call has changed."""
+    def swap_out(self) -> None:
+        """Put the placeholders back, and undo all other changes of a call."""
         for alias in self._aliases:
             self._put(alias, alias.content)
         for part in self._parts:
-            part.clear()
+            part.swap_out()
         if not torch.compiler.is_compiling():
-            self._duplicate.restore()
+            self._copied.restore_all()
 
-    def protected(self, tensor: Tensor, touches: Callable[[Any, Any], bool] = shares) -> LuxtorchError | None:
-        """Return the error of a forward that changes a tensor, if it must not.
+    def error_if_changed(self, tensor: Tensor, touches: Callable[[Any, Any], bool] = shares) -> LuxtorchError | None:
+        """Return the error for a forward that changes a parameter or a constant; None for other tensors.
 
         Args:
-            tensor: The tensor.
-            touches: Whether to change a tensor is to change another one.
+            tensor: The tensor that is changed.
+            touches: Tells whether changing one tensor changes another.
         """
         for part in self.root:
             for name in part.parameters:
                 if touches(tensor, part.value(name)):
                     return part.located(writes_parameter(name))
-        for value in self._duplicate.constants.values():
+        for value in self._copied.constants.values():
             if touches(tensor, value):
                 return InputError(
-                    "The module's forward changes a tensor that is neither its parameter nor its buffer.",
-                    expected="states in buffers, which a call returns",
+                    "The module's forward must not change a tensor that is neither its parameter nor its buffer.",
                     got=f"a write into a tensor of shape {tuple(value.shape)}",
-                    fix="Register it by register_buffer.",
+                    fix="Register it by register_buffer: buffers are states, which a call returns.",
                 )
         return None
 
-    def written(self, tensor: Tensor) -> LuxtorchError | None:
-        """Return the error of a forward that writes into a tensor, if it must not."""
-        if self._kept_as_given is None:  # most calls write into many tensors, or into none
-            lent = (value for part in self._parts for value in part.lent)
-            self._kept_as_given = {*map(_storage_of, (*lent, *self._duplicate.constants.values()))}
-        return self.protected(tensor) if _storage_of(tensor) in self._kept_as_given else None
+    def error_if_written(self, tensor: Tensor) -> LuxtorchError | None:
+        """Return the error for a forward that writes into a parameter or a constant; None for other tensors."""
+        if self._read_only is None:  # most calls write into many tensors, or into none
+            swapped = (value for part in self._parts for value in part.swapped)
+            self._read_only = {*map(_storage_of, (*swapped, *self._copied.constants.values()))}
+        return self.error_if_changed(tensor) if _storage_of(tensor) in self._read_only else None
 
     def requires_gradient(self, tensor: Tensor) -> bool:
-        """Say whether a tensor stands for a parameter that requires a gradient in the module."""
+        """Return whether a tensor was swapped in for a parameter that requires a gradient."""
         for part in self.root:
             for name in part.trainable:
                 if part.value(name) is tensor:
@@ -194,33 +195,33 @@ class Body:
         return False
 
     def call_later(self, keys: Keys) -> None:
-        """Let modules of the copy that something has kept, such as an adjoint solver, be called after the call."""
-        for module in self._duplicate.modules:
-            vars(module)["_compiled_call_impl"] = carried(_call_of(weakref.ref(module)), self, keys)
+        """Let submodules that something still references, such as an adjoint solver, be called after the call."""
+        for module in self._copied.modules:
+            vars(module)["_compiled_call_impl"] = deferred(_call_of(weakref.ref(module)), self, keys)
 
 
 class Skeleton:
-    """Copy a module without its tensors, for calls with tensors from outside.
+    """Functionalize a module: hold a pool of copies without tensors, for calls with tensors from outside.
 
-    Copies are lent out one call at a time, so that calls from several threads do not meet in one. A copy that
-    something holds after the call, such as a checkpoint, keeps what it was lent until it is let go.
+    A call acquires a copy for itself, so that threads do not share one. A copy that something still references after
+    the call, such as a checkpoint, keeps its tensors until it is released.
 
     Args:
-        module: The module, which stays as it is.
-        kept: What to take for `kept`; by default, what the module holds.
-        identity: What to take for `identity`; by default, made from the module.
-        drawn: What to take for `drawn`; likewise.
+        module: The module, which is not changed.
+        kept: A value for `kept`; by default, computed from the module.
+        identity: A value for `identity`; likewise.
+        drawn: A value for `drawn`; likewise.
 
     Attributes:
-        root: The parts of a copy that nobody calls, for a look.
-        random: Whether the module may ask for random numbers.
-        writes: Whether it may write into its input: in torch's own modules an option says so, of others nobody knows.
-        draws: The sources of random numbers, besides torch's functions, that its code may draw from.
-        shared: What its code may change besides the module: caches and counters of classes and globals.
-        kept: The tensors that no `reset_parameters` makes anew, by place.
-        drawn: Those of these that seem to be drawn at random: parameters whose elements differ.
+        root: The submodules of a copy that is never called, to look up names and shapes.
+        random: Whether the module may draw random numbers.
+        writes: Whether it may write into its input: modules of torch.nn have an option for it, any other may.
+        draws: The random number generators, besides torch's global one, that its code may draw from.
+        shared: The state outside of the module that its code may change: caches, class attributes and globals.
+        kept: The tensors that no `reset_parameters` initializes, by place.
+        drawn: Those of `kept` that seem to be drawn at random: parameters whose elements differ.
         names: How its `state_dict` differs from the trees.
-        identity: What tells it from others, besides `kept`.
+        identity: The fingerprint that, with `kept`, tells it from others.
     """
 
     def __init__(
@@ -232,20 +233,20 @@ class Skeleton:
     ) -> None:
         functions = functions_of(module)
         check_code(module, functions)
-        self.draws, self.shared = sources_of(module, functions), Shared(module, functions)
+        self.draws, self.shared = sources_of(module, functions), SharedState(module, functions)
         placeholders = {
             id(value): value if isinstance(value, Placeholder) else Placeholder(value)
             for each in module.modules()
             for _, _, value in tensors_of(each)
         }
-        first = Duplicate(module, placeholders, left_by_calls)
+        first = ModuleCopy(module, placeholders, left_by_calls)
         for each in first.modules:
             make_pure(each)
         self._constants = first.constants
-        self.root = Body(first).root
+        self.root = WorkingCopy(first).root
         self.random = any(part.modal for part in self.root)
         self.writes = any(part.written for part in self.root)
-        self.kept, certain = untouched(Part(module, (), set()), self._copy()) if kept is None else (kept, True)
+        self.kept, certain = not_reset(Submodule(module, (), set()), self._copy()) if kept is None else (kept, True)
         self.names = names_of(self.root.module)
         parameters = {(part.path, name) for part in self.root for name in part.parameters}
         varying = frozenset(place for place, value in self.kept.items() if place in parameters and _varies(value))
@@ -255,63 +256,65 @@ class Skeleton:
             if identity is None
             else identity
         )
-        self._idle: list[Body] = []
-        self._out: list[Body] = []
-        self._most_out = 8
+        self._idle: list[WorkingCopy] = []
+        self._in_use: list[WorkingCopy] = []
+        self._limit = 8
         self._traced = self._copy(traced=True)
         for part in self._traced.root:
             make_traceable(part.module)
 
     def own_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the states that are not the module's: a key, if it may ask for one, and names."""
+        """Return the states that luxtorch adds to the module's: a key, if it draws random numbers, and names."""
         named = {NAMES: Static(self.names)} if any(self.names) else {}
         return {RNG: key, **named} if self.random else named
 
-    def borrow(self) -> Body:
+    def acquire(self) -> WorkingCopy:
         """Return a copy that no other call uses."""
-        if torch.compiler.is_compiling():  # which traces a call once, alone
+        if torch.compiler.is_compiling():  # one call is traced at a time
             return self._traced
         try:
             return self._idle.pop()
         except IndexError:
             return self._returned() or self._copy()
 
-    def give_back(self, body: Body, keys: Keys | None = None) -> None:
-        """Keep a copy for the next call, if nothing holds it; else when it is let go.
+    def release(self, copy: WorkingCopy, keys: Keys | None = None) -> None:
+        """Return a copy to the pool for the next call, as soon as nothing references it.
 
         Args:
-            body: The copy.
-            keys: What random numbers come from, if something holds it and calls it.
+            copy: The copy.
+            keys: The keys for random numbers, if something references the copy and calls it later.
         """
         if torch.compiler.is_compiling():
-            body.clear()
-        elif body.free:
-            body.clear()
-            self._idle.append(body)
+            copy.swap_out()
+        elif copy.free:
+            copy.swap_out()
+            self._idle.append(copy)
         else:
             if keys is not None:
-                body.call_later(keys)
-            self._out.append(body)
+                copy.call_later(keys)
+            self._in_use.append(copy)
 
-    def _returned(self) -> Body | None:
-        """Return a copy that was held after its call, and is no longer."""
+    def _returned(self) -> WorkingCopy | None:
+        """Return a copy that was referenced after its call, and no longer is."""
         for attempt in range(2):
-            for i, body in enumerate(self._out):
-                if body.free:
-                    del self._out[i]
-                    body.clear()
-                    return body
-            if attempt or len(self._out) < self._most_out:
+            for i, copy in enumerate(self._in_use):
+                if copy.free:
+                    del self._in_use[i]
+                    copy.swap_out()
+                    return copy
+            if attempt or len(self._in_use) < self._limit:
                 return None
-            gc.collect()  # what holds them may itself be waiting for that
-            self._most_out = 2 * len(self._out)
+            gc.collect()  # the references may be in cycles
+            self._limit = 2 * len(self._in_use)
         return None
 
-    def _copy(self, *, traced: bool = False) -> Body:
-        # Its copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
-        stood = [value for part in self.root for value in part.stood.values()]
-        shared = {id(value): value.tensor if traced else value for value in stood}
-        return Body(Duplicate(self.root.module, shared, shared=self._constants), self.draws, self.shared, traced=traced)
+    def _copy(self, *, traced: bool = False) -> WorkingCopy:
+        # Copies share the placeholders: a first call may be inside a transform or a trace, where none can be made.
+        originals = [value for part in self.root for value in part.originals.values()]
+        shared = {id(value): value.tensor if traced else value for value in originals}
+        return WorkingCopy(
+            ModuleCopy(self.root.module, shared, shared=self._constants), self.draws, self.shared, traced=traced
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Skeleton) or self.identity != other.identity:
@@ -325,7 +328,7 @@ class Skeleton:
         return hash(self.identity)
 
     def __deepcopy__(self, memo: Any) -> Skeleton:
-        return self  # it does not change
+        return self  # it is immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Skeleton, (self.root.module, self.kept, self.identity, self.drawn)

@@ -1,4 +1,4 @@
-"""Layers as modules: `to_torch`, and export of a call."""
+"""Conversion of layers to `torch.nn.Module`: `to_torch`, and `export` to a `torch.export` program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, map_tensors, tensors, tree_map
+from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, map_tensors, out_of_range, tensors, tree_map
 from luxtorch.surgery import Frozen, unfreeze
 
 from ._branch import Branch, branches_only
@@ -18,7 +18,7 @@ from ._names import names_in
 
 
 class LayerModule(Branch):
-    """Be a `torch.nn.Module` that holds a layer's parameters and states; `lt.to_torch` makes one.
+    """Hold a layer with its parameters and states as a `torch.nn.Module`; `lt.to_torch` makes one.
 
     Args:
         layer: The layer.
@@ -38,11 +38,11 @@ class LayerModule(Branch):
                 self._tie(prefix + second, prefix + first)
 
     def _tie(self, second: str, first: str) -> None:
-        """Give a tensor, or the module that it stands in, another name."""
+        """Register a tensor, or the submodule that holds it, under a second name."""
         (owner, _, name), (source, _, old) = second.rpartition("."), first.rpartition(".")
         try:
             branch = self.get_submodule(owner)
-        except AttributeError:  # there is only the first of a module's places: climb to the one that is shared
+        except AttributeError:  # the submodule is registered under its first name alone: its parent is what is shared
             if name == old and owner:
                 self._tie(owner, source)
             return
@@ -77,9 +77,9 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
     The parameters are parameters and the states are buffers, under the names that they have in the trees:
     `module.layer_1.weight`. The mode is that of the states; from then on `train()` and `eval()` set it, of the whole
     model or of a part, such as `module.layer_2.eval()`. A call keeps the new states in the buffers, random keys among
-    them, which stand as int64 and are not in the `state_dict`. Frozen parameters do not require a gradient. The
-    `state_dict` of what `lt.from_torch` converted has the names of the module's own. `lt.from_torch` gives the layer
-    back, with the values that the module then has.
+    them, which are stored as int64 and are not in the `state_dict`. Frozen parameters do not require a gradient. The
+    `state_dict` of what `lt.from_torch` converted has the names of the module's own. `lt.from_torch` returns the layer,
+    with the current values of the module.
 
     Args:
         layer: The layer.
@@ -90,7 +90,7 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
         The module. Called with one argument it passes that on; several arguments, or keywords, become `lt.Inputs`.
 
     Raises:
-        InputError: If `layer` is not a layer, or if a name cannot be that of a part of a module, such as "forward".
+        InputError: If `layer` is not a layer, or if a name cannot be that of a submodule, such as "forward".
         DTypeError: If the trees hold something else than tensors.
 
     Example:
@@ -105,18 +105,14 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
         >>> bool(module.layer_2.running_mean.any())  # no longer zero: the call has kept its statistics
         True
 
-    Whoever calls the module anew in the backward pass, as `torch.utils.checkpoint` does, gets the next random numbers;
-    use `lt.Checkpointed` inside the layer. In torch.func.functional_call, pass the buffers too, and find the new states
+    A second call in the backward pass, as by `torch.utils.checkpoint`, draws the next random numbers; use
+    `lt.Checkpointed` inside the layer. In torch.func.functional_call, pass the buffers too, and find the new states
     there afterwards.
 
     Source: Lux's `StatefulLuxLayer` is the nearest there.
     """
     if not isinstance(layer, Layer):
-        raise InputError(
-            "to_torch takes a layer.",
-            expected="to_torch(layer, ps, st)",
-            got=f"{layer!r:.80} of type {type(layer).__name__}",
-        )
+        raise out_of_range("layer", layer, "a layer", fix="Call to_torch(layer, ps, st).")
     if not isinstance(layer, Frozen):
         return LayerModule(layer, ps, st)
     plain, all_ps, own_st = unfreeze(layer, ps, st)
@@ -126,8 +122,8 @@ def to_torch(layer: Layer, ps: Parameters, st: States) -> LayerModule:
     return module
 
 
-def held(module: LayerModule) -> tuple[Layer, dict[str, Any], dict[str, Any]] | None:
-    """Return the layer, the parameters and the states of a module; None if the module was altered meanwhile."""
+def layer_of(module: LayerModule) -> tuple[Layer, dict[str, Any], dict[str, Any]] | None:
+    """Return the layer, the parameters and the states of a module; None if the module was altered since."""
     if type(module) is not LayerModule or not branches_only(module):
         return None
     ps, st = (map_tensors(lambda leaf: leaf.detach().clone(), tree) for tree in (module._read_ps(), module._read_st()))
@@ -147,7 +143,7 @@ def _modes(st: States) -> list[bool]:
 def export(
     layer: Layer, ps: Parameters, st: States, example_inputs: Any, *, dynamic_batch: bool = True
 ) -> ExportedProgram:
-    """Return a model as a program that runs without luxtorch, on batches of any size.
+    """Export a model as a program that runs without luxtorch, on batches of any size.
 
     The program computes what `lt.to_torch` does, in the mode of the states: pass `lt.test_mode(st)` for inference. In
     training mode it also writes its buffers. It is saved by `torch.export.save`, loaded by `torch.export.load`, and
@@ -158,8 +154,8 @@ def export(
         layer: The model.
         ps: Its parameters; they are copied into the program.
         st: Its states; likewise.
-        example_inputs: An input of the model, several as `lt.Inputs`. Shapes and dtypes matter, and values only if the
-            model asks for them.
+        example_inputs: An input of the model, several as `lt.Inputs`. Shapes and dtypes matter; values do only if
+            the model reads them.
         dynamic_batch: Whether the size of the batch may vary: the first dimension of the first tensor in the input, and
             of each other one that is as long.
 
@@ -167,7 +163,7 @@ def export(
         The program.
 
     Raises:
-        InputError: If the example has no batch of two or more: torch takes any other size for a constant.
+        InputError: If the example has no batch of two or more: torch specializes on a batch of one.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -177,8 +173,8 @@ def export(
         >>> program.module()(torch.ones(7, 3)).shape
         torch.Size([7, 4])
 
-    Random numbers of a model in training mode come from operators of luxtorch: such a program does need it. For other
-    dimensions that vary, call `torch.export.export` on the module of `lt.to_torch`.
+    Random numbers of a model in training mode come from operators of luxtorch, which such a program needs. For other
+    dynamic dimensions, call `torch.export.export` on the module of `lt.to_torch`.
     """
     args, kwargs = arguments(example_inputs)
     size = _batch_size(example_inputs) if dynamic_batch else -1
@@ -211,17 +207,14 @@ def _name_inputs(module: LayerModule, args: tuple[Any, ...], kwargs: dict[str, A
 def _batch_size(inputs: Any) -> int:
     sizes = [len(leaf) for leaf in tensors(inputs) if leaf.ndim]
     if not sizes or sizes[0] < 2:
-        raise InputError(
-            "The example has no batch whose size could vary.",
-            expected="a tensor with a first dimension of two or more",
-            got=f"a batch of {sizes[0]}" if sizes else "no tensor with a dimension",
-            fix="Pass an example of two samples, or dynamic_batch=False.",
-        )
+        got = f"a batch of {sizes[0]}" if sizes else "no tensor with a dimension"
+        fix = "Pass an example of two samples, or dynamic_batch=False."
+        raise InputError("The example must have a batch of at least two samples.", got=got, fix=fix)
     return sizes[0]
 
 
 def _dynamic(leaf: Any, size: int) -> Any:
-    """Return which dimensions of an input vary."""
+    """Return the dynamic dimensions of an input."""
     if not isinstance(leaf, Tensor):
         return None
     return {0: Dim("batch")} if leaf.ndim and len(leaf) == size else {}

@@ -1,4 +1,4 @@
-"""Weights of torch state_dicts, safetensors and pickles, loaded into the parameters and states of a layer."""
+"""`load_weights`: load a state_dict, safetensors or pickle into the parameters and states of a layer."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from safetensors import safe_open
 from torch import Tensor
 
 from luxtorch.core import (
-    DTypeError,
     InputError,
     KeyNameError,
     LuxtorchError,
     Parameters,
     States,
+    described,
     named_leaves,
     nested_dicts,
+    out_of_range,
     path_name,
     suggest,
     tree_map,
     tree_map_with_path,
+    wrong_type,
 )
-from luxtorch.core._former import names_today, uncounted
+from luxtorch.core._renamed import current_names, optional_counts
 
 from ._names import Names, names_in, public
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Say which tensors of a model came from a file, and which did not.
+    """Report which tensors of a model were loaded from a file, and which were not.
 
     Attributes:
-        loaded: The names in the model of those that did.
-        missing: The names in the model of those that the file does not have; they are as they were.
-        unexpected: The names in the file of what the model has no place for.
-        mismatched: By their names in the model, why tensors of another shape or kind were not taken.
-        cast: By their names in the model, from which dtype to which tensors were cast.
-        tied: The names in the file that are second names of a tensor that was loaded, with its name in the model.
+        loaded: The names in the model of loaded tensors.
+        missing: The names in the model that the file does not have; their tensors are unchanged.
+        unexpected: The names in the file that the model does not have.
+        mismatched: By name in the model, why a tensor of another shape or kind was not loaded.
+        cast: By name in the model, from which dtype to which a tensor was cast.
+        tied: Second names in the file of a tensor that was loaded, each with its name in the model.
     """
 
     loaded: tuple[str, ...] = ()
@@ -69,11 +71,11 @@ class LoadReport:
         return "\n  ".join(lines)
 
     def error(self, described: Mapping[str, str], renamed: Mapping[str, str]) -> LuxtorchError:
-        """Return the error that lists all that does not fit.
+        """Return the error that lists all missing, unexpected and mismatched names.
 
         Args:
-            described: What the model has, by name, in words.
-            renamed: What the unexpected names are called after renaming.
+            described: Descriptions of the model's tensors, by name.
+            renamed: The unexpected names after renaming.
         """
         lines = [f"'{name}' is not in the file; in the model it is {described[name]}." for name in self.missing]
         for name in self.unexpected:
@@ -84,15 +86,14 @@ class LoadReport:
         rename = _prefix(self.missing, [renamed[name] for name in self.unexpected])
         other = "Map the names with rename=" if self.missing and self.unexpected else "Load into this very model"
         return (KeyNameError if self.missing or self.unexpected else InputError)(
-            "The weights and the model differ.",
-            expected="the same names and shapes",
+            "The weights and the model must have the same names and shapes.",
             got="\n            ".join(lines),
             fix=f"Pass {rename}." if rename else f"{other}, or pass strict=False and read the report.",
         )
 
 
 def _prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """Return the renaming that makes most names match by a prefix more or less; empty if there is none."""
+    """Return the renaming that makes most names match by adding or removing a prefix; empty if there is none."""
     here, there = set(missing), set(unexpected)
     for longer, shorter, more in ((there, here, False), (here, there, True)):
         for one in sorted(shorter):
@@ -104,12 +105,12 @@ def _prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     return ""
 
 
-# What a folder may hold, best first.
+# The files that are looked for in a folder, best first.
 _PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """Return what is in a file by name; nothing in a file is run.
+    """Read the tensors of a file by name; no code in a file is run.
 
     Args:
         path: A safetensors file, a file that `torch.save` has written, the index of a model in several files, or a
@@ -118,7 +119,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     Raises:
         InputError: If there is no such file, or if it cannot be read.
     """
-    with _reading(path):
+    with _explaining_errors(path):
         if path.is_dir():
             return read_weights(_file_of(path))
         if path.suffix == ".json":
@@ -127,12 +128,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             return _read_safetensors(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, Mapping):
-        raise InputError(
-            "The file holds no tensors by name.",
-            expected="a state_dict",
-            got=f"a {type(contents).__name__}",
-            where=str(path),
-        )
+        raise InputError("The file must hold a state_dict.", got=described(contents), where=str(path))
     return contents
 
 
@@ -142,13 +138,9 @@ def _file_of(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            raise InputError(
-                "The folder holds several files of weights.",
-                expected="one, or an index of them",
-                got=", ".join(file.name for file in found),
-                fix="Pass the path of one of them.",
-            )
-    raise InputError("The folder holds no weights.", expected=f"one of {', '.join(_PATTERNS)}")
+            got, fix = ", ".join(file.name for file in found), "Pass the path of one of them."
+            raise InputError("A folder of several files of weights must hold an index of them.", got=got, fix=fix)
+    raise InputError("The folder must hold a file of weights.", expected=f"one of {', '.join(_PATTERNS)}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -165,27 +157,27 @@ def _read_index(path: Path) -> dict[str, Any]:
     files: Any = json.loads(path.read_text())
     files = files.get("weight_map") if isinstance(files, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise InputError("The file is not an index of weights.", expected='JSON with a "weight_map"')
+        raise InputError("The file must be an index of weights.", expected='JSON with a "weight_map"')
     shards = {name: read_weights(path.parent / name) for name in sorted(set(files.values()))}
     for name, shard in files.items():
         if name not in shards[shard]:
-            raise InputError(f"The tensor '{name}' is not where the index says.", expected=f"in {shard}")
+            raise InputError(f"The tensor '{name}' must be in the file that the index names.", expected=shard)
     return {name: shards[shard][name] for name, shard in files.items()}
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Let errors say which file it is, and what may be wrong."""
+def _explaining_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading into ones that name the file and a fix."""
     try:
         yield
     except LuxtorchError as error:
         error.where = error.where or str(path)
         raise
-    except Exception as error:  # a damaged pickle may raise whatever there is
+    except Exception as error:  # a damaged pickle may raise anything
         unsafe = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
         message = str(error).strip().splitlines()
         raise InputError(
-            "The file holds more than tensors." if unsafe else "The file of weights cannot be read.",
+            "The file must hold tensors only." if unsafe else "The file of weights cannot be read.",
             expected="a safetensors file, a state_dict that torch.save has written, or an index of such files",
             got=f"{type(error).__name__}: {message[0] if message else 'no message'}",
             fix="Save module.state_dict() instead of the module." if unsafe else "Check the path; or fetch it again.",
@@ -194,7 +186,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 Rename: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None] | Sequence[tuple[str, str]]
-"""How names become others: by a dict, by a function, or by pairs of a regular expression and its replacement."""
+"""A renaming: a dict, a function, or pairs of a regular expression and its replacement."""
 
 
 class Loaded(NamedTuple):
@@ -213,26 +205,26 @@ def load_weights(
     rename: Rename | None = None,
     strict: bool = True,
 ) -> Loaded:
-    r"""Return parameters and states with values from a file of weights.
+    r"""Load parameters and states from a file of weights.
 
-    A tensor goes to the place whose dotted name it has, such as `layer_1.weight`; those of a model from `lt.from_torch`
-    are the names of the module's `state_dict`, as are those of a model written by hand, `lt.Chain(conv=..., norm=...)`,
-    whose layers are called as the module's parts. A tensor is cast to the dtype and brought to the device of what it
-    replaces. Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of
+    Tensors are matched by dotted names, such as `layer_1.weight`; those of a model from `lt.from_torch` are the names
+    of the module's `state_dict`, as are those of a model written by hand, `lt.Chain(conv=..., norm=...)`, whose layers
+    have the names of the submodules. A tensor is cast to the dtype and moved to the device of the one that it replaces.
+    Random keys may be missing, as other programs have none, and so may `num_batches_tracked`. The `weight` of
     a normalization may be called `scale`, as luxtorch called it once, and as Lux and Flax do.
 
     Args:
         source: A safetensors file, a state_dict saved by `torch.save`, the `.index.json` of a model in several files, a
             folder with one of these, as Hugging Face has them, or the tensors themselves by name.
-        ps: The parameters, a dict or a ComponentVector. Values are not read, and may be on the meta device: what is
-            loaded is then on the CPU.
+        ps: The parameters, a dict or a ComponentVector. Values are not read, and may be on the meta device: then
+            they are loaded to the CPU.
         st: The states.
         rename: How names in the file become names in the model. A dict of names; a function of the name; or pairs of a
-            regular expression and its replacement, all applied in turn. None in the place of a name leaves it out.
+            regular expression and its replacement, all applied in turn. A name that is mapped to None is left out.
         strict: Whether anything missing, unexpected or of another shape is an error. If not, it is in the report.
 
     Returns:
-        `(ps, st, report)`, the trees of the same structure. What was not loaded is the tensor that was passed in.
+        `(ps, st, report)`, the trees of the same structure. Tensors that were not loaded are those that were passed in.
 
     Raises:
         KeyNameError: If names are missing or unexpected. The error lists all of them.
@@ -250,25 +242,21 @@ def load_weights(
         2 loaded
     """
     if not isinstance(source, str | os.PathLike | Mapping):
-        raise DTypeError(
-            "Weights come from a file, or by name.",
-            expected="a path, or a mapping from names to tensors",
-            got=type(source).__name__,
-            fix="Of a module, pass module.state_dict().",
-        )
+        fix = "For a module, pass module.state_dict()."
+        raise wrong_type("source", source, "a path, or a mapping from names to tensors", fix=fix)
     path = None if isinstance(source, Mapping) else Path(source)
-    tensors = dict(named_leaves(_opened(source if path is None else read_weights(path))))
-    wanted = dict(named_leaves(_opened((ps, st))))
+    tensors = dict(named_leaves(_vectors_as_dicts(source if path is None else read_weights(path))))
+    wanted = dict(named_leaves(_vectors_as_dicts((ps, st))))
     wanted = {public(name.partition(".")[2]): leaf for name, leaf in wanted.items()}
     new_names = {name: new for name in tensors if (new := _renamer(rename)(name)) is not None}
-    today = names_today(new_names.values(), wanted)
+    today = current_names(new_names.values(), wanted)
     new_names = {name: today[new] for name, new in new_names.items()}
     values, report = _matched(tensors, new_names, wanted, list(names_in(st)))
     if strict and not report.complete:
-        error = report.error({name: _described(leaf) for name, leaf in wanted.items()}, new_names)
+        error = report.error({name: _kind(leaf) for name, leaf in wanted.items()}, new_names)
         error.where = "" if path is None else str(path)
         raise error
-    return Loaded(_filled(ps, values), _filled(st, values), report)
+    return Loaded(_with_values(ps, values), _with_values(st, values), report)
 
 
 def _matched(
@@ -285,17 +273,14 @@ def _matched(
     sources: dict[str, str] = {}
     for name, new in new_names.items():
         if new in sources and not _same(tensors[name], tensors[sources[new]]):
-            raise InputError(
-                f"Two different tensors are called '{new}' after renaming.",
-                got=f"'{sources[new]}' and '{name}'",
-                fix="Let rename return None for one of them.",
-            )
+            got, fix = f"'{sources[new]}' and '{name}'", "Let rename return None for one of them."
+            raise InputError(f"Two different tensors must not be called '{new}' after renaming.", got=got, fix=fix)
         sources.setdefault(new, name)
     values, mismatched, cast = {}, {}, {}
     for new in wanted.keys() & sources.keys():
         value, like = tensors[sources[new]], wanted[new]
         if not _fits(value, like):
-            mismatched[new] = f"{_described(value)} in the file, {_described(like)} in the model"
+            mismatched[new] = f"{_kind(value)} in the file, {_kind(like)} in the model"
             continue
         if value.dtype != like.dtype:
             cast[new] = f"{_dtype(value)} to {_dtype(like)}"
@@ -310,34 +295,34 @@ def _matched(
                 tied[name] = twin
             else:
                 unexpected.append(name)
-    # A key is not missed, nor what a state_dict leaves out, nor what torch itself does not miss.
+    # Not missing: keys, non-persistent states, and num_batches_tracked, as in torch itself.
     keys = {name for name, like in wanted.items() if like.dtype == torch.uint64}
-    spared = transient | keys | uncounted(sources, wanted)
+    spared = transient | keys | optional_counts(sources, wanted)
     missing = tuple(name for name in wanted if name not in sources and name not in spared)
     loaded = tuple(name for name in wanted if name in values)
     return values, LoadReport(loaded, missing, tuple(unexpected), mismatched, cast, tied)
 
 
-def _filled(tree: Any, values: Mapping[str, Tensor]) -> Any:
-    """Return a tree with the values put in by name."""
+def _with_values(tree: Any, values: Mapping[str, Tensor]) -> Any:
+    """Return a tree with values replaced by name."""
 
     def new(path: Any, leaf: Any) -> Any:
         name = path_name(path)
         if not _is_vector(leaf):
             return values.get(public(name), leaf)
-        names = {f"{name}.{part}" if name else part: part for part, _ in named_leaves(_opened(leaf))}
+        names = {f"{name}.{part}" if name else part: part for part, _ in named_leaves(_vectors_as_dicts(leaf))}
         return leaf.replace({part: values[public(whole)] for whole, part in names.items() if public(whole) in values})
 
     return tree_map_with_path(new, tree, is_leaf=_is_vector)
 
 
-def _opened(tree: Any) -> Any:
-    """Return a tree with its vectors as dicts."""
+def _vectors_as_dicts(tree: Any) -> Any:
+    """Return a tree with ComponentVectors as dicts."""
     return tree_map(lambda node: nested_dicts(node) if _is_vector(node) else node, tree, is_leaf=_is_vector)
 
 
 def _is_vector(node: Any) -> bool:
-    """Say whether a node is a ComponentVector: the mapping that is not a dict."""
+    """Return whether a node is a ComponentVector: a mapping that is not a dict."""
     return isinstance(node, Mapping) and not isinstance(node, dict)
 
 
@@ -357,11 +342,7 @@ def _renamer(rename: Any) -> Callable[[str], str | None]:
             return name
 
         return substitute
-    raise InputError(
-        "Names cannot be mapped so.",
-        expected="a dict, a function, or pairs of a regular expression and its replacement",
-        got=f"{rename!r:.80}",
-    )
+    raise out_of_range("rename", rename, "a dict, a function, or pairs of a regular expression and its replacement")
 
 
 def _fits(value: Any, like: Tensor) -> bool:
@@ -369,12 +350,12 @@ def _fits(value: Any, like: Tensor) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Say whether two tensors have the same elements."""
+    """Return whether two values are tensors with the same elements."""
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _tied(a: Any, b: Any) -> bool:
-    """Say whether two tensors are one, or copies: equal vectors and constants may be so by chance."""
+    """Return whether two tensors share memory or are copies; equal vectors and constants may be so by chance."""
     if not _same(a, b):
         return False
     if a.numel() and a.data_ptr() == b.data_ptr():
@@ -382,7 +363,7 @@ def _tied(a: Any, b: Any) -> bool:
     return a.ndim >= 2 and bool((a != a.flatten()[:1]).any())
 
 
-def _described(value: Any) -> str:
+def _kind(value: Any) -> str:
     return f"{_dtype(value)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -1,4 +1,4 @@
-"""Compiling pure functions: traced once for each kind of arguments, then called without guards."""
+"""`jit`: trace and compile pure functions once per signature of their arguments."""
 
 from ._donate import DonatedError as DonatedError
 from ._jit import jit as jit

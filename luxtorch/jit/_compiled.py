@@ -1,4 +1,4 @@
-"""One compiled function: from the leaves of a call to its result."""
+"""`Compiled`: the program for one signature, from the leaves of a call to its result."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from luxtorch.core import DTypeError
 
-from ._donate import Donated, Owner, Pair, give_up, pairs, refuse
+from ._donate import AliasGuard, Donated, Pair, mark_donated, pairs, raise_donated
 from ._flatten import Spec
 from ._options import Backend, Options
-from ._purity import explained
+from ._purity import tracing_errors
 from ._replay import CudaGraph, Program, replay
-from ._sizes import OfArguments
-from ._strides import Strides, other_strides, restrided, settled
+from ._sizes import ArgumentFunction
+from ._strides import Strides, copy_strided, other_strides, stable_strides
 from ._trace import Trace, trace
 
-# torch's compiler keeps much in global variables: one compilation at a time.
+# torch's compiler has global state: one compilation at a time.
 _COMPILING = RLock()
 
 
@@ -31,15 +31,15 @@ _COMPUTED = ("input", "output", "number")
 
 
 class Compiled:
-    """Hold the program for one signature.
+    """Compile a function for one signature, and call it.
 
     Args:
-        fn: Takes `(args, kwargs)`.
+        fn: A function of `(args, kwargs)`.
         leaves: The leaves of the first call.
         spec: Their structure.
-        donated: Which leaves are donated.
-        dynamic: Which dimensions of which leaves may have another size later.
-        options: What `jit` was asked for, with a backend.
+        donated: The leaves that are donated.
+        dynamic: The dynamic dimensions of leaves.
+        options: The options of `jit`, with a backend.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Compiled:
     ) -> None:
         with _COMPILING:
             self.trace = trace(fn, leaves, spec, dynamic)
-            self.settled = settled(self.trace)
-            if self.settled:
-                leaves = self._restrided(leaves, self.settled)
+            self.stable_strides = stable_strides(self.trace)
+            if self.stable_strides:
+                leaves = self._restrided(leaves, self.stable_strides)
                 self.trace = trace(fn, leaves, spec, dynamic)
         backend = options.backend
         self.signature = self.trace.signature
@@ -67,17 +67,17 @@ class Compiled:
         self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
         tensors = self.signature.tensors(leaves)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            self._donated = []  # the tape holds on to what it has recorded
-            self._set(self._recorded(tensors, backend, options.inductor), [])
+            self._donated = []  # autograd saves tensors, which cannot be overwritten
+            self._use(self._compile_recorded(tensors, backend, options.inductor), [])
         elif backend == "inductor" and options.background:
-            self._set(replay(self.trace.graph), [])
+            self._use(replay(self.trace.graph), [])
             Thread(target=self._compile_later, args=(options.inductor,), daemon=True).start()
         elif backend == "inductor":
             self._compile(options.inductor)
         elif backend == "replay":
-            self._set(replay(self.trace.graph), [])
+            self._use(replay(self.trace.graph), [])
         else:
-            self._set(_called(backend, self.trace), [])
+            self._use(_by_backend(backend, self.trace), [])
 
     def __call__(self, leaves: list[Any]) -> Any:
         """Return the result of a call whose leaves fit the signature."""
@@ -85,33 +85,33 @@ class Compiled:
         run, order, owner = self._run
         if order is None:
             return self._unflatten(run(tensors))
-        statics = self._statics if self._statics is not None else self._renewed(leaves)
+        statics = self._statics if self._statics is not None else self._constant_results(leaves)
         if self._donated:
-            return self._unflatten(self._give(tensors, run, order, owner, statics))
+            return self._unflatten(self._call_donating(tensors, run, order, owner, statics))
         pool = [*tensors, *run(list(tensors)), *statics]
         return self._unflatten([pool[i] for i in order])
 
-    def _renewed(self, leaves: list[Any]) -> list[Any]:
-        """Return what is not computed: leaves of the arguments, and copies of what the caller may change."""
+    def _constant_results(self, leaves: list[Any]) -> list[Any]:
+        """Return the results that are not computed: leaves of the arguments, and copies of mutable constants."""
         copies = iter(copy.deepcopy([value for kind, value in self._fixed if kind == "copied"]))
         return [
             leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
             for kind, value in self._fixed
         ]
 
-    def fitted(self, leaves: list[Any], spec: Spec, settled: bool) -> list[Any] | None:
-        """Return the leaves of a call with the strides that this was compiled for, or None if more is different.
+    def restrided(self, leaves: list[Any], spec: Spec, only_stable: bool) -> list[Any] | None:
+        """Return the leaves of a call copied to the strides of this program, or None if other guards fail.
 
         Args:
             leaves: The leaves.
             spec: Their structure.
-            settled: Whether to do so only for inputs that this was not compiled for as they came.
+            only_stable: Whether to copy only inputs whose first strides were replaced by stable ones.
         """
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if spec != self.signature.spec or places != self.signature.places:
             return None
         strides = other_strides(self.trace, [leaves[i] for i in places])
-        if not strides or (settled and not strides.keys() <= self.settled.keys()):
+        if not strides or (only_stable and not strides.keys() <= self.stable_strides.keys()):
             return None
         leaves = self._restrided(leaves, strides)
         return leaves if self.signature.fits(leaves, spec) else None
@@ -120,27 +120,27 @@ class Compiled:
         leaves = list(leaves)
         for n, new in strides.items():
             place = self.trace.signature.places[n]
-            leaves[place] = restrided(leaves[place], new)
+            leaves[place] = copy_strided(leaves[place], new)
         return leaves
 
-    def _give(
-        self, tensors: list[Tensor], run: Program, order: Any, owner: Owner | None, statics: list[Any]
+    def _call_donating(
+        self, tensors: list[Tensor], run: Program, order: Any, owner: AliasGuard | None, statics: list[Any]
     ) -> list[Any]:
         given = [tensors[n] for n in self._donated]
         tensors = list(tensors)
         if owner is not None:
-            owner.own(tensors)
+            owner.copy_aliased(tensors)
         pool = [*tensors, *run(list(tensors)), *statics]
         picked = [pool[i] for i in order]
-        # What was written or is returned lives on under a new name; a compiler also returns `x + 0` as it is.
+        # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
         held = set(map(id, picked))
         kept = {id(tensor): tensor.detach() for tensor in given if id(tensor) in held}
-        give_up(given)
+        mark_donated(given)
         return [kept.get(id(leaf), leaf) for leaf in picked] if kept else picked
 
-    def _set(self, program: Program, chosen: list[Pair]) -> None:
-        """Use a program from now on; all that belongs to it changes at once, since other threads may be calling."""
-        # A compiler asks more of the sizes than the trace did.
+    def _use(self, program: Program, chosen: list[Pair]) -> None:
+        """Use a program from now on; one assignment, since other threads may be calling."""
+        # A compiler adds guards on sizes.
         self.signature.assume(self.trace.sizes.condition(self.trace.fakes))
         if self._autocast:
             program = _without_autocast(program)
@@ -149,7 +149,7 @@ class Compiled:
         written = {output: n for n, output in chosen}
         results, inputs = self.trace.results, len(self.trace.fakes)
         remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # Where each leaf of the result is, in the list of the inputs, the outputs, the numbers, and the rest.
+        # The index of each leaf of the result in the list of inputs, outputs, numbers and constants.
         numbers = sum(kind == "number" for kind, _ in results)
         order, statics = [], 0
         for kind, value in results:
@@ -163,47 +163,49 @@ class Compiled:
             else:
                 order.append(inputs + remaining.index(value))
         plain = not self._donated and len(remaining) == len(results)
-        owner = Owner(self.trace.fakes, self.trace.constants(), [*written.values()]) if written else None
-        self._run: tuple[Program, list[int] | None, Owner | None] = program, None if plain else order, owner
+        owner = AliasGuard(self.trace.fakes, self.trace.constants(), [*written.values()]) if written else None
+        self._run: tuple[Program, list[int] | None, AliasGuard | None] = program, None if plain else order, owner
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
 
         options = dict(options)
         as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
-        # A CUDA graph has memory of its own, so nothing is written into what was donated.
+        # A CUDA graph has memory of its own, so it cannot write into donated tensors.
         chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
         with _COMPILING:
             program, self.code = compile_trace(self.trace, chosen, options)
-        self._set(CudaGraph(program) if as_graph else program, chosen)
+        self._use(CudaGraph(program) if as_graph else program, chosen)
 
     def _compile_later(self, options: Mapping[str, Any]) -> None:
         try:
             self._compile(options)
-        except Exception as error:  # it is the replay that the user gets then
+        except Exception as error:  # the program stays the replay
             warnings.warn(f"Compiling in the background failed, replay goes on: {error}", RuntimeWarning, stacklevel=1)
 
-    def _recorded(self, tensors: list[Tensor], backend: Backend, options: Mapping[str, Any]) -> Program:
-        from ._inductor import compiling, recorded
+    def _compile_recorded(self, tensors: list[Tensor], backend: Backend, options: Mapping[str, Any]) -> Program:
+        from ._inductor import compile_differentiable, compiling
 
         settings = compiling(self.trace, options if backend == "inductor" else {})
-        with _COMPILING, settings, torch.enable_grad(), explained():
-            return recorded(self.trace, tensors, "inductor" if backend == "inductor" else "replay", options)
+        with _COMPILING, settings, torch.enable_grad(), tracing_errors():
+            return compile_differentiable(
+                self.trace, tensors, "inductor" if backend == "inductor" else "replay", options
+            )
 
 
-def _called(backend: Any, trace: Trace) -> Program:
+def _by_backend(backend: Any, trace: Trace) -> Program:
     compiled = backend(trace.graph, trace.fakes)
     return lambda inputs: compiled(*inputs)
 
 
 def _is_on_one_gpu(trace: Trace) -> bool:
-    """Tell whether a CUDA graph can be made; if not, warn."""
+    """Return whether a CUDA graph can be made; if not, warn."""
     devices = {fake.device for fake in (*trace.fakes, *trace.outputs())}
     if len(devices) == 1 and devices.pop().type == "cuda" and not trace.symbolic:
         return True
     warnings.warn(
-        "No CUDA graph is made: it takes tensors of fixed shapes on one GPU. `lt.to_device(ts, ...)` moves all of a "
-        "training state, the optimizer's numbers too.",
+        "No CUDA graph is made: all tensors must have fixed shapes and be on one GPU. `lt.to_device(ts, ...)` moves "
+        "all of a training state, with the optimizer's numbers.",
         RuntimeWarning,
         stacklevel=6,
     )
@@ -211,7 +213,7 @@ def _is_on_one_gpu(trace: Trace) -> bool:
 
 
 def _without_autocast(program: Program) -> Program:
-    # The casts are in the graph, and must not be made twice.
+    # The casts of autocast are in the graph already.
     def run(inputs: list[Any]) -> Sequence[Tensor]:
         with torch._C._DisableAutocast():
             return program(inputs)
@@ -219,8 +221,8 @@ def _without_autocast(program: Program) -> Program:
     return run
 
 
-def _with_numbers(program: Program, numbers: OfArguments) -> Program:
-    """Return a program that returns sizes as well, and numbers made of them."""
+def _with_numbers(program: Program, numbers: ArgumentFunction) -> Program:
+    """Return a program that also returns sizes, and numbers derived from them."""
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         found = numbers(inputs)
@@ -230,23 +232,21 @@ def _with_numbers(program: Program, numbers: OfArguments) -> Program:
 
 
 def check_leaves(leaves: list[Any]) -> None:
-    """Raise if a tensor was donated, or is of a class or layout that compilers misread."""
+    """Raise if a tensor was donated, or has a class or layout that compilers do not support."""
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             continue
         if isinstance(leaf, Donated):
-            refuse()
+            raise_donated()
         kind = _kind(leaf)
         if kind:
-            raise DTypeError(
-                "A jitted function takes plain dense tensors.",
-                got=f"a {type(leaf).__name__}{kind}",
-                fix="Pass x.resolve_neg()." if leaf.is_neg() else "Call the function itself, or under torch.compile.",
-            )
+            fix = "Pass x.resolve_neg()." if leaf.is_neg() else "Call the function itself, or under torch.compile."
+            got = f"a {type(leaf).__name__}{kind}"
+            raise DTypeError("Arguments of a jitted function must be plain dense tensors.", got=got, fix=fix)
 
 
 def _kind(tensor: Tensor) -> str:
-    """Say in which way a tensor is not what compilers take for granted; nothing if it is."""
+    """Describe why a tensor is not plain and dense; empty if it is."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return f" of layout {tensor.layout}"
     lazy = {"nested": tensor.is_nested, "negated": tensor.is_neg(), "without memory": tensor._is_zerotensor()}
@@ -255,14 +255,14 @@ def _kind(tensor: Tensor) -> str:
 
 @cache
 def default_backend() -> str:
-    """Return `"inductor"`, or with a warning `"replay"` where there is no C++ compiler."""
+    """Return `"inductor"`, or with a warning `"replay"` if there is no C++ compiler."""
     from ._inductor import has_compiler
 
     if has_compiler():
         return "inductor"
     warnings.warn(
         "There is no C++ compiler, so jitted functions replay their operators one by one: install g++ or clang++ for "
-        'compiled kernels, or pass backend="replay" to have no warning.',
+        'compiled kernels, or pass backend="replay" to silence this warning.',
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""Values that are not tensors: what they are compared by, so that no graph is used for a value it was not made for."""
+"""Fingerprints of arguments that are not tensors, so that a graph is used for equal values alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luxtorch.core import DTypeError, Layer
 
 _Reader: TypeAlias = "Callable[[_Walk, Any, str], Any]"
 
-# These are what they are, for ever, and `==` tells them apart.
+# Immutable types, whose values `==` tells apart.
 _ATOMS = frozenset(
     (
         *(int, bool, str, bytes, range, type, type(None), type(...)),
@@ -25,12 +25,12 @@ _ATOMS = frozenset(
     )
 )
 
-# More is slower to compare than to compute with.
+# Larger constants would take longer to compare than to compute with.
 _MANY = 10_000
 
 
-class Refused(Exception):
-    """Say where a value holds what cannot be compared, and what that is."""
+class NotComparable(Exception):
+    """Report a value that cannot be compared, with its place."""
 
     def __init__(self, place: str, what: str, fix: str = "") -> None:
         super().__init__(place, what, fix)
@@ -38,14 +38,14 @@ class Refused(Exception):
 
 
 def fingerprint(value: Any) -> Any:
-    """Return what a value that is not a tensor is compared by.
+    """Return the fingerprint by which a value that is not a tensor is compared.
 
-    Two values with one fingerprint make one graph, so it has all that a function could see of them: types, so that 1,
-    1.0 and True differ, as 0.0 and -0.0 do; the items of containers and the attributes of objects, as they are now;
-    what functions close over; and which object it is, where its class does not define `==`.
+    Values of one fingerprint share a graph, so it has all that a function could read: types, so that 1, 1.0 and True
+    differ, as 0.0 and -0.0 do; the current items of containers and attributes of objects; the closures of functions;
+    and the identity of objects whose class does not define `==`.
 
     Raises:
-        Refused: If the value holds a tensor, or something whose state cannot be seen.
+        NotComparable: If the value holds a tensor, or an object with hidden state.
     """
     cls: Any = type(value)
     if cls in _ATOMS:
@@ -59,7 +59,7 @@ def fingerprint(value: Any) -> Any:
 
 
 def is_mutable(value: Any) -> bool:
-    """Tell whether a value, or something that it holds, can change while it stays the same object."""
+    """Return whether a value, or something that it holds, is mutable."""
     walk = _Walk()
     walk.read(value, "")
     return walk.mutable
@@ -84,12 +84,12 @@ class Constant:
         return repr(self.value)
 
 
-def refusal(error: Refused, value: Any, where: str) -> DTypeError:
-    """Return the error for an argument that is refused."""
+def not_comparable_error(error: NotComparable, value: Any, where: str) -> DTypeError:
+    """Return the error for an argument that cannot be compared."""
     inside = f", which holds {error.what} at {where}{error.place}" if error.place else ""
     return DTypeError(
-        "An argument of a jitted function is neither a tensor nor a constant.",
-        expected="tensors in any pytree; besides, values that can be compared, of which each makes a graph of its own",
+        "An argument of a jitted function must be a tensor or a constant.",
+        expected="tensors in any pytree, and values that can be compared, each of which has a graph of its own",
         got=f"a {type(value).__name__}{inside}",
         fix=error.fix or _fix(value, bool(error.place)),
         where=where,
@@ -100,41 +100,41 @@ def _fix(value: Any, inside: bool) -> str:
     if hasattr(value, "__array__"):
         return "Convert it by torch.as_tensor."
     if not inside:
-        return "Pass the tensors and numbers that the function needs of it."
+        return "Pass the tensors and numbers that the function uses."
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-        return "Pass what it holds as an argument of its own."
-    return f"Make {type(value).__name__} a pytree node, {REGISTER}; or pass what it holds as arguments of their own."
+        return "Pass what it holds as a separate argument."
+    return f"Make {type(value).__name__} a pytree node, {REGISTER}; or pass what it holds as separate arguments."
 
 
 REGISTER = "by torch.export.register_dataclass or torch.utils._pytree.register_pytree_node"
 
 
 class _Walk:
-    """Go through a value and what it holds."""
+    """Visit a value and all that it holds."""
 
-    __slots__ = ("_around", "_count", "mutable")
+    __slots__ = ("_visiting", "_count", "mutable")
 
     def __init__(self) -> None:
         self.mutable = False
         self._count = 0
-        self._around: dict[int, int] = {}
+        self._visiting: dict[int, int] = {}
 
     def read(self, value: Any, place: str) -> Any:
         cls: Any = type(value)
         if cls in _ATOMS:
             return cls, value
-        if id(value) in self._around:
-            return _Walk, self._around[id(value)]  # it holds itself
+        if id(value) in self._visiting:
+            return _Walk, self._visiting[id(value)]  # a cycle
         self._count += 1
         if self._count > _MANY:
-            raise Refused(place, f"one of more than {_MANY} values")
-        self._around[id(value)] = len(self._around)
+            raise NotComparable(place, f"one of more than {_MANY} values")
+        self._visiting[id(value)] = len(self._visiting)
         key = _reader(cls)(self, value, place)
-        del self._around[id(value)]
+        del self._visiting[id(value)]
         return key
 
     def attributes(self, value: Any, place: str) -> tuple[Any, ...]:
-        """Return the fingerprints of what an object holds in its `__dict__` and `__slots__`."""
+        """Return the fingerprints of the attributes of an object, in its `__dict__` and `__slots__`."""
         cls: Any = type(value)
         held = [(name, getattr(value, name, _Walk)) for name in _slots(cls)]
         held += getattr(value, "__dict__", {}).items()
@@ -150,7 +150,7 @@ class _Walk:
 
 
 def _same(walk: _Walk, value: Any, place: str) -> Any:
-    """Read what does not change, or is trusted not to: layers, and what Python and torch name."""
+    """Read what is immutable, or trusted not to change: layers, and objects of Python and torch."""
     return type(value), value
 
 
@@ -194,7 +194,7 @@ def _function(walk: _Walk, value: Any, place: str) -> Any:
         for name, cell in zip(value.__code__.co_freevars, value.__closure__, strict=True):
             try:
                 held = cell.cell_contents
-            except ValueError:  # it has none yet
+            except ValueError:  # it is still empty
                 held = None
             key += (walk.read(held, f"{place}.__closure__.{name}"),)
     if value.__defaults__:
@@ -238,33 +238,33 @@ def _object(walk: _Walk, value: Any, place: str) -> Any:
     return cls, value if cls.__eq__ is object.__eq__ else None, held
 
 
-def _unseen(walk: _Walk, value: Any, place: str) -> Any:
+def _opaque(walk: _Walk, value: Any, place: str) -> Any:
     cls: Any = type(value)
     if cls.__eq__ is object.__eq__ or cls.__hash__ is None:
-        raise Refused(place, f"a {cls.__name__}, whose state cannot be compared")
+        raise NotComparable(place, f"a {cls.__name__}, whose state cannot be compared")
     try:
         hash(value)
     except TypeError as error:
-        raise Refused(place, f"a {cls.__name__}, which has no hash") from error
+        raise NotComparable(place, f"a {cls.__name__}, which has no hash") from error
     return cls, value, walk.attributes(value, place)
 
 
 def _tensor(walk: _Walk, value: Any, place: str) -> Any:
-    raise Refused(place, "a tensor")
+    raise NotComparable(place, "a tensor")
 
 
 def _module(walk: _Walk, value: Any, place: str) -> Any:
     fix = "Make it a layer: layer, ps, st = lt.from_torch(module), and pass ps and st."
-    raise Refused(place, f"a {type(value).__name__}, a torch.nn.Module", fix)
+    raise NotComparable(place, f"a {type(value).__name__}, a torch.nn.Module", fix)
 
 
 @functools.lru_cache(maxsize=4096)
 def _reader(cls: type) -> _Reader:
-    """Return how values of a class are read."""
+    """Return the function that reads values of a class."""
     found = next((reader for base, reader in _readers() if issubclass(cls, base)), None)
     if found is not None:
         return found
-    return _unseen if _is_hidden(cls) else _object
+    return _opaque if _has_hidden_state(cls) else _object
 
 
 @functools.cache
@@ -308,8 +308,8 @@ def _slots(cls: type) -> tuple[str, ...]:
     )
 
 
-def _is_hidden(cls: type) -> bool:
-    """Tell whether objects of a class have more memory than their slots take, of which only its C code knows."""
+def _has_hidden_state(cls: type) -> bool:
+    """Return whether objects of a class have memory besides their slots, which only C code reads."""
     pointers = len(_slots(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
     return cls.__basicsize__ > object.__basicsize__ + pointers * tuple.__itemsize__ or cls.__itemsize__ > 0
 

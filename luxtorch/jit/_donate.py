@@ -1,4 +1,4 @@
-"""Donation: the memory of arguments that are given away takes the results, and who uses them later hears of it."""
+"""Buffer donation: results reuse the memory of donated arguments; using a donated tensor later raises DonatedError."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ._sizes import any_symbol
 from ._trace import Trace, aliases
 
 Pair: TypeAlias = tuple[int, int]
-"""An input and the output that is written into it."""
+"""The numbers of an input and of the output that is written into it."""
 
 
-# To reuse less than this saves less time than it takes.
-_WORTH_REUSE = 2**16  # bytes
+# Reusing less memory than this saves less time than it costs.
+_LEAST_REUSE = 2**16  # bytes
 
 
 class DonatedError(LuxtorchError, RuntimeError):
-    """Report the use of a tensor that was given away.
+    """Report the use of a tensor after it was donated.
 
     Example:
         >>> import torch
@@ -36,46 +36,43 @@ class DonatedError(LuxtorchError, RuntimeError):
         >>> x + 1
         Traceback (most recent call last):
         ...
-        luxtorch.jit._donate.DonatedError: This tensor was donated to a jitted function, which may have reused it.
-          expected: what the function returned
+        luxtorch.jit._donate.DonatedError: A donated tensor must not be used, as its memory may be reused.
           fix:      Use the result in its place, `x = f(x)`, or leave `donate` out.
     """
 
 
 class Donated(Tensor):
-    """Be what is left of a tensor that was given away: each use of it is an error."""
+    """Mark a tensor that was donated: any use of it raises an error."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        refuse()
+        raise_donated()
 
 
-def refuse() -> NoReturn:
+def raise_donated() -> NoReturn:
     """Raise the error for the use of a donated tensor."""
     raise DonatedError(
-        "This tensor was donated to a jitted function, which may have reused it.",
-        expected="what the function returned",
+        "A donated tensor must not be used, as its memory may be reused.",
         fix="Use the result in its place, `x = f(x)`, or leave `donate` out.",
     )
 
 
 def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
-    """Choose which donated input takes which output of the same shape and dtype.
+    """Choose the output that is written into each donated input, of the same shape and dtype.
 
-    A tree that comes back as a part of the result takes itself, leaf by leaf; what is left goes by order. An output
-    that shares memory with something else stays where it is, and so do an input that is still seen in an output and a
-    small one.
+    A tree whose structure is also a part of the result is paired leaf by leaf; other inputs are paired in order.
+    Outputs that share memory, inputs that an output shares memory with, and small ones are not paired.
 
     Args:
         trace: The trace.
-        donated: Which inputs are donated.
+        donated: The inputs that are donated.
     """
     views_of, others = aliases(trace)
     fakes = trace.fakes
     outputs = trace.outputs()
     returned = {value for kind, value in trace.results if kind == "input"}
     free = [i for i in donated if i not in returned and not views_of[i] and _is_reusable(fakes[i])]
-    # To compare a size that is a symbol would make a constant of it.
+    # Comparing a symbolic size would make it a constant.
     fresh = {j for j, shared in enumerate(others) if not shared and not any_symbol(outputs[j].shape)}
     chosen: list[Pair] = []
     for i, j in [*same_places(trace, free), *((i, j) for i in free for j in range(len(outputs)))]:
@@ -87,34 +84,34 @@ def pairs(trace: Trace, donated: Collection[int]) -> list[Pair]:
     return sorted(chosen)
 
 
-class Owner:
-    """See to it that what is written into a donated tensor is written nowhere else.
+class AliasGuard:
+    """Copy donated tensors that share memory with other arguments, before they are written into.
 
     Args:
-        fakes: What the arguments were while tracing; their sizes and strides tell how much memory each spans.
+        fakes: The fake tensors of the arguments; their sizes and strides tell how much memory each spans.
         constants: The tensors that the graph closes over.
-        written: Which arguments are written into; each fills its memory without a gap.
+        written: The arguments that are written into; each is dense.
     """
 
     def __init__(self, fakes: Sequence[Tensor], constants: Sequence[Tensor], written: Sequence[int]) -> None:
         self._written = written
-        self._constants = list(constants)  # which keeps them where they are
+        self._constants = list(constants)  # which keeps their memory alive
         self._fixed = [tensor.data_ptr() for tensor in constants]
         spans = [None if _is_symbolic(fake) else _span(fake) for fake in fakes]
         self._spans = None if None in spans else [*spans, *map(_span, constants)]
 
-    def own(self, tensors: list[Tensor]) -> None:
-        """Replace what is written into and shares memory with another tensor by a copy, in place in the list."""
+    def copy_aliased(self, tensors: list[Tensor]) -> None:
+        """Replace tensors that are written into and share memory with others by copies, in place in the list."""
         starts = [*map(Tensor.data_ptr, tensors), *self._fixed]
         spans: Any = self._spans or [*map(_span, tensors), *map(_span, self._constants)]
         stops = list(map(add, starts, spans))
-        # Nothing overlaps if each range begins after as many have ended as have begun.
+        # No ranges overlap if each begins after all that began before it have ended.
         begun = sorted(starts)
         del begun[:1]
         if all(map(le, sorted(stops), begun)):
             return
         shared: set[int] = set()
-        furthest = -1  # which range reaches furthest so far
+        furthest = -1  # the range with the largest end so far
         for i in sorted((i for i, span in enumerate(spans) if span), key=starts.__getitem__):
             if furthest >= 0 and starts[i] < stops[furthest]:
                 shared |= {i, furthest}
@@ -125,7 +122,7 @@ class Owner:
 
 
 def _span(tensor: Tensor) -> int:
-    """Return how many bytes lie between the first element of a tensor and the end of the last."""
+    """Return the number of bytes from the first element of a tensor to the end of the last."""
     if not tensor.numel():
         return 0
     return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
@@ -135,14 +132,14 @@ def _is_symbolic(fake: Tensor) -> bool:
     return any(isinstance(number, torch.SymInt) for number in (*fake.shape, *fake.stride()))
 
 
-def give_up(tensors: Iterable[Tensor]) -> None:
-    """Turn tensors into donated ones."""
+def mark_donated(tensors: Iterable[Tensor]) -> None:
+    """Mark tensors as donated."""
     for tensor in tensors:
         tensor.__class__ = Donated
 
 
 def _is_reusable(fake: Tensor) -> bool:
-    return fake.nbytes >= _WORTH_REUSE and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
+    return fake.nbytes >= _LEAST_REUSE and bool(torch.ops.aten.is_non_overlapping_and_dense(fake))
 
 
 def same_places(trace: Trace, inputs: Collection[int], *, alone: bool = True) -> list[Pair]:
@@ -150,8 +147,8 @@ def same_places(trace: Trace, inputs: Collection[int], *, alone: bool = True) ->
 
     Args:
         trace: The trace.
-        inputs: Which inputs to pair.
-        alone: Whether a tensor that is an argument, or an item of one, by itself is paired too.
+        inputs: The inputs to pair.
+        alone: Whether tensors that are arguments themselves, or items of one, are paired too.
     """
     found: list[Pair] = []
     places = {place: n for n, place in enumerate(trace.signature.places)}
@@ -167,7 +164,7 @@ def same_places(trace: Trace, inputs: Collection[int], *, alone: bool = True) ->
 
 
 def _parts(spec: Spec, start: int = 0, depth: int = 0) -> Iterable[tuple[Spec, range]]:
-    """Yield the structures down to the third level, the arguments themselves, with their leaves."""
+    """Yield the subtrees of a structure down to its third level, each with its leaves."""
     yield spec, range(start, start + spec.num_leaves)
     if depth < 2:
         for child in spec.children():

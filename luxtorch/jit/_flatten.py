@@ -1,4 +1,4 @@
-"""Taking arguments apart and putting results together: by optree, which does it in C++."""
+"""Flattening of arguments and unflattening of results by optree, in C++, also of nodes registered with torch."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ import torch.utils._pytree as pytree
 
 from luxtorch.core import DTypeError
 
-from ._constants import Constant, Refused, fingerprint, is_mutable
+from ._constants import Constant, NotComparable, fingerprint, is_mutable
 
 Spec: TypeAlias = "optree.PyTreeSpec"
 
 _NAMESPACE = "luxtorch.jit"
 
-# A function may depend on the order in which a dict was filled. So dicts keep it here, and it is part of the structure;
-# optree, and jax with it, would sort the keys. The namespace is ours, and the setting lasts as long as this object.
+# A function may depend on the order of a dict, so it is part of the structure here; by default optree, as jax, sorts
+# the keys. The namespace is ours, and the setting lasts as long as this object.
 _KEEP_ORDER = optree.dict_insertion_ordered(True, namespace=_NAMESPACE)
 _KEEP_ORDER.__enter__()
 
 _REGISTERING = Lock()
 
-# torch puts a size together again as a plain tuple.
+# torch unflattens a torch.Size to a plain tuple.
 _LEAVES = {torch.Size}
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
-    """Return the leaves of a tree and its structure; `unflatten` of the structure is the way back."""
+    """Return the leaves of a tree and its structure; `unflatten` of the structure is the inverse."""
     return optree.tree_flatten(tree, namespace=_NAMESPACE)
 
 
-def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
-    """Return leaves and structure with all nodes that torch knows taken apart as well.
+def flatten_torch_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
+    """Return leaves and structure with all nodes that are registered with torch flattened too.
 
-    optree does not know what was registered by `torch.utils._pytree` alone, such as dataclasses and the outputs of
-    many models: it takes these for leaves. They are registered here when they are first met, so that the next call
-    finds them without a search.
+    Classes that are registered with `torch.utils._pytree` alone, such as dataclasses and the outputs of many models,
+    are leaves to optree. They are registered with it here at their first occurrence.
     """
     while new := {type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys() - _LEAVES:
         tree = spec.unflatten(leaves)
@@ -55,71 +54,69 @@ def with_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]:
 def _register(cls: Any) -> None:
     """Register with optree, for `jit` alone, a class that is registered with torch."""
 
-    def take_apart(node: Any) -> tuple[tuple[Any, ...], _Context]:
+    def flatten_node(node: Any) -> tuple[tuple[Any, ...], _Context]:
         children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(node)
         try:
             kept = _Context(context)
-        except Refused as error:
-            raise DTypeError(
-                f"What {cls.__name__} keeps beside its children is not a constant.",
-                expected="a context of its pytree node that can be compared, without tensors",
-                got=f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}",
-                fix="Let the function that flattens it return tensors as children.",
-            ) from None
-        if _LOCAL.owning:
+        except NotComparable as error:
+            got = f"{error.what} at context{error.place}" if error.place else f"a {type(context).__name__}"
+            fix = "Let the function that flattens it return tensors as children."
+            headline = f"The context of the pytree node {cls.__name__} must be a constant without tensors."
+            raise DTypeError(headline, got=got, fix=fix) from None
+        if _LOCAL.fresh_contexts:
             kept.value = kept.fresh()
         return tuple(children), kept
 
-    def put_together(context: Any, children: Any) -> Any:
+    def unflatten_node(context: Any, children: Any) -> Any:
         return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.fresh())
 
-    with contextlib.suppress(ValueError):  # another thread has been faster
-        optree.register_pytree_node(cls, take_apart, put_together, namespace=_NAMESPACE)
+    with contextlib.suppress(ValueError):  # another thread was faster
+        optree.register_pytree_node(cls, flatten_node, unflatten_node, namespace=_NAMESPACE)
 
 
 class _Context(Constant):
-    """Hold what a node keeps beside its children; each node gets one of its own, where that can be changed."""
+    """Hold the context of a pytree node; each node gets a copy of a mutable one."""
 
     __slots__ = ("_copied",)
 
     def fresh(self) -> Any:
-        """Return the value, or an equal one that nobody else has."""
+        """Return the value, or a copy of a mutable one."""
         if not hasattr(self, "_copied"):
-            # An object that is compared by identity has to stay what it is.
+            # An object that is compared by identity cannot be copied.
             self._copied = is_mutable(self.value) and fingerprint(copy.deepcopy(self.value)) == self.key
         return copy.deepcopy(self.value) if self._copied else self.value
 
 
 class _Local(local):
-    owning = False
+    fresh_contexts = False
 
 
 _LOCAL = _Local()
 
 
 @contextlib.contextmanager
-def owning() -> Iterator[None]:
-    """Have structures of which nobody else has a part that can be changed."""
-    _LOCAL.owning = True
+def fresh_contexts() -> Iterator[None]:
+    """Copy mutable contexts of nodes that are flattened inside, so that nothing else shares them."""
+    _LOCAL.fresh_contexts = True
     try:
         yield
     finally:
-        _LOCAL.owning = False
+        _LOCAL.fresh_contexts = False
 
 
-def places(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:
+def leaves_with_paths(tree: Any, stop: type) -> list[tuple[tuple[Any, ...], Any]]:
     """Return the leaves of a tree with their paths; nodes of the class `stop` are leaves here."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree, lambda node: type(node) is stop, namespace=_NAMESPACE)
     return list(zip(paths, leaves, strict=True))
 
 
-def written(path: Sequence[Any]) -> str:
-    """Return a path as one would write it: `["a"][0]`."""
+def path_text(path: Sequence[Any]) -> str:
+    """Return a path as code: `["a"][0]`."""
     return "".join(f"[{entry!r}]" for entry in path)
 
 
 def leaf_ranges(spec: Spec, start: int = 0) -> list[range]:
-    """Return which leaves belong to each child of the root, counted from `start`."""
+    """Return the range of leaves of each child of the root, counted from `start`."""
     ranges = []
     for child in spec.children():
         ranges.append(range(start, start + child.num_leaves))

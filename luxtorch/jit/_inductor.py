@@ -1,4 +1,4 @@
-"""Graphs compiled by Inductor: its settings, what is rewritten in a graph before, and calls that autograd records."""
+"""Compilation by Inductor: its settings, graph rewrites before it, and differentiable programs by AOTAutograd."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from torch import Tensor, fx
 from luxtorch.core import tensors
 
 from ._donate import Pair
-from ._purity import Known
+from ._purity import ConstantFolding
 from ._replay import Program, replay
-from ._strides import kept
+from ._strides import state_outputs
 from ._trace import Trace, record
 
-# A second thread makes a product of 2 x 64 x 64 x 64 operations slower (6.8 us by one thread, 8.1 by two), one of twice
-# as many faster (12.5 and 10.5). A step with a loop of Adam over 52,800 numbers takes as long either way.
+# A second thread makes a product of 2 x 64 x 64 x 64 operations slower (6.8 us with one thread, 8.1 with two), one of
+# twice as many faster (12.5 and 10.5). A step with a loop of Adam over 52,800 numbers takes the same time with either.
 _OPERATIONS = 2**19
 _NUMBERS = 2**16
 
-# Called from C++, a step of 50 layers of width 32 takes 560 us, from Python 860, with two threads 1300. But it saves
-# nothing on a few operators, and on thousands of them the C++ compiler takes half as long again.
-_WORTH_A_WRAPPER = range(50, 2000)
+# With the C++ wrapper a step of 50 layers of width 32 takes 560 us, from Python 860, with two threads 1300. It saves no
+# time on a few operators, and for thousands of them the C++ compiler takes 50 % longer.
+_WRAPPED_SIZES = range(50, 2000)
 
 
 def options_for(graph: fx.GraphModule) -> dict[str, Any]:
     """Return the settings of inductor for a small graph."""
-    return {"cpp.threads": 1, "cpp_wrapper": len(graph.graph.nodes) in _WORTH_A_WRAPPER}
+    return {"cpp.threads": 1, "cpp_wrapper": len(graph.graph.nodes) in _WRAPPED_SIZES}
 
 
 def is_small(graph: fx.GraphModule) -> bool:
-    """Tell whether no operator of a graph on the CPU has enough work for two threads."""
+    """Return whether no operator of a graph on the CPU has enough work for two threads."""
     return all(_is_small(node) for node in graph.graph.nodes if node.op == "call_function")
 
 
 def on_one_thread(program: Program) -> Program:
-    """Return a program that runs on one thread, and leaves torch with as many as there were."""
+    """Return a program that runs on one thread, and restores the number of threads."""
     threads = torch.get_num_threads()
     if threads == 1:
         return program
@@ -60,7 +60,7 @@ def _is_small(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True  # one of several results
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
-        return False  # who knows what is in it
+        return False  # it may do anything
     arguments = fx.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
     result = node.meta.get("val")
     found = tensors((arguments, result))
@@ -76,12 +76,12 @@ _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default)
 
 
-def turn_products(graph: fx.GraphModule) -> None:
+def transpose_products(graph: fx.GraphModule) -> None:
     """Replace the transpose of a product by the product of the transposes, in place in the graph.
 
-    The gradient of a weight, batched over models, is the transpose of a product. A loop over the weight, as that of
-    Adam, would read it across the rows, and inductor has it transposed for each use: a step of 32 models took 1000 us,
-    of which half was Adam's, and takes 650. The product itself takes as long either way.
+    The gradient of a weight, batched over models, is the transpose of a product. A loop over the weight, as in Adam,
+    would read it across the rows, and inductor transposes it for each use: a step of 32 models took 1000 us, half of
+    that in Adam, and takes 650. The product itself takes the same time.
     """
     for node in graph.graph.nodes:
         product: Any = node.args[0] if _transposes(node) else None
@@ -97,7 +97,7 @@ def turn_products(graph: fx.GraphModule) -> None:
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Tell whether a node exchanges the last two dimensions, and no others."""
+    """Return whether a node transposes the last two dimensions alone."""
     if node.target is not _aten.permute.default:
         return False
     dims: Any = node.args[1]
@@ -118,10 +118,10 @@ def _exchange(ndim: int) -> list[int]:
 
 
 DEFAULTS: Mapping[str, Any] = {
-    # How many elements of a loop are worth a thread. With inductor's 512, small loops wait for threads: a step of ten
+    # The least number of elements for each thread of a loop. With inductor's 512, small loops wait: a step of ten
     # layers of width 32 took 1109 us, with 2048 862, with 8192 822, with 32768 860.
     "cpp.min_chunk_size": 8192,
-    # What came was compared with what was compiled for already.
+    # The signature has checked sizes and alignment already.
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -130,14 +130,14 @@ DEFAULTS: Mapping[str, Any] = {
 def compile_trace(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) -> tuple[Program, str]:
     """Compile a trace, and return the program and its code.
 
-    What was compiled is kept on disk by inductor, and found there by the next process.
+    Inductor caches compiled kernels on disk, for later processes.
 
     Args:
         trace: The trace.
-        pairs: Which inputs are overwritten by which outputs; these are then no outputs of the program.
+        pairs: Inputs with the outputs that are written into them; these are not outputs of the program.
         options: Settings of inductor, as for `torch.compile(options=...)`.
     """
-    # These take seconds to import, and only who compiles needs them.
+    # Imported here, since it takes seconds.
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
     graph = lowered(trace, pairs)
@@ -145,13 +145,13 @@ def compile_trace(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) -
     with compiling(trace, {**options_for(graph), **options} if small else options):
         _recursive_joint_graph_passes(graph)
         code = compile_graph(graph, trace.fakes)
-    # Called by itself, inductor's object would look for profilers and autotuners at each call.
-    program = getattr(code, "current_callable", None) or code  # it is a plain function if there is nothing to do
+    # Inductor's object itself would look for profilers and autotuners at each call.
+    program = getattr(code, "current_callable", None) or code  # a graph without operators is a plain function
     return on_one_thread(program) if small else program, getattr(code, "source_code", "")
 
 
 def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
-    """Return the graph as inductor takes it: without mutation, but for the donated inputs, and decomposed."""
+    """Return the graph for inductor: functionalized, except for writes into donated inputs, and decomposed."""
     from torch._inductor.decomposition import select_decomp_table
 
     written = {output for _, output in pairs}
@@ -163,8 +163,8 @@ def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
         return [output for i, output in enumerate(outputs) if i not in written]
 
     graph = record(torch.func.functionalize(function), trace.fakes, select_decomp_table(), trace.symbolic)
-    # A state that comes back with other strides would be compiled for a second time.
-    states = kept(trace)
+    # A state that is returned with other strides would be compiled for again.
+    states = state_outputs(trace)
     remaining = [output for output in range(len(trace.outputs())) if output not in written]
     visible = [n for n, output in enumerate(remaining) if output in states]
     graph.graph.output_node().meta["user_visible_output_idxs"] = visible
@@ -172,12 +172,12 @@ def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
 
 
 def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, backward: bool = False) -> Any:
-    """Compile a functional graph; to be called within `compiling`."""
+    """Compile a functional graph; to be called inside of `compiling`."""
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
 
-    turn_products(graph)
-    _keep_keys(graph)
+    transpose_products(graph)
+    _keys_as_rows(graph)
     return compile_fx_inner(
         graph,
         fakes,
@@ -189,10 +189,10 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     )
 
 
-def _keep_keys(graph: fx.GraphModule) -> None:
-    """Make constants that are keys matrices of one row, in place in the graph.
+def _keys_as_rows(graph: fx.GraphModule) -> None:
+    """Reshape constants that are keys to matrices of one row, in place in the graph.
 
-    Inductor writes vectors of up to eight numbers into its kernels, in a way that has no unsigned integers.
+    Inductor inlines vectors of up to eight numbers into its kernels, but not unsigned integers.
     """
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, node.target)
@@ -214,7 +214,7 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 @contextlib.contextmanager
 def compiling(trace: Trace, options: Mapping[str, Any]) -> Iterator[None]:
-    """Set inductor up for a trace."""
+    """Set up inductor for a trace."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.virtualized import V
 
@@ -232,7 +232,7 @@ def settings(trace: Trace, options: Mapping[str, Any]) -> contextlib.AbstractCon
     """Return the settings of inductor for a trace."""
     from torch._inductor import config
 
-    # The asserts are also where a program learns of symbolic sizes.
+    # The asserts also define symbolic sizes in the program.
     asserts = {"size_asserts": True} if trace.symbolic else {}
     return config.patch({**DEFAULTS, **asserts, **options})  # type: ignore[no-any-return]
 
@@ -244,7 +244,7 @@ def _cpp_wrapper() -> bool:
 
 
 def has_compiler() -> bool:
-    """Tell whether there is a C++ compiler that inductor can use."""
+    """Return whether there is a C++ compiler that inductor can use."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -256,21 +256,23 @@ def has_compiler() -> bool:
 
 
 class _Function(torch.nn.Module):
-    """A function in the form that AOTAutograd takes."""
+    """Wrap a function as a module, for AOTAutograd."""
 
-    def __init__(self, function: Callable[..., Any], known: Known) -> None:
+    def __init__(self, function: Callable[..., Any], folding: ConstantFolding) -> None:
         super().__init__()
-        self._function, self._known = function, known
+        self._function, self._known = function, folding
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._known.outputs(self._function(*tensors)))
 
 
-def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]) -> Program:
-    """Return a differentiable program: its backward is compiled as well.
+def compile_differentiable(
+    trace: Trace, tensors: Sequence[Tensor], backend: str, options: Mapping[str, Any]
+) -> Program:
+    """Compile a differentiable program, forward and backward.
 
-    The function itself is traced once more, together with its derivative, since the graph knows nothing of
-    `torch.no_grad` and of functions with a backward of their own.
+    The function itself is traced again, together with its derivative, since the graph does not have
+    `torch.no_grad` and custom backward functions.
 
     Args:
         trace: The trace.
@@ -288,16 +290,16 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
     def backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         if backend == "replay":
             return replay(gm)
-        # It is compiled at the first backward pass, long after the settings below have been left. What it reads was
-        # saved by another program, so that sizes and strides are checked here.
+        # It is compiled at the first backward pass, outside of the settings below. Its inputs were saved by another
+        # program, so sizes and strides are checked here.
         with torch.no_grad(), settings(trace, {"size_asserts": True, **options}):
             return compile_graph(gm, example_inputs, inference=False, backward=True)
 
-    # As in the first trace, what is closed over can be read; the backward pass may use it too.
-    known = Known()
-    module: Any = _Function(trace.function, known)
+    # As in the first trace, closed-over tensors can be read; the backward pass may use them too.
+    folding = ConstantFolding()
+    module: Any = _Function(trace.function, folding)
     pairs = zip(trace.fakes, tensors, strict=True)
-    with _as_inductor_takes_it(), known:
+    with _aot_settings(), folding:
         compiled = aot_module_simplified(
             module,
             [fake.detach().requires_grad_(tensor.requires_grad) for fake, tensor in pairs],
@@ -310,14 +312,14 @@ def recorded(trace: Trace, tensors: Sequence[Tensor], backend: str, options: Map
 
 
 @contextlib.contextmanager
-def _as_inductor_takes_it() -> Iterator[None]:
-    """Set AOTAutograd up as `torch._inductor.compile_fx` does."""
+def _aot_settings() -> Iterator[None]:
+    """Configure AOTAutograd as `torch._inductor.compile_fx` does."""
     from torch._functorch import config as aot_config
 
     # The order of effects, as of the check that a matrix was not singular, is kept by tokens. As inputs and outputs of
     # the graph they would shift the strides that inductor reports, and each saved tensor would be read by those of
-    # its neighbour.
+    # its neighbor.
     tokens = {"unlift_effect_tokens": True}
-    # What forward saves is not overwritten by backward, which may run again with `retain_graph=True`.
+    # The backward pass must not overwrite saved tensors, since it may run again with `retain_graph=True`.
     with aot_config.patch({**tokens, "donated_buffer": False}):
         yield

@@ -1,4 +1,4 @@
-"""The callable that `jit` makes: it finds the compiled function for a call, or has it compiled."""
+"""`Jitted`: the callable that `jit` returns, with its cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.compiler import is_compiling
 from typing_extensions import ParamSpec
 
 from luxtorch._transforms import functional, watched
-from luxtorch.core import InputError, KeyNameError, Static, suggest
+from luxtorch.core import InputError, Static, described, unknown_name
 
 from ._compiled import Compiled, check_leaves, default_backend
-from ._constants import Constant, Refused, fingerprint, is_mutable, refusal
-from ._flatten import flatten, leaf_ranges, places, with_nodes, written
+from ._constants import Constant, NotComparable, fingerprint, is_mutable, not_comparable_error
+from ._flatten import flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
 from ._options import Options
 from ._purity import TracingError
-from ._where import user_line
+from ._user_line import user_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,13 +34,13 @@ _MANY = 16
 
 
 class CacheInfo(NamedTuple):
-    """Say how a jitted function has been doing.
+    """Hold the statistics of a jitted function's cache.
 
     Attributes:
-        hits: Calls that found a compiled function.
-        misses: Calls that had to compile.
-        maxsize: How many compiled functions are kept; the one unused for longest goes first.
-        currsize: How many there are.
+        hits: The number of calls that found a compiled program.
+        misses: The number of calls that compiled one.
+        maxsize: The largest number of programs that are kept; the least recently used is dropped first.
+        currsize: The number of programs.
     """
 
     hits: int
@@ -50,11 +50,11 @@ class CacheInfo(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """Hold what a function was compiled to, as text.
+    """Hold the graph and the code of a compiled function, as text.
 
     Attributes:
         graph: The operators.
-        code: The code that inductor made of them; empty for other backends.
+        code: The code that inductor generated; empty for other backends.
     """
 
     graph: str
@@ -65,7 +65,7 @@ class Lowered(NamedTuple):
 
 
 class Jitted(Generic[P, R]):
-    """A function that `jit` has made; call it as the function itself."""
+    """A compiled function that `jit` returns; it is called as the function itself."""
 
     def __init__(self, fn: Callable[P, R], options: Options) -> None:
         functools.update_wrapper(self, fn)
@@ -74,17 +74,17 @@ class Jitted(Generic[P, R]):
         self._names = _parameters(fn, options.named)
         self._static = options.static
         self._known: tuple[Compiled, ...] = ()
-        self._strides: set[Any] = set()  # those that calls came with, and were copied
-        self._compiling = RLock()  # a function may ask for itself while it is traced
-        self._changing = Lock()  # held for a moment: nobody waits for it while something is compiled
+        self._strides: set[Any] = set()  # strides of arguments that were copied
+        self._compiling = RLock()  # a function may call itself while it is traced
+        self._lock = Lock()  # held briefly, never while compiling
         self._warned: set[tuple[str, int]] = set()
         self._hits = self._misses = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        # Whoever transforms or traces this call sees the function itself.
+        # Transforms and tracers run the function itself.
         if is_compiling() or functional() or watched():
             return self._fn(*args, **kwargs)
-        leaves, spec = flatten(self._fixed(args, kwargs) if self._static else (args, kwargs))
+        leaves, spec = flatten(self._wrap_static(args, kwargs) if self._static else (args, kwargs))
         for compiled in self._known:
             if compiled.signature.fits(leaves, spec):
                 self._hits += 1
@@ -104,25 +104,25 @@ class Jitted(Generic[P, R]):
         except (AttributeError, KeyError):
             found = None
         if found is self:
-            return name  # as a function
-        return type(self), (self._fn, self._options)  # what was compiled is not taken along
+            return name  # as a function is pickled
+        return type(self), (self._fn, self._options)  # compiled programs are not pickled
 
     def __repr__(self) -> str:
         return f"jit({getattr(self._fn, '__qualname__', self._fn)})"
 
     def cache_info(self) -> CacheInfo:
-        """Return how many calls found a compiled function, and how many did not."""
+        """Return the statistics of the cache."""
         return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known))
 
     def cache_clear(self) -> None:
-        """Forget what was compiled."""
-        with self._changing:
+        """Clear the cache of compiled programs."""
+        with self._lock:
             self._known = ()
             self._strides = set()
             self._hits = self._misses = 0
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
-        """Return what a call with these arguments runs, as text; it is compiled, but not run.
+        """Compile a call with these arguments, without running it, and return its graph and code as text.
 
         Example:
             >>> import torch
@@ -134,39 +134,39 @@ class Jitted(Generic[P, R]):
                 return [add]
         """
         if watched():
-            raise TracingError(
-                f"{self!r} was asked what it is compiled to while a function is traced, where it is not compiled.",
-                fix="Call lower outside, with tensors that have numbers.",
-                where=user_line(),
+            headline, fix = (
+                f"{self!r}.lower must not be called while tracing.",
+                "Call lower outside, with plain tensors.",
             )
-        compiled, _ = self._find_or_compile(*flatten(self._fixed(args, kwargs)))
+            raise TracingError(headline, fix=fix, where=user_line())
+        compiled, _ = self._find_or_compile(*flatten(self._wrap_static(args, kwargs)))
         return Lowered(str(compiled.trace.graph.code).strip(), compiled.code)
 
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
-        """Return what is compiled for these leaves, and the leaves to call it with."""
-        leaves, spec = with_nodes(leaves, spec)
+        """Return the program for these leaves, and the leaves to call it with."""
+        leaves, spec = flatten_torch_nodes(leaves, spec)
         check_leaves(leaves)
-        # The guards of torch take no tensor twice.
+        # Guards of torch refuse the same tensor twice.
         if len(set(map(id, leaves))) < len(leaves):
             leaves = _distinct(leaves)
         compiled = self._find(leaves, spec)
         if compiled is None:
-            compiled, leaves = self._find_fitted(leaves, spec)
+            compiled, leaves = self._find_restrided(leaves, spec)
         if compiled is None:
             compiled = self._compile(leaves, spec)
-            return compiled, compiled.fitted(leaves, spec, settled=True) or leaves
+            return compiled, compiled.restrided(leaves, spec, only_stable=True) or leaves
         self._hits += 1
         return compiled, leaves
 
-    def _find_fitted(self, leaves: list[Any], spec: Any) -> tuple[Compiled | None, list[Any]]:
-        """Return what is compiled for other strides, and leaves that are copied to these.
+    def _find_restrided(self, leaves: list[Any], spec: Any) -> tuple[Compiled | None, list[Any]]:
+        """Return a program for other strides, and leaves that are copied to these.
 
-        Strides that come for the first time may be in passing; when they come again, they get a graph of their own.
+        Strides that occur for the second time get a graph of their own.
         """
         strides = (spec, *(leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)))
         again = strides in self._strides
         for compiled in self._known:
-            if (other := compiled.fitted(leaves, spec, settled=again)) is not None:
+            if (other := compiled.restrided(leaves, spec, only_stable=again)) is not None:
                 if len(self._strides) == self._options.maxsize:
                     self._strides.clear()
                 self._strides.add(strides)
@@ -178,7 +178,7 @@ class Jitted(Generic[P, R]):
 
     def _compile(self, leaves: list[Any], spec: Any) -> Compiled:
         with self._compiling:
-            # Another thread may have been faster.
+            # Another thread may have compiled it meanwhile.
             found = self._find(leaves, spec)
             if found is not None:
                 return found
@@ -188,10 +188,10 @@ class Jitted(Generic[P, R]):
             donated = self._leaves_of(spec, options.donate)
             dynamic = self._dynamic_dims(leaves, spec, donated)
             constants = self._constants(leaves, spec)
-            compiled = Compiled(self._unfixed, leaves, spec, donated, dynamic, options)
+            compiled = Compiled(self._call_unwrapped, leaves, spec, donated, dynamic, options)
             self._check_unchanged(constants, self._constants(leaves, spec))
             self._misses += 1
-            self._warn_of_fixed(compiled)
+            self._warn_of_fixed_sizes(compiled)
             if self._misses == _MANY:
                 last = self._known[0].signature.difference(compiled.signature) if self._known else "the first call"
                 warnings.warn(
@@ -200,12 +200,12 @@ class Jitted(Generic[P, R]):
                     RuntimeWarning,
                     stacklevel=5,
                 )
-            with self._changing:
+            with self._lock:
                 self._known = (compiled, *self._known)[: self._options.maxsize]
             return compiled
 
     def _dynamic_dims(self, leaves: list[Any], spec: Any, donated: set[int]) -> dict[int, set[int]]:
-        """Return which dimensions of which leaves may have another size later."""
+        """Return the dynamic dimensions of leaves."""
         found: dict[int, set[int]] = {}
         dynamic = self._options.dynamic
         named = dynamic if isinstance(dynamic, Mapping) else dict.fromkeys(["*"] if dynamic else [])
@@ -215,18 +215,17 @@ class Jitted(Generic[P, R]):
             for dim in (0,) if dims is None else dims:
                 having = [i for i, tensor in tensors.items() if -tensor.dim() <= dim < tensor.dim()]
                 if tensors and not having and dims is not None:
-                    raise InputError(
-                        f"The argument '{name}' has no dimension {dim}, which was named dynamic.",
-                        expected=f"a tensor, or one in a tree, with a dimension {dim}",
-                        got=", ".join(f"one of shape {tuple(tensor.shape)}" for tensor in tensors.values()),
-                        fix=f"Change dynamic={{'{name}': ...}} of the jitted function.",
+                    headline = (
+                        f"A tensor of the argument '{name}' must have the dimension {dim}, which was named dynamic."
                     )
+                    got, fix = ", ".join(map(described, tensors.values())), f"Change dynamic={{'{name}': ...}} of jit."
+                    raise InputError(headline, got=got, fix=fix)
                 for i in having:
                     found.setdefault(i, set()).add(dim % tensors[i].dim())
         return found
 
-    def _warn_of_fixed(self, compiled: Compiled) -> None:
-        """Warn, once for each dimension, where there will be a graph for each size although it is dynamic."""
+    def _warn_of_fixed_sizes(self, compiled: Compiled) -> None:
+        """Warn once about each dynamic dimension that is needed as a number, so that each size has its own graph."""
         trace = compiled.trace
         for (place, dim), (line, reason) in trace.sizes.fixed().items():
             (by_name, first, *rest) = trace.signature.spec.paths()[trace.signature.places[place]]
@@ -244,59 +243,56 @@ class Jitted(Generic[P, R]):
                 )
 
     def _to_front(self, compiled: Compiled) -> None:
-        # Only for speed: nobody waits for it.
-        if self._changing.acquire(blocking=False):
+        # An optimization: it is skipped if the lock is taken.
+        if self._lock.acquire(blocking=False):
             try:
                 if compiled in self._known:
                     self._known = (compiled, *(other for other in self._known if other is not compiled))
             finally:
-                self._changing.release()
+                self._lock.release()
 
     def _constants(self, leaves: list[Any], spec: Any) -> dict[str, Any]:
-        """Return the fingerprints of the arguments' values that are not tensors, by their places.
+        """Return the fingerprints of arguments that are not tensors, by their places.
 
         Raises:
             DTypeError: If one cannot be compared.
         """
         constants = {}
-        for (kind, name, *path), leaf in places(spec.unflatten(leaves), Static):
+        for (kind, name, *path), leaf in leaves_with_paths(spec.unflatten(leaves), Static):
             if isinstance(leaf, torch.Tensor):
                 continue
             if kind == 0:
                 name = self._names[name] if name < len(self._names) else f"args[{name}]"
-            where = f"{name}{written(path)}"
+            where = f"{name}{path_text(path)}"
             value = leaf.value if isinstance(leaf, Static) else leaf
             given = isinstance(value, Constant)  # an argument named in `static`
             value = value.value if given else value
             try:
                 constants[where] = fingerprint(value)
                 if isinstance(leaf, Static) and not given and is_mutable(value):
-                    raise Refused("", "a value that can change")
-            except Refused as error:
-                raise refusal(error, value, where) from None
+                    raise NotComparable("", "a mutable value")
+            except NotComparable as error:
+                raise not_comparable_error(error, value, where) from None
         return constants
 
     def _check_unchanged(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         for where, key in before.items():
             if after[where] != key:
-                raise TracingError(
-                    f"A jitted function changes its argument {where}, which it would do at the first call alone.",
-                    fix="Return the new values instead.",
-                    where=user_line(),
-                )
+                headline = f"A jitted function must not change its argument {where}: later calls would not."
+                raise TracingError(headline, fix="Return the new values instead.", where=user_line())
 
-    def _fixed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the arguments with the static ones as constants of the structure."""
+    def _wrap_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Wrap the static arguments as constants of the structure."""
         if not self._static:
             return args, kwargs
         args = tuple(
-            _fixed(self._names[i], value) if i < len(self._names) and self._names[i] in self._static else value
+            _as_static(self._names[i], value) if i < len(self._names) and self._names[i] in self._static else value
             for i, value in enumerate(args)
         )
-        kwargs = {name: _fixed(name, value) if name in self._static else value for name, value in kwargs.items()}
+        kwargs = {name: _as_static(name, value) if name in self._static else value for name, value in kwargs.items()}
         return args, kwargs
 
-    def _unfixed(self, args: Any, kwargs: Any) -> Any:
+    def _call_unwrapped(self, args: Any, kwargs: Any) -> Any:
         if self._static:
             args = tuple(
                 value.value.value if i < len(self._names) and self._names[i] in self._static else value
@@ -320,36 +316,31 @@ class Jitted(Generic[P, R]):
         }
 
 
-def _fixed(name: str, value: Any) -> Static[Constant]:
-    """Return an argument as a constant of the structure."""
+def _as_static(name: str, value: Any) -> Static[Constant]:
+    """Wrap an argument as a constant of the structure."""
     try:
         return Static(Constant(value))
-    except Refused as error:
-        raise refusal(error, value, name) from None
+    except NotComparable as error:
+        raise not_comparable_error(error, value, name) from None
 
 
 def _parameters(fn: Any, used: Collection[str]) -> list[str]:
-    """Return the names of the parameters that are passed by place, after a check of those that `jit` was given."""
+    """Return the names of the positional parameters, after a check of the names that options refer to."""
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
         parameters = {}  # type: ignore[assignment]
     for name in used:
         if name not in parameters:
-            raise KeyNameError(
-                f"The function has no argument '{name}'.",
-                expected=", ".join(parameters) or "none with a name",
-                got=name,
-                fix=suggest(name, parameters),
-            )
+            raise unknown_name(name, parameters, "argument")
         if parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise InputError(f"The argument '{name}' stands for many: name a single one.")
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, parameter in parameters.items() if parameter.kind in by_place]
+            raise InputError(f"'{name}' must be a single argument, not *args or **kwargs.")
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, parameter in parameters.items() if parameter.kind in positional]
 
 
 def _distinct(leaves: list[Any]) -> list[Any]:
-    """Return the leaves with a view for each tensor that came before."""
+    """Return the leaves with a view for each repeated tensor."""
     seen: set[int] = set()
     distinct = []
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""What `jit` can be asked for, as one value: a new option is a field here, and an argument of `jit`."""
+"""`Options` of `jit`, checked and frozen: a new option is a field here, and an argument of `jit`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, TypeAlias, TypedDict
 
 from torch import fx
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, out_of_range
 
 Backend: TypeAlias = "str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None"
 Dynamic: TypeAlias = "bool | str | Sequence[str] | Mapping[str, int | Sequence[int]]"
 
 
 class JitOptions(TypedDict, total=False):
-    """The options as a user gives them; see `jit`."""
+    """The options as users pass them; see `jit`."""
 
     donate: str | Sequence[str]
     static: str | Sequence[str]
@@ -33,12 +33,12 @@ class Options:
     Attributes:
         donate: The names of arguments that are donated.
         static: The names of arguments that are compared by their values as a whole.
-        dynamic: Which dimensions of which arguments may have any size, None where only the name was given; or whether
-            the first one of all arguments may.
-        backend: What runs the graph; None is the best there is.
+        dynamic: The dynamic dimensions of arguments by name, None if only the name was given; or whether the first
+            one of all arguments is dynamic.
+        backend: The backend that runs the graph; None for the best available one.
         inductor: Settings of inductor.
-        background: Whether to begin by replay, and compile meanwhile.
-        maxsize: How many graphs to keep.
+        background: Whether to replay at first, and compile in another thread.
+        maxsize: The number of graphs to keep.
     """
 
     donate: tuple[str, ...]
@@ -59,20 +59,20 @@ class Options:
         background: bool,
         maxsize: int,
     ) -> Options:
-        """Return the options as a user gives them, checked.
+        """Check the options that a user passes.
 
         Raises:
             InputError: If an argument is named twice, or the backend is unknown.
         """
         if twice := set(_names(donate)) & set(_names(static)):
-            raise InputError(f"The argument '{twice.pop()}' is both donated and static.", fix="Choose one.")
+            raise InputError(f"The argument '{twice.pop()}' must not be both donated and static.", fix="Choose one.")
         if not (backend in (None, "inductor", "replay") or callable(backend)):
-            raise InputError("There is no such backend.", expected="inductor, replay, or a function", got=repr(backend))
+            raise out_of_range("backend", backend, '"inductor", "replay", or a function')
         return Options(_names(donate), _names(static), _dims(dynamic), backend, options or {}, background, maxsize)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The names of all arguments that an option speaks of."""
+        """The names of all arguments that options refer to."""
         return (*self.donate, *self.static, *(self.dynamic if isinstance(self.dynamic, Mapping) else ()))
 
 
@@ -88,9 +88,5 @@ def _dims(dynamic: Dynamic) -> bool | dict[str, tuple[int, ...] | None]:
     found = {name: tuple(dims) if isinstance(dims, Sequence) else (dims,) for name, dims in dynamic.items()}
     for name, dims in found.items():
         if wrong := [dim for dim in dims if isinstance(dim, bool) or not isinstance(dim, int)]:
-            raise InputError(
-                f"The dimensions of '{name}' that are dynamic are not given by their numbers.",
-                expected="an int, or several, as in dynamic={'x': (0, 1)}",
-                got=repr(wrong[0]),
-            )
+            raise out_of_range(f"The dynamic dimensions of '{name}'", wrong[0], "ints, as in dynamic={'x': (0, 1)}")
     return dict(found)

@@ -1,4 +1,4 @@
-"""Watching a function while it is traced: what would not be the same at the next call is an error, with its line."""
+"""Purity checks while tracing: random numbers, in-place changes and leaked tensors are a TracingError with its line."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
-from luxtorch.core import InputError, LuxtorchError
+from luxtorch.core import InputError, LuxtorchError, described
 
 from ._sizes import any_symbol
-from ._where import library, user_calls, user_line
-from ._writes import arguments, as_it_writes, tensors_in, written
+from ._user_line import called_by_user, package_of, user_line
+from ._writes import arguments, tensors_in, with_declared_writes, written
 
 _aten = torch.ops.aten
 
 # Operators that return a value of a tensor to Python.
 _READS = frozenset((_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default))
 
-# Operators that make positions and masks, of which code asks whether they are those of one sequence, and whole.
+# Operators that make positions and masks, whose values code may read.
 _MADE = frozenset((_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.ones.default))
 
-# Derivatives of means whose forms for tensors without numbers divide by the number of elements, even by zero.
+# Derivatives of means whose meta kernels divide by the number of elements, even by zero.
 _DIVIDES = frozenset(
     (_aten.mse_loss_backward.default, _aten.smooth_l1_loss_backward.default, _aten.huber_loss_backward.default)
 )
 
 
 class TracingError(LuxtorchError, RuntimeError):
-    """Report that a function does what cannot be in a compiled graph; the place is the user's line.
+    """Report that a function cannot be compiled, such as an impure one; the place is the user's line.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -54,16 +54,16 @@ class TracingError(LuxtorchError, RuntimeError):
         >>> jit(lambda x: x + torch.rand(2), backend="replay")(torch.ones(2))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        luxtorch.jit._purity.TracingError: ...: A jitted function draws from a generator of torch, by aten.rand.default.
+        luxtorch.jit._purity.TracingError: ...: A jitted function must not draw from a generator of torch, as ... does.
           fix:      Pass a key and draw with luxtorch.random, whose draws are functions of it.
     """
 
 
-class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Compute what depends on closed-over tensors alone while tracing, so that its value can be read.
+class ConstantFolding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fold constants while tracing: compute what depends on closed-over tensors alone, so that its values can be read.
 
-    What comes of this is a constant of the graph, until something is written to it that is not known: from then on the
-    graph has a copy of its own, which takes the constant's place in all later operators.
+    The results are constants of the graph, until a traced value is written into one: from then on the graph has a copy
+    of it, which replaces the constant in all later operators.
     """
 
     supports_higher_order_operators = True
@@ -72,7 +72,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._computed: dict[int, Tensor] = {}  # by their ids
         self._own: set[int] = set()  # storages
-        self._copies: dict[int, Tensor] = {}  # by the storages that they stand for
+        self._copies: dict[int, Tensor] = {}  # by the storages that they replace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self._current(args, kwargs or {})
@@ -84,35 +84,35 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known:
             return self._compute(func, args, kwargs)
         args, kwargs = self._current(args, kwargs)
-        operator = as_it_writes(func, args, kwargs)
+        operator = with_declared_writes(func, args, kwargs)
         if func in _DIVIDES and not args[1].numel():
-            operator = _gradient_of_nothing
+            operator = _empty_mean_gradient
         return self.record(operator, func, args, kwargs)
 
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Raise if an operator is not allowed."""
 
     def write(self, func: Any, tensor: Tensor, known: bool) -> None:
-        """Prepare for a write to a tensor; `known` is whether what is written is known."""
+        """Prepare for a write to a tensor; `known` is whether the written values are known."""
         if self.owns(tensor):
             self._copy(tensor)
 
     def record(self, operator: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """Let an operator go into the graph."""
+        """Record an operator in the graph."""
         return operator(*args, **kwargs)
 
     def outputs(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return what a function returns, with new tensors for its own constants; to be called inside."""
+        """Return the results of a function, with new tensors for its own constants; to be called inside of the mode."""
         return [self._output(tensor) for tensor in tensors]
 
     def is_outdated(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a constant that has been written to."""
+        """Return whether a tensor is a constant that has been written to."""
         tensor = unwrapped(tensor)
         return bool(self._copies) and not _is_traced(tensor) and storage(tensor) in self._copies
 
     def _output(self, tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
-        # Autograd calls a tensor a view of the constant, even if what is in it is that of the copy.
+        # To autograd a tensor is a view of the constant, even if its values are those of the copy.
         if self.is_outdated(tensor) or self.is_outdated(base):
             return torch.clone(tensor)
         if self.owns(tensor):
@@ -121,7 +121,7 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
     def owns(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor was computed while tracing, in memory of its own: it is not one that is closed over."""
+        """Return whether a tensor was computed while tracing, in memory that no closed-over tensor shares."""
         return not _is_traced(tensor) and storage(tensor) in self._own
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -135,12 +135,12 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _copy(self, tensor: Tensor) -> None:
-        """Let the graph copy the memory of a tensor: all of it, since there may be other views of it."""
+        """Copy the whole memory of a tensor in the graph, since there may be other views of it."""
         with _disable_current_modes(), torch.no_grad():
             memory = tensor.untyped_storage()
             flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             flat = flat.set_(memory, 0, (memory.nbytes() // tensor.element_size(),), (1,)).clone()
-        # torch itself would take a copy made by `clone` for known, and so later reads of it.
+        # torch itself would fold a copy made by `clone`, and later reads of it.
         copy = _aten.empty.memory_format(list(flat.shape), dtype=flat.dtype, device=flat.device)
         self._copies[storage(tensor)] = _aten.copy_.default(copy, flat)
 
@@ -163,14 +163,14 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _aten.as_strided.default(copy, value.shape, value.stride(), value.storage_offset())
 
 
-class Functions(TorchFunctionMode):
-    """Look at the calls of torch's functions while a function is traced, for what no operator shows.
+class FunctionCheck(TorchFunctionMode):
+    """Check calls of torch functions while tracing, for what operators do not show.
 
     Attributes:
-        strides: Whether the function has asked how a tensor lies in memory.
+        strides: Whether the function has read strides.
     """
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: ConstantFolding) -> None:
         super().__init__()
         self._known = known
         self.strides = False
@@ -178,7 +178,7 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LAYOUT:
-            self.strides |= user_calls()
+            self.strides |= called_by_user()
         elif func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
             raise _value_needed(f"Tensor.{func.__name__}")
         elif "out" in kwargs:
@@ -186,25 +186,25 @@ class Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _into(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # Where torch only looks at `out`, as in `torch.linalg.matrix_rank`, the write is lost under any dispatch mode.
+        # Some functions, as `torch.linalg.matrix_rank`, do not write to `out` under a dispatch mode.
         outs = [tensor for tensor in tensors_in([kwargs["out"]]) if isinstance(tensor, FakeTensor)]
         before = [version_of(tensor) for tensor in outs]
         result = func(*args, **kwargs)
         if any(version_of(tensor) == version for tensor, version in zip(outs, before, strict=True)):
             raise TracingError(
-                f"A jitted function loses what {resolve_name(func) or func} would write into its argument 'out'.",
-                fix="Take what the function returns instead.",
+                f"A jitted function must not pass out= to {resolve_name(func) or func}, whose write would be lost.",
+                fix="Use the returned tensor instead.",
                 where=user_line(),
             )
         return result
 
 
-# What tells how a tensor lies in memory, or depends on it.
+# Functions that depend on strides.
 _LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset, Tensor.as_strided, torch.as_strided)
 
 
-class Watch(Known):  # type: ignore[no-untyped-call]
-    """Look at each operator of a trace before it is recorded."""
+class TraceCheck(ConstantFolding):  # type: ignore[no-untyped-call]
+    """Check each operator of a trace before it is recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +214,8 @@ class Watch(Known):  # type: ignore[no-untyped-call]
         self._made: list[tuple[weakref.ref[Tensor], str, str]] = []
         self._records = torch.is_grad_enabled()
 
-    def given(self, arguments: Iterable[Tensor]) -> Watch:
-        """Return this watch, told which tensors stand for the arguments."""
+    def with_arguments(self, arguments: Iterable[Tensor]) -> TraceCheck:
+        """Set the traced tensors of the arguments, and return the mode itself."""
         arguments = list(arguments)
         self._storages = list(map(storage, arguments))
         self._given = set(self._storages)
@@ -223,36 +223,30 @@ class Watch(Known):  # type: ignore[no-untyped-call]
         return self
 
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Raise if an operator draws, or would lose a derivative."""
+        """Raise if an operator draws random numbers, or would lose a derivative."""
         if isinstance(func, torch._ops.OpOverload) and _is_random(func, args, kwargs):
-            raise TracingError(
-                f"A jitted function draws from a generator of torch, by {func}.",
-                fix="Pass a key and draw with luxtorch.random, whose draws are functions of it.",
-                where=user_line(),
-            )
+            headline = f"A jitted function must not draw from a generator of torch, as {func} does."
+            fix = "Pass a key and draw with luxtorch.random, whose draws are functions of it."
+            raise TracingError(headline, fix=fix, where=user_line())
         if self._records and torch.is_grad_enabled() and func is not _aten.detach.default:
             self._check_recorded([*args, *kwargs.values()])
 
     def write(self, func: Any, tensor: Tensor, known: bool) -> None:
-        """Raise if a tensor is not the function's own."""
+        """Raise if a tensor was not made by the function."""
         super().write(func, tensor, known)
         outside = not _is_traced(tensor) and not self.owns(tensor)
         if outside or storage(tensor) in self._given:
             what = "a tensor that it closes over" if outside else "an argument"
-            raise TracingError(
-                f"A jitted function changes {what} in place, by {func}.",
-                fix="Return the new values instead. (An argument named in `donate` gives its memory to them.)",
-                where=user_line(),
-            )
+            headline = f"A jitted function must not change {what} in place, as by {func}."
+            fix = "Return the new values instead. (They reuse the memory of arguments named in `donate`.)"
+            raise TracingError(headline, fix=fix, where=user_line())
 
     def record(self, operator: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """Let an operator go into the graph, if that needs no value, and note what it makes."""
+        """Record an operator in the graph, if it does not need values, and remember its results."""
         if operator is None:
-            raise TracingError(
-                f"A jitted function calls {func}, which writes running statistics that its schema calls inputs.",
-                fix="Compute the new statistics and return them, or pass None for them.",
-                where=user_line(),
-            )
+            headline = f"A jitted function must not call {func} with running statistics, which it changes in place."
+            fix = "Compute the new statistics and return them, or pass None for them."
+            raise TracingError(headline, fix=fix, where=user_line())
         try:
             result = operator(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -267,16 +261,13 @@ class Watch(Known):  # type: ignore[no-untyped-call]
         return result
 
     def check_given(self, arguments: Iterable[Tensor]) -> None:
-        """Raise if an argument has been given other memory, as by `x.data = y`, of which no operator tells."""
+        """Raise if `data` of an argument was set, as by `x.data = y`, which no operator shows."""
         if list(map(storage, arguments)) != self._storages:
-            raise TracingError(
-                "A jitted function changes an argument in place, by setting its data.",
-                fix="Return the new values instead.",
-                where=user_line(),
-            )
+            headline, fix = "A jitted function must not change an argument in place.", "Return the new values instead."
+            raise TracingError(headline, got="a write to its .data", fix=fix, where=user_line())
 
     def check_leaks(self) -> None:
-        """Raise if a tensor of the trace is still held by something, now that the trace is over."""
+        """Raise if something still references a traced tensor after the trace."""
         self._copies, self._computed = {}, {}
         kept = [*self._made, *((ref, "", user_line()) for ref in self._arguments)]
         if any(ref() is not None for ref, _, _ in kept):
@@ -285,33 +276,26 @@ class Watch(Known):  # type: ignore[no-untyped-call]
             tensor = ref()
             if tensor is not None:
                 what = f"a result of {func}" if func else f"an argument of shape {tuple(tensor.shape)}"
-                raise TracingError(
-                    f"A jitted function keeps {what} somewhere outside of itself.",
-                    got="a tensor without numbers: it stands for those of every later call",
-                    fix="Return it from the function instead.",
-                    where=line,
-                )
+                headline = f"A jitted function must not keep {what} outside of itself: a traced tensor has no values."
+                raise TracingError(headline, fix="Return it from the function instead.", where=line)
 
     def _check_recorded(self, values: Iterable[Any]) -> None:
-        """Raise where a derivative would silently be lost: tensors that are closed over are constants."""
+        """Raise where a derivative would be lost silently: closed-over tensors are constants."""
         for tensor in tensors_in(values):
             inside = isinstance(tensor, FakeTensor) or id(tensor) in self._computed
             if tensor.requires_grad and not inside:
-                raise InputError(
-                    "A jitted function closes over a tensor that requires grad, which would be a constant to it.",
-                    got=f"a tensor of shape {tuple(tensor.shape)}",
-                    fix="Pass it as an argument, or detach it.",
-                    where=user_line(),
-                )
+                headline = "A jitted function must not close over a tensor that requires grad: it would be a constant."
+                fix = "Pass it as an argument, or detach it."
+                raise InputError(headline, got=described(tensor), fix=fix, where=user_line())
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn errors of torch's insides into a `TracingError` with the user's line; those of the user stay as they are.
+def tracing_errors() -> Iterator[None]:
+    """Turn internal errors of torch into a `TracingError` with the user's line; the user's own are unchanged.
 
-    To code that catches it, it is what torch raises otherwise as well: an IndexError, a ValueError.
+    The error also has the class of what torch raises otherwise, such as IndexError, for code that catches it.
     """
-    # What is raised anyway is not to be logged and warned of besides.
+    # An error that is raised need not be logged too.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -323,8 +307,8 @@ def explained() -> Iterator[None]:
     except Exception as error:
         text = str(error)
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if library(frame) in _TRACERS or any(phrase in text for phrase in _PHRASES):
-            raise _explanation(error) from error
+        if package_of(frame) in _TRACERS or any(phrase in text for phrase in _PHRASES):
+            raise _tracing_error(error) from error
         raise
     finally:
         logger.disabled = before
@@ -332,34 +316,28 @@ def explained() -> Iterator[None]:
 
 _TRACERS = ("torch", "functorch", "")
 
-# How torch speaks of tensors that have no numbers.
+# Errors of torch about tensors without values.
 _NUMBERS = ("not supported for tensor subclasses", "data is not allocated yet", "access data pointer")
 _PHRASES = (*_NUMBERS, "FakeTensor", "in the TorchScript interpreter", "Can't pickle local object 'WeakValueDict")
 
 
-def _explanation(error: Exception) -> TracingError:
+def _tracing_error(error: Exception) -> TracingError:
     where = user_line(error)
     text = str(error).strip()
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return _value_needed(error.func, where)
     if any(phrase in text for phrase in _NUMBERS):
-        return TracingError(
-            "A jitted function takes the numbers out of a tensor, but what it traces has none.",
-            got=text.partition("\n")[0],
-            fix="Keep to torch's functions of tensors; copy.deepcopy(x) is x.clone().",
-            where=where,
-        )
+        headline = "A jitted function must not read the values of a tensor: a traced tensor has none."
+        fix = "Use torch's functions of tensors; for copy.deepcopy(x), x.clone()."
+        return TracingError(headline, got=text.partition("\n")[0], fix=fix, where=where)
     builtin = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
-    return _also(builtin)(
-        "A jitted function fails while it is traced.",
-        got=f"{type(error).__name__}: {text.partition(chr(10))[0]}",
-        where=where,
-    )
+    got = f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    return _also(builtin)("A jitted function failed while it was traced.", got=got, where=where)
 
 
 @functools.cache
 def _also(kind: type) -> type[TracingError]:
-    """Return the class of tracing errors that are of another class as well."""
+    """Return a class of tracing errors that is also derived from a builtin exception."""
     if issubclass(TracingError, kind):
         return TracingError
 
@@ -370,7 +348,7 @@ def _also(kind: type) -> type[TracingError]:
     return type(TracingError.__name__, (TracingError, kind), names)
 
 
-def _gradient_of_nothing(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Any:
+def _empty_mean_gradient(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Any:
     return _aten.mul.Tensor(_aten.sub.Tensor(x, y), grad)
 
 
@@ -380,7 +358,7 @@ def _can_draw(func: Any) -> bool:
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether a call of an operator that can draw does draw: attention and the RNNs do if they drop out."""
+    """Return whether a call of an operator draws random numbers; attention and RNNs do with dropout."""
     if not _can_draw(func):
         return False
     given = arguments(func, args, kwargs)
@@ -390,7 +368,7 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether an operator works on what is closed over alone, or on nothing: its result is a constant then."""
+    """Return whether an operator has closed-over tensors alone as inputs, or none: its result is a constant."""
     values = [*args, *kwargs.values()]
     tensors = tensors_in(values)
     return (bool(tensors) or func in _MADE) and not any(map(_is_traced, tensors)) and not any_symbol(values)
@@ -402,13 +380,13 @@ def _is_traced(tensor: Tensor) -> bool:
 
 def _value_needed(func: Any, where: str = "") -> TracingError:
     return TracingError(
-        f"A jitted function needs the value of a tensor to go on, by {func}, but what it traces has none.",
+        f"A jitted function must not depend on the value of a tensor, as by {func}: a traced tensor has none.",
         expected="the same operators for all values: no `if`, `float(...)`, `.item()` or `x[mask]` on a traced tensor",
-        fix="Use torch.where, or pass the number as an argument of its own: each value makes its own graph.",
+        fix="Use torch.where, or pass the number as a separate argument: each value has a graph of its own.",
         where=where or user_line(),
     )
 
 
 def storage(tensor: Tensor) -> int:
-    """Return what is the same for tensors that share memory, and for no others."""
+    """Return an id that tensors have in common if they share memory."""
     return storage_id(tensor)

@@ -1,4 +1,4 @@
-"""Programs: the operators of a graph one by one without Python in between, and CUDA graphs."""
+"""Replay of a graph: its operators one by one as generated code, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx
 
 Program: TypeAlias = Callable[[list[Any]], Sequence[Tensor]]
-"""Takes a list of tensors, which it may empty, to the outputs of a graph."""
+"""A function of a list of input tensors, which it may clear, that returns the outputs of a graph."""
 
 
 def replay(graph: fx.GraphModule) -> Program:
-    """Return a function that runs the operators of a graph, straight by their kernels.
+    """Return a function that runs the operators of a graph, below autograd.
 
-    It is plain Python code with a line for each operator, as torch.fx would write it, but each line calls the operator
-    in C++, and a tensor is let go after its last use. What only autograd would notice is left out.
+    It is generated Python code with a line for each operator, as that of torch.fx, but each line calls the operator in
+    C++, and a tensor is deleted after its last use. Operators that matter to autograd alone are left out.
 
     Args:
         graph: A graph of ATen operators.
@@ -59,7 +59,7 @@ def replay(graph: fx.GraphModule) -> Program:
         if node.op == "output":
             lines.append(f"return {text(node.args[0])}")
             break
-        if node.target in _UNSEEN:
+        if node.target in _NO_OPS:
             names[node] = names[node.args[0]]
             continue
         given = [text(value) for value in node.args] + [f"{key}={text(value)}" for key, value in node.kwargs.items()]
@@ -78,20 +78,20 @@ def replay(graph: fx.GraphModule) -> Program:
         with torch._C._AutoDispatchBelowAutograd():
             return run(inputs)
 
-    program._boxed_call = True  # type: ignore[attr-defined]  # so AOTAutograd passes a list as well
+    program._boxed_call = True  # type: ignore[attr-defined]  # so that AOTAutograd passes a list too
     return program
 
 
-# Derivatives are a part of the graph already, so these do nothing.
-_UNSEEN = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
+# Derivatives are a part of the graph already, so these have no effect.
+_NO_OPS = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
 
 
 def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """Return after which nodes which others are no longer needed."""
+    """Return the nodes that are used for the last time by each node."""
     last: dict[fx.Node, fx.Node] = {}
 
     def source(node: fx.Node) -> fx.Node:
-        return source(node.all_input_nodes[0]) if node.target in _UNSEEN else node
+        return source(node.all_input_nodes[0]) if node.target in _NO_OPS else node
 
     for node in graph.graph.nodes:
         for used in node.all_input_nodes:
@@ -107,14 +107,13 @@ _WARM_UP = 3
 
 
 class CudaGraph:
-    """Run a program that is recorded at the first call, and from then on replayed by the GPU.
+    """Capture a program as a CUDA graph at the first call, and replay it from then on.
 
-    A graph works in memory of its own: what comes in is copied there, and what comes out is copied from there, so that
-    results stay what they are when the next call comes. That is why it pays for many small kernels, not for few large
-    tensors.
+    A graph has memory of its own: inputs are copied into it, and outputs out of it, so that the next call does not
+    overwrite results. It pays for many small kernels, not for few large tensors.
 
     Args:
-        program: Runs on one GPU, without waiting for it.
+        program: A program that runs on one GPU without synchronization.
 
     Source: `torch.cuda.CUDAGraph`; inductor's own graphs, those of `mode="reduce-overhead"`, overwrite earlier results.
     """
@@ -127,7 +126,7 @@ class CudaGraph:
         self._outputs: list[Tensor] = []
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        with self._lock:  # one memory, one call at a time
+        with self._lock:  # the memory is shared: one call at a time
             if self._graph is None:
                 self._capture(inputs)
             assert self._graph is not None
@@ -142,7 +141,7 @@ class CudaGraph:
 
     def _capture(self, inputs: list[Tensor]) -> None:
         self._inputs = [one.detach().clone(memory_format=torch.preserve_format) for one in inputs]
-        # Kernels are chosen and workspaces made at the first calls, which must not be recorded.
+        # The first calls choose kernels and allocate workspaces, and must not be captured.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

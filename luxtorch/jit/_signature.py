@@ -1,4 +1,4 @@
-"""What a compiled function depends on, and the quick check whether a call has it."""
+"""`Signature`: guards of a compiled function: structure, shapes, constants and settings, checked at each call."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
-from ._constants import Refused, fingerprint
+from ._constants import NotComparable, fingerprint
 from ._flatten import Spec
-from ._sizes import OfArguments, static
+from ._sizes import ArgumentFunction, static
 
 
 class Signature:
-    """Hold all that one compiled function depends on.
+    """Hold the guards of a compiled function.
 
-    That is the structure of the arguments; the values of their leaves that are no tensors; shape, strides, dtype,
+    These are the structure of the arguments; the values of their leaves that are not tensors; shape, strides, dtype,
     device, class and `requires_grad` of each tensor; and the settings of torch that change what a function computes:
     grad and inference mode, autocast, default dtype and device, number of threads, deterministic algorithms, and the
     precision of matrix products.
 
-    The tensors and the settings are compared by the C++ guards of torch.compile: 0.1 us a tensor, where Python would
-    need a microsecond. Structures are compared, not hashed: the hash of a deep model costs more than all the rest.
+    The tensors and the settings are compared by the C++ guards of torch.compile: 0.1 us a tensor, where Python takes a
+    microsecond. Structures are compared, not hashed: the hash of a deep model takes longer than all the rest.
 
     Args:
         leaves: The leaves of the arguments.
         spec: Their structure.
-        fakes: What the tensors were while tracing; those of their sizes that are symbols may be others.
+        fakes: The fake tensors of the trace; their symbolic sizes may differ from call to call.
     """
 
     def __init__(self, leaves: Sequence[Any], spec: Spec, fakes: Sequence[Any]) -> None:
@@ -44,14 +44,14 @@ class Signature:
         strides: Any = [list(map(static, fake.stride())) for fake in fakes]
         guards = TensorGuards(*self.tensors(leaves), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._same_tensors = guards.check
-        self._condition: OfArguments | None = None
+        self._condition: ArgumentFunction | None = None
 
-    def assume(self, condition: OfArguments | None) -> None:
-        """Have a further test of the tensors: what was assumed of their sizes that are symbols."""
+    def assume(self, condition: ArgumentFunction | None) -> None:
+        """Set a further guard: the assumptions of the trace about symbolic sizes."""
         self._condition = condition
 
     def fits(self, leaves: list[Any], spec: Spec) -> bool:
-        """Tell whether a call with these leaves may use what was compiled for this signature."""
+        """Return whether a call with these leaves passes the guards."""
         if len(leaves) != self._count:
             return False
         if self.statics:
@@ -60,7 +60,7 @@ class Signature:
                     isinstance(leaves[i], Tensor) or fingerprint(leaves[i]) != one for i, one in self.statics.items()
                 ):
                     return False
-            except Refused:  # it is refused with its place, where it would be compiled for
+            except NotComparable:  # the error with its place is raised when compiling
                 return False
             leaves = self.tensors(leaves)
         return (
@@ -76,12 +76,12 @@ class Signature:
         return [leaves[i] for i in self.places]
 
     def leaves(self, tensors: Iterable[Tensor]) -> list[Any]:
-        """Return all leaves, with other tensors."""
+        """Return all leaves, with the tensors replaced."""
         values = {**self._values, **dict(zip(self.places, tensors, strict=True))}
         return [values[i] for i in range(len(values))]
 
     def difference(self, other: Signature) -> str:
-        """Say in words what another signature has differently."""
+        """Describe the first difference to another signature."""
         if self.spec != other.spec or self.places != other.places:
             return "the structure of the arguments, or a Static in it"
         for i, one in self.statics.items():
@@ -94,5 +94,5 @@ class Signature:
 
 
 def _default_device() -> torch.device | None:
-    # It is set by a function mode; without any there is no need to ask.
+    # It is set by a function mode; without any, it need not be read.
     return torch.get_default_device() if torch._C._len_torch_function_stack() else None

@@ -1,4 +1,4 @@
-"""Sizes that differ from call to call: symbols while a function is traced, and what its graph assumes of them."""
+"""Dynamic shapes: symbolic sizes of arguments while tracing, and the guards on them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._where import user_line
+from ._user_line import user_line
 
-OfArguments: TypeAlias = "Callable[[Sequence[Tensor]], Any]"
+ArgumentFunction: TypeAlias = "Callable[[Sequence[Tensor]], Any]"
 
-# Each kind of number that may be a symbol, and what it is otherwise.
+# The symbolic type of each kind of number, with the plain one.
 _KINDS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 _SYMBOLS = tuple(_KINDS)
 
-# Who may see a symbol's name instead of its number.
+# Packages that print a symbol's name instead of its number.
 _NAMED = frozenset(("torch", "sympy", "functorch", "logging", "traceback"))
 
 
 class Sizes:
-    """Hold the symbols of one trace: sizes and strides of arguments that may be others at the next call.
+    """Hold the symbols of one trace: sizes and strides of arguments that may differ from call to call.
 
-    No two sizes share a symbol, so that none is taken to equal another because both were the same at the first call.
-    What the function asks of them while it is traced is collected here, and must hold where its graph is used again.
+    No two sizes share a symbol, so that sizes that were equal at the first call may differ later. Comparisons of the
+    function while tracing are collected as guards, which must hold where the graph is used again.
     """
 
     def __init__(self) -> None:
-        # This takes seconds to import, and only who compiles needs it.
+        # Imported here, since it takes seconds.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         # Sizes and numbers that depend on the values of tensors are errors.
@@ -47,13 +47,12 @@ class Sizes:
         self._fixed: dict[tuple[int, int], tuple[str, str]] = {}
 
     def fake(self, tensor: Tensor, place: int, dims: Collection[int]) -> Any:
-        """Return what stands for an argument: a tensor of its shape, without numbers, some of its sizes symbols.
+        """Return the fake tensor of an argument: of the same shape, with some symbolic sizes, and without values.
 
         Args:
             tensor: The argument.
             place: Its place among the arguments that are tensors.
-            dims: Which of its dimensions may have another size later. Sizes 0 and 1 are never symbols, since these
-                broadcast.
+            dims: The dynamic dimensions. Sizes 0 and 1 are never symbols, since these broadcast.
         """
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -66,7 +65,7 @@ class Sizes:
         if tensor.is_conj() or tensor.is_neg():
             fake = self._mode.from_tensor(tensor, static_shapes=False, source=source, symbolic_context=context)
         else:
-            # A batch is often a slice of the data. Torch would look at the whole, and where the slice is in it.
+            # A batch is often a slice of the data, of which torch would guard the base and the offset.
             shape, strides, _ = self._environment.create_symbolic_sizes_strides_storage_offset(
                 tensor, source, symbolic_context=context
             )
@@ -80,39 +79,39 @@ class Sizes:
                 self._origins |= {values[dim].node.expr: (place, dim) for dim in found}
         return fake
 
-    def condition(self, fakes: Sequence[Any]) -> OfArguments | None:
-        """Return the test whether a graph may be used for other arguments; None if it may for any."""
+    def condition(self, fakes: Sequence[Any]) -> ArgumentFunction | None:
+        """Return the guard on other arguments of a graph; None if there is none."""
         places = [n for n, symbols in self._symbolic.items() if symbols]
         sources: Any = [_source(n) for n in places]
         guards = self._environment.produce_guards([fakes[n] for n in places], sources, ignore_static=True)
-        # Of what has become a constant since, as when a compiler asks for the number, torch says nothing.
+        # torch has no guard for symbols that became constants later, as when a compiler reads the number.
         for place in places:
             for what, dim in self._symbolic[place]:
                 value = getattr(fakes[place], what)(dim)
                 if not _is_symbol(value):
                     guards.append(f"inputs[{place}].{what}({dim}) == {int(value)}")
-        return _of_arguments(" and ".join(f"({guard})" for guard in guards)) if guards else None
+        return _compile_expression(" and ".join(f"({guard})" for guard in guards)) if guards else None
 
-    def numbers(self, values: Sequence[Any]) -> OfArguments:
-        """Return the function of the arguments that computes sizes, and numbers made of them."""
-        return _of_arguments(f"[{', '.join(map(self._text, values))}]")
+    def numbers(self, values: Sequence[Any]) -> ArgumentFunction:
+        """Return a function of the arguments that computes sizes, and numbers derived from them."""
+        return _compile_expression(f"[{', '.join(map(self._text, values))}]")
 
     def fixed(self) -> dict[tuple[int, int], tuple[str, str]]:
-        """Return which dimensions of which tensors are needed as numbers, each with the user's line and the reason.
+        """Return the dynamic dimensions that are needed as numbers, each with the user's line and the reason.
 
-        A size that is only compared with a number is not among them: other sizes then share the other graph.
+        A size that is only compared with a number is not among them: other sizes share the other graph.
         """
         found = self._environment.fixed
         here = {self._origins[symbol]: (line, "") for symbol, line in found.items() if symbol in self._origins}
         return here | self._fixed
 
     def fixed_by(self, line: str, reason: str, others: Sizes) -> None:
-        """Note a line and a reason that make numbers of all that have been symbols in another trace."""
+        """Record a line and a reason for which all symbols of another trace are numbers here."""
         self._fixed = dict.fromkeys(others._origins.values(), (line, reason))
 
     @contextlib.contextmanager
-    def spelt_out(self) -> Iterator[None]:
-        """Within, the text of a symbol is that of its number, as soon as others than torch ask for it."""
+    def printed_as_numbers(self) -> Iterator[None]:
+        """Print symbols as their numbers inside, except to torch itself."""
         original = {(kind, name): getattr(kind, name) for kind in _SYMBOLS for name in ("__repr__", "__format__")}
 
         def replacement(kind: type, name: str) -> Callable[..., str]:
@@ -146,25 +145,25 @@ class Sizes:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is made of sizes that are symbols: a number, or a whole shape."""
+    """Return whether a value is symbolic: a number, or a whole shape."""
     return isinstance(value, _SYMBOLS) or (
         isinstance(value, torch.Size) and any(isinstance(n, _SYMBOLS) for n in value)
     )
 
 
 def any_symbol(values: Iterable[Any]) -> bool:
-    """Tell whether any of the arguments of an operator is a symbol, or a list with one."""
+    """Return whether any argument of an operator is a symbol, or a list with one."""
     flat = (item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,)))
     return any(isinstance(item, _SYMBOLS) for item in flat)
 
 
 def static(value: Any) -> int | None:
-    """Return a size or a stride that is the same in all calls, or None for a symbol."""
+    """Return a size or a stride, or None for a symbol."""
     return None if _is_symbol(value) else int(value)
 
 
 def hides_symbols(values: Iterable[Any]) -> bool:
-    """Tell whether values hold symbols deep inside, where no function of the arguments can replace them."""
+    """Return whether values hold symbols inside of objects, where they cannot be replaced."""
     left, seen = list(values), set()
     while left:
         value = left.pop()
@@ -192,8 +191,8 @@ def _source(place: int) -> Any:
     return ConstantSource(f"inputs[{place}]")
 
 
-def _of_arguments(text: str) -> OfArguments:
-    """Return the function of a list of tensors that a text stands for, in which they are `inputs`."""
+def _compile_expression(text: str) -> ArgumentFunction:
+    """Compile an expression to a function of a list of tensors, which is called `inputs` in it."""
     from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
     return eval(f"lambda inputs: {text}", dict(SYMPY_INTERP))  # type: ignore[no-any-return]
@@ -204,7 +203,7 @@ def _environment() -> Any:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     class Environment(ShapeEnv):
-        """Remember in which lines symbols became numbers."""
+        """Record the lines in which symbols became numbers."""
 
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
@@ -216,18 +215,18 @@ def _environment() -> Any:
             if len(self.guards) > known:
                 asked = orig_expr.is_Boolean or orig_expr.is_Relational
                 for symbol in orig_expr.free_symbols:
-                    if not asked or self._counted(orig_expr, symbol):
+                    if not asked or self._by_counting(orig_expr, symbol):
                         self.fixed.setdefault(symbol, user_line())
             return value
 
-        def _counted(self, comparison: Any, symbol: Any) -> bool:
-            """Tell whether a size was found by comparing again and again, as `while i < n` does."""
-            # A size that is not above 2 is 2: no more than an `if` has asked for that.
+        def _by_counting(self, comparison: Any, symbol: Any) -> bool:
+            """Return whether a size was determined by repeated comparisons, as by `while i < n`."""
+            # A single `if` is enough to find that a size, not above 2, is 2.
             became = self.replacements.get(symbol)
             inequality = comparison.is_Relational and comparison.rel_op not in ("==", "!=")
             return bool(inequality and became is not None and became.is_Integer and became > 2)
 
-    # An inductor that keeps what it compiled on disk has to find the class by its name.
+    # Inductor's cache on disk pickles the class by its name.
     Environment.__qualname__ = Environment.__name__
     globals()[Environment.__name__] = Environment
     return Environment

@@ -1,4 +1,4 @@
-"""Strides: a state that changes them is compiled for the later ones; those of a single call are copied away."""
+"""Strides of arguments: graphs are compiled for those that states will have; other strides are copied to these."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ._trace import Trace
 Strides: TypeAlias = "tuple[int, ...]"
 
 
-def settled(trace: Trace) -> dict[int, Strides]:
-    """Return which inputs the next call is likely to bring with other strides, and with which.
+def stable_strides(trace: Trace) -> dict[int, Strides]:
+    """Return the inputs that will have other strides at the next call, with these strides.
 
-    Those are parts of states whose successors have other strides. Zeros that `torch.vmap` returns, for one, have
-    stride 0, but what an optimizer makes of them has not.
+    They are parts of states that the function returns with other strides. For example, zeros that `torch.vmap` returns
+    have stride 0, but their updates by an optimizer do not.
 
     Args:
         trace: The trace.
@@ -33,19 +33,19 @@ def settled(trace: Trace) -> dict[int, Strides]:
     return found
 
 
-def kept(trace: Trace) -> set[int]:
-    """Return the outputs whose strides a compiler has to keep, since they come back as inputs."""
+def state_outputs(trace: Trace) -> set[int]:
+    """Return the outputs whose strides a compiler must preserve, since they are the next inputs."""
     return set() if trace.symbolic else {j for _, j in _successors(trace)}
 
 
-def restrided(tensor: Tensor, strides: Strides) -> Tensor:
-    """Return a copy with other strides; autograd sees it as a copy too."""
+def copy_strided(tensor: Tensor, strides: Strides) -> Tensor:
+    """Return a differentiable copy with other strides."""
     empty = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     return empty.copy_(tensor)
 
 
 def other_strides(trace: Trace, tensors: list[Tensor]) -> dict[int, Strides] | None:
-    """Return which tensors have strides other than those of a trace, with the latter; None if more is different."""
+    """Return the strides of a trace for tensors with other ones; None if shape, dtype or device differ too."""
     if trace.symbolic or trace.strides:
         return None
     found: dict[int, Strides] = {}

@@ -1,4 +1,4 @@
-"""Tracing: from a function and the shapes of its arguments to a graph of ATen operators."""
+"""Tracing of a function with fake tensors to a graph of ATen operators."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ._constants import REGISTER, Refused, fingerprint, is_mutable, texts
-from ._flatten import Spec, flatten, owning, with_nodes, written
-from ._purity import Functions, TracingError, Watch, explained, storage
+from ._constants import REGISTER, NotComparable, fingerprint, is_mutable, texts
+from ._flatten import Spec, flatten, flatten_torch_nodes, fresh_contexts, path_text
+from ._purity import FunctionCheck, TraceCheck, TracingError, storage, tracing_errors
 from ._signature import Signature
-from ._sizes import OfArguments, Sizes, hides_symbols, is_number
-from ._where import user_line
+from ._sizes import ArgumentFunction, Sizes, hides_symbols, is_number
+from ._user_line import user_line
 
 
 @dataclass
 class Trace:
-    """Hold the graph of a function, and how its outputs make up what the function returns.
+    """Hold the graph of a function, and how results are assembled from its outputs.
 
     Attributes:
-        function: The function of the tensors alone that was traced; it returns the tensors that it makes.
-        graph: What it does. Arguments that are returned as they are, are no outputs of it.
-        fakes: What the arguments were while tracing: tensors of their shapes, without numbers.
-        signature: What all this depends on.
+        function: The traced function, of the tensors alone; it returns the tensors that it makes.
+        graph: The graph. Arguments that are returned unchanged are not outputs of it.
+        fakes: The fake tensors of the arguments: of their shapes, without values.
+        signature: The guards.
         out_spec: The structure of the result.
-        results: The leaves of the result: `("output", i)`, `("input", i)`, `("number", i)`, or what is not computed:
+        results: The leaves of the result: `("output", i)`, `("input", i)`, `("number", i)`, or constants:
             `("argument", i)`, a leaf of the arguments; `("static", value)`; and `("copied", value)`, of which each
             call returns a copy.
         sizes: The symbols among the sizes of the arguments.
-        numbers: Computes, from the arguments, the results that are made of sizes alone; None if there are none.
-        strides: Whether the function has asked how a tensor lies in memory.
+        numbers: A function of the arguments for results that depend on sizes alone; None if there are none.
+        strides: Whether the function has read strides.
     """
 
     function: Callable[..., list[Tensor]]
@@ -44,7 +44,7 @@ class Trace:
     out_spec: Spec
     results: list[tuple[str, Any]]
     sizes: Sizes
-    numbers: OfArguments | None
+    numbers: ArgumentFunction | None
     strides: bool
 
     @property
@@ -58,7 +58,7 @@ class Trace:
         return [one for one in (getattr(self.graph, node.target) for node in nodes) if isinstance(one, Tensor)]
 
     def outputs(self) -> list[Any]:
-        """Return what the outputs of the graph were while tracing; those that it closes over are as they are."""
+        """Return the fake tensors of the outputs; closed-over tensors are themselves."""
         nodes: Any = self.graph.graph.output_node().args[0]
         return [node.meta["val"] if "val" in node.meta else getattr(self.graph, node.target) for node in nodes]
 
@@ -67,10 +67,10 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
     """Trace a function.
 
     Args:
-        fn: Takes `(args, kwargs)`.
+        fn: A function of `(args, kwargs)`.
         leaves: The leaves of these.
         spec: Their structure.
-        dynamic: Which dimensions of which leaves may have another size later.
+        dynamic: The dynamic dimensions of leaves.
 
     Raises:
         TracingError: If the function is not pure, or depends on the values of tensors.
@@ -88,13 +88,13 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
             full[i] = tensor
         arguments = spec.unflatten(full)
         result = fn(*arguments)
-        with owning():
-            out, parts["spec"] = with_nodes(*flatten(result))
-        if "results" in parts:  # traced once more, for its derivative
+        with fresh_contexts():
+            out, parts["spec"] = flatten_torch_nodes(*flatten(result))
+        if "results" in parts:  # traced again for its derivative
             return [leaf for leaf, (kind, _) in zip(out, parts["results"], strict=True) if kind == "output"]
         _check_unchanged(arguments, full, spec)
         if "FakeTensor(" in str(parts["spec"]):
-            raise _formatted("result, in what is not a leaf of it,", parts["spec"])
+            raise _text_of_tensor("result, in its structure", parts["spec"])
         given = {id(tensor): n for n, tensor in enumerate(tensors)}
         constants = {id(leaf): i for i, leaf in enumerate(full) if not isinstance(leaf, Tensor)}
         parts["results"], parts["numbers"] = [], []
@@ -117,12 +117,12 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         return made
 
     for i in places:
-        values[i] = None  # or the arguments of the first call would be kept
-    watch = Watch()
-    functions = Functions(watch)
+        values[i] = None  # so that the arguments of the first call are not kept alive
+    watch = TraceCheck()
+    functions = FunctionCheck(watch)
 
     def watched(*tensors: Tensor) -> list[Tensor]:
-        with watch.given(tensors), functions:
+        with watch.with_arguments(tensors), functions:
             made = watch.outputs(function(*tensors))
         watch.check_given(tensors)
         return made
@@ -133,16 +133,16 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
         return fixed
 
     try:
-        with sizes.spelt_out() if dynamic else contextlib.nullcontext():
+        with sizes.printed_as_numbers() if dynamic else contextlib.nullcontext():
             graph = record(watched, fakes, {}, bool(dynamic))
     except Exception as error:
         if not dynamic:
             raise
-        # Some of torch's operators take no symbols, symbols have no hash, and so on. With numbers it may go; if not,
-        # the error has the numbers.
+        # Some operators of torch do not support symbols, symbols have no hash, and so on. With fixed sizes it may work;
+        # if not, the error has the numbers.
         return with_fixed_sizes(user_line(error), f"{type(error).__name__}: {str(error).splitlines()[0]}")
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    watch.check_leaks()  # from here on nothing but a leak holds what the function was given
+    watch.check_leaks()  # from here on, only leaks reference traced tensors
     statics = [value for kind, value in parts["results"] if kind in ("static", "copied")]
     if dynamic and hides_symbols([parts["spec"], *statics]):
         return with_fixed_sizes(user_line(), "it is in the structure of the result")
@@ -153,70 +153,63 @@ def trace(fn: Callable[..., Any], leaves: list[Any], spec: Spec, dynamic: Mappin
 
 def _check_unchanged(arguments: Any, leaves: list[Any], spec: Spec) -> None:
     """Raise if a function has changed dicts or other nodes of its arguments."""
-    after, structure = with_nodes(*flatten(arguments))
+    after, structure = flatten_torch_nodes(*flatten(arguments))
     if structure != spec or any(one is not other for one, other in zip(leaves, after, strict=True)):
-        raise TracingError(
-            "A jitted function changes a dict or another node of its arguments in place.",
-            fix="Make a new one and return it: {**ps, name: value}.",
-            where=user_line(),
-        )
+        headline = "A jitted function must not change a dict or another node of its arguments in place."
+        raise TracingError(headline, fix="Make a new one and return it: {**ps, name: value}.", where=user_line())
 
 
 def _kind(value: Any, spec: Spec, leaf: int) -> str:
-    """Return whether each call may return the same object as a leaf of its result, or a copy.
+    """Return whether each call returns the same object for a leaf of the result ("static"), or a copy ("copied").
 
     Raises:
-        TracingError: If it can do neither, since it holds a tensor that is traced or a state that goes on.
+        TracingError: If neither is possible, since it holds a traced tensor or is an iterator.
     """
-    place = f"result{written(spec.paths()[leaf])}"
+    place = f"result{path_text(spec.paths()[leaf])}"
     try:
         key, mutable = fingerprint(value), is_mutable(value)
         if mutable:
             copy.deepcopy(value)
     except Exception as error:
-        held = f", which holds {error.what} at {place}{error.place}" if isinstance(error, Refused) else ""
-        raise TracingError(
-            f"A jitted function returns at {place} what is neither a tensor nor a constant.",
-            expected="any pytree of tensors; what else it returns is the same at each call",
-            got=f"a {type(value).__name__}{held}",
-            fix=f"Return the tensors, or make the class a pytree node, {REGISTER}.",
-            where=user_line(),
-        ) from None
+        held = f", which holds {error.what} at {place}{error.place}" if isinstance(error, NotComparable) else ""
+        got, fix = (
+            f"a {type(value).__name__} at {place}{held}",
+            f"Return tensors, or make it a pytree node, {REGISTER}.",
+        )
+        headline = "A jitted function must return tensors and constants, in any pytree."
+        raise TracingError(headline, got=got, fix=fix, where=user_line()) from None
     if any("FakeTensor(" in text for text in texts(key)):
-        raise _formatted(place, value)
+        raise _text_of_tensor(place, value)
     return "copied" if mutable else "static"
 
 
-def _formatted(place: str, value: Any) -> TracingError:
-    return TracingError(
-        f"A jitted function returns at {place} the text of a tensor that has no numbers while it is traced.",
-        got=f"{value!r:.80}",
-        fix="Return the tensor, and format it outside.",
-        where=user_line(),
-    )
+def _text_of_tensor(place: str, value: Any) -> TracingError:
+    got, fix = f"{value!r:.80} at {place}", "Return the tensor, and format it outside."
+    headline = "A jitted function must not return the text of a traced tensor, which has no values."
+    return TracingError(headline, got=got, fix=fix, where=user_line())
 
 
 def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symbolic: bool = False) -> fx.GraphModule:
-    """Return the graph of a function of fake tensors."""
+    """Trace a function of fake tensors to a graph."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     kind: Literal["symbolic", "fake"] = "symbolic" if symbolic else "fake"
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
-    with explained():
+    with tracing_errors():
         graph = traced(*fakes)
     _tidy(graph)
     return graph
 
 
 def _tidy(graph: fx.GraphModule) -> None:
-    """Leave out what no output depends on, constants too."""
-    # torch.fx keeps what writes to a tensor; but on the meta device, where shapes are worked out, nothing is written.
+    """Remove operators and constants that no output depends on."""
+    # torch.fx keeps operators that write to a tensor, but writes on the meta device have no effect.
     for node in reversed(graph.graph.nodes):
         value = node.meta.get("val")
         if not node.users and node.op == "call_function" and isinstance(value, Tensor) and value.is_meta:
             graph.graph.erase_node(node)
     for node in graph.graph.find_nodes(op="call_function", target=_WITH_STRIDES):
-        # It takes the strides of its argument, and is written to; what was expanded while tracing cannot be written.
+        # It copies the strides of its argument, and is written to, which expanded tensors do not allow.
         if all(isinstance(size, int) for size in node.meta["val"].shape):
             node.target = torch.ops.aten.new_zeros.default
             node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
@@ -233,7 +226,7 @@ _WITH_STRIDES = torch.ops.aten._new_zeros_with_same_feature_meta.default
 
 
 def aliases(trace: Trace) -> tuple[list[set[int]], list[set[int]]]:
-    """Return which outputs of a graph share memory with each input, and which inputs and outputs with each output."""
+    """Return the outputs that share memory with each input, and the inputs and outputs that do with each output."""
     outputs = list(map(storage, trace.outputs()))
     inputs = [storage(fake) for fake in trace.fakes]
     of_inputs = [{j for j, out in enumerate(outputs) if out == one} for one in inputs]

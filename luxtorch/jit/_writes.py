@@ -1,4 +1,4 @@
-"""Which tensors an operator writes to. Those of batch normalization write to the running statistics in secret."""
+"""Tensors that an operator writes to; batch normalization writes to running statistics without declaring it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
-# What the schemas of these operators calls inputs, they write to, where they train.
+# In training, these operators write to arguments that their schemas declare as inputs.
 _STATISTICS = ("running_mean", "running_var")
-_UNSAID = (
+_UNDECLARED = (
     _aten.native_batch_norm,
     _aten.cudnn_batch_norm,
     _aten.miopen_batch_norm,
@@ -27,20 +27,20 @@ def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors that a call of an operator writes to."""
     if not isinstance(func, torch._ops.OpOverload):
         return []
-    said, unsaid = _places(func)
-    places = said
-    if unsaid and arguments(func, args, kwargs).get("training", True):
-        places = said + unsaid
+    declared, undeclared = _places(func)
+    places = declared
+    if undeclared and arguments(func, args, kwargs).get("training", True):
+        places = declared + undeclared
     return tensors_in(args[i] if i < len(args) else kwargs.get(name) for i, name in places)
 
 
-def as_it_writes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """Return what does the same as a call of an operator in operators whose schemas say what they write to.
+def with_declared_writes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """Return a function that does the same as an operator, by operators that declare all their writes.
 
-    None stands for an operator that has no such form.
+    None means that there is no such function.
     """
-    said, unsaid = _places(func) if isinstance(func, torch._ops.OpOverload) else ((), ())
-    given = arguments(func, args, kwargs) if unsaid or func in _BACKWARD else {}
+    declared, undeclared = _places(func) if isinstance(func, torch._ops.OpOverload) else ((), ())
+    given = arguments(func, args, kwargs) if undeclared or func in _BACKWARD else {}
     if given.get("running_mean") is None or given.get("running_var") is None:
         return func  # type: ignore[no-any-return]
     if func in _BACKWARD:
@@ -65,11 +65,11 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 @functools.cache
 def _places(func: Any) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
-    """Return which arguments an operator writes to as its schema says, and which in secret."""
+    """Return the arguments that an operator writes to: those in its schema, and undeclared ones."""
     places = list(enumerate(func._schema.arguments))
-    said = tuple((i, one.name) for i, one in places if one.alias_info is not None and one.alias_info.is_write)
-    secret = func.overloadpacket in _UNSAID
-    return said, tuple((i, one.name) for i, one in places if secret and one.name in _STATISTICS)
+    declared = tuple((i, one.name) for i, one in places if one.alias_info is not None and one.alias_info.is_write)
+    secret = func.overloadpacket in _UNDECLARED
+    return declared, tuple((i, one.name) for i, one in places if secret and one.name in _STATISTICS)
 
 
 def _batch_norm(
@@ -82,7 +82,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize in training as `native_batch_norm` does, and write the statistics for all to see."""
+    """Normalize in training as `native_batch_norm` does, with declared writes to the statistics."""
     y, mean, inverse, new_mean, new_var = _aten._native_batch_norm_legit_functional.default(
         x, weight, bias, running_mean, running_var, training, momentum, eps
     )
@@ -92,7 +92,7 @@ def _batch_norm(
 
 
 def _cudnn(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    # Their backward gets what cuDNN keeps for itself, which is nothing here.
+    # The backward pass gets the reserve of cuDNN, which is empty here.
     return *_batch_norm(x, *others), _aten.new_empty.default(x, [0], dtype=torch.uint8)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luxtorch._transforms import differentiate_again, kernel_with_formula, saved_aside, transformed
 from luxtorch.core import TRAINING, InputError, Layer, Parameters, States, Static, described
-from luxtorch.core._former import renamed_option
+from luxtorch.core._renamed import renamed_option
 from luxtorch.init import Initializer, ones, zeros
 
 from ._activations import Activation, activated, as_activation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import TRAINING, Layer, Parameters, States, Static, out_of_range
-from luxtorch.core._locate import opened
+from luxtorch.core._call_errors import single_input
 from luxtorch.random import bernoulli, split, where
 
 from ._shared import unfit
@@ -67,7 +67,7 @@ class Dropout(RandomMask):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the masked input and the state with the next key; in test mode, both unchanged."""
         if self.p == 0 or not st[TRAINING]:
-            return x if isinstance(x, Tensor) else opened(self, x), st
+            return x if isinstance(x, Tensor) else single_input(self, x), st
         key, rng = split(st["rng"])
         return dropped(x, key, self.p, self._mask_shape(x)), {"rng": rng, TRAINING: st[TRAINING]}
 
@@ -120,7 +120,7 @@ class AlphaDropout(RandomMask):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the masked input and the state with the next key; in test mode, both unchanged."""
         if self.p == 0 or not st[TRAINING]:
-            return x if isinstance(x, Tensor) else opened(self, x), st
+            return x if isinstance(x, Tensor) else single_input(self, x), st
         key, rng = split(st["rng"])
         return alpha_dropped(x, key, self.p, tuple(x.shape)), {"rng": rng, TRAINING: st[TRAINING]}
 

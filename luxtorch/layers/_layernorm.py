@@ -20,7 +20,7 @@ from luxtorch._transforms import (
     transformed,
 )
 from luxtorch.core import Layer, Parameters, States, out_of_range
-from luxtorch.core._former import renamed_option
+from luxtorch.core._renamed import renamed_option
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 

@@ -25,7 +25,7 @@ from luxtorch.core import (
     tree_leaves,
     tree_map,
 )
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.random import split
 
 from ._containers import EXTRA_INPUTS, LayerLike, NamedLayers, as_layer, extra_input, some_layers
@@ -300,7 +300,7 @@ class Ensemble(WrapperLayer):
             ("parameter", nested_dicts(ps), self.initial_parameters),
             ("state", st, self.initial_states),
         ):
-            wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(NOWHERE))}
+            wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(META_KEY))}
             for path, leaf in named_leaves(tree):
                 shape = tuple(getattr(leaf, "shape", ()))
                 if shape[:1] == (self.n,):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed
 from luxtorch.core import TRAINING, InputError, KeyNameError, Layer, Parameters, States, Static, out_of_range, suggest
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.init import normal
 from luxtorch.random import fold_in
 
@@ -37,7 +37,7 @@ class Reparametrized(Layer):
         self._set(layer=as_layer(self.layer), names=names)
         if not names or len(set(names)) < len(names):
             raise out_of_range("names", names, "different names of parameters, such as ('weight',)")
-        ps = self.layer.initial_parameters(NOWHERE)
+        ps = self.layer.initial_parameters(META_KEY)
         for name in names:
             self._check(name, ps)
 
@@ -266,7 +266,7 @@ class SpectralNorm(Reparametrized):
     def initial_states(self, key: Tensor) -> dict[str, Any]:
         """Return those of the layer, random directions for each parameter, and the mode."""
         st = dict(self.layer.initial_states(key))
-        for name, weight in self._matrices(self.layer.initial_parameters(NOWHERE)):
+        for name, weight in self._matrices(self.layer.initial_parameters(META_KEY)):
             for part, size in zip("uv", weight.shape, strict=True):
                 drawn = normal(fold_in(key, f"{name}_{part}"), (size,), dtype=weight.dtype)
                 st[f"{name}_{part}"] = F.normalize(drawn, dim=0, eps=self.eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._torch import is_view
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path, select_any
 from luxtorch.layers._containers import as_layer
 
@@ -212,7 +212,7 @@ def unfrozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Collec
         return with_frozen(*inside, remaining)
 
     layer, ps, st = everywhere(change, layer, ps, st)
-    return layer, ordered(ps, layer.initial_parameters(NOWHERE)), st
+    return layer, ordered(ps, layer.initial_parameters(META_KEY)), st
 
 
 def with_frozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Collection[str]) -> Triple:
@@ -220,7 +220,7 @@ def with_frozen(layer: Layer, ps: dict[str, Any], st: dict[str, Any], names: Col
     if not names:
         return layer, ps, st
     frozen = Frozen(layer, *names)
-    rest, chosen = taken(ordered(ps, layer.initial_parameters(NOWHERE)), names)
+    rest, chosen = taken(ordered(ps, layer.initial_parameters(META_KEY)), names)
     # A view would keep the whole of a ComponentVector in memory, and in each file. Nothing is detached: to freeze says
     # what is an argument, and a transform or a tape around it sees through.
     alone = tree_map(lambda leaf: leaf.clone() if is_view(leaf) else leaf, pruned(chosen))

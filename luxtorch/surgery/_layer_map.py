@@ -16,7 +16,7 @@ from luxtorch.core import (
     out_of_range,
     unknown_name,
 )
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path
 from luxtorch.layers import WeightNorm
 
@@ -297,6 +297,6 @@ def remove_weight_norm(layer: Layer, ps: Parameters, st: States) -> tuple[Layer,
     def change(layer: Layer, ps: Any, st: Any, _: str) -> Triple:
         if not isinstance(layer, WeightNorm):
             return layer, ps, st
-        return layer.layer, ordered(layer.put_together(ps), layer.layer.initial_parameters(NOWHERE)), st
+        return layer.layer, ordered(layer.put_together(ps), layer.layer.initial_parameters(META_KEY)), st
 
     return layer_map(change, layer, ps, st)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, out_of_range, unflatten_names
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path
 from luxtorch.init import Initializer, kaiming_uniform
 from luxtorch.layers._containers import as_layer
@@ -84,7 +84,7 @@ class LoRA(Rewired):
         if isinstance(rank, bool) or not (isinstance(rank, int) and rank >= 1):
             raise out_of_range("rank", rank, "a whole number of at least 1")
         layer = as_layer(layer)
-        names = tuple(matrices(paths, flatten_names(layer.initial_parameters(NOWHERE))))
+        names = tuple(matrices(paths, flatten_names(layer.initial_parameters(META_KEY))))
         self._set(
             layer=layer, names=names, rank=rank, alpha=float(rank if alpha is None else alpha), init_weight=init_weight
         )
@@ -222,7 +222,7 @@ def merge_lora(layer: Layer, ps: Parameters, st: States) -> tuple[Layer, Any, di
     if not _is_adapted(layer):
         raise InputError("Nothing in the model is adapted.", expected="a model from lt.lora", got=type(layer).__name__)
     layer, own_ps, own_st = everywhere(change, *unfrozen(layer, own_ps, own_st, frozen_names(layer)))
-    return layer, closed(ordered(own_ps, layer.initial_parameters(NOWHERE)), ps), own_st
+    return layer, closed(ordered(own_ps, layer.initial_parameters(META_KEY)), ps), own_st
 
 
 def _is_adapted(layer: Layer) -> bool:

@@ -22,8 +22,8 @@ from luxtorch.core import (
     nested_dicts,
     wrong_shape,
 )
-from luxtorch.core._locate import wrong_names
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._call_errors import wrong_names
+from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path, select_any
 from luxtorch.core._replace import replace_children
 from luxtorch.layers._perturbed import Tap
@@ -202,7 +202,7 @@ def placed(path: str) -> Iterator[None]:
 
 def names_of(layer: Layer) -> list[str]:
     """Return the dotted names of a layer's parameters."""
-    return list(flatten_names(layer.initial_parameters(NOWHERE)))
+    return list(flatten_names(layer.initial_parameters(META_KEY)))
 
 
 def matrices(paths: Sequence[Path], like: Mapping[str, Tensor]) -> list[str]:
@@ -225,7 +225,7 @@ def matrices(paths: Sequence[Path], like: Mapping[str, Tensor]) -> list[str]:
 
 def require_shapes(layer: Layer, ps: Mapping[str, Any], names: Collection[str]) -> None:
     """Raise an error if one of some parameters has not the shape that it has in its layer."""
-    values, like = flatten_names(ps), flatten_names(layer.initial_parameters(NOWHERE))
+    values, like = flatten_names(ps), flatten_names(layer.initial_parameters(META_KEY))
     for name in names:
         if values[name].shape != like[name].shape:
             fix = "Of an Ensemble, change the member; for a batch of models, call torch.vmap."
@@ -234,8 +234,8 @@ def require_shapes(layer: Layer, ps: Mapping[str, Any], names: Collection[str]) 
 
 def misfit(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
     """Explain trees whose names, or groups, are not those of a layer, if that is so."""
-    error = misnamed(ps, layer.initial_parameters(NOWHERE), "parameter")
-    return error or misnamed(st, layer.initial_states(NOWHERE), "state")
+    error = misnamed(ps, layer.initial_parameters(META_KEY), "parameter")
+    return error or misnamed(st, layer.initial_states(META_KEY), "state")
 
 
 def misnamed(tree: Any, wanted: Any, what: str, inside: tuple[str, ...] = ()) -> LuxtorchError | None:

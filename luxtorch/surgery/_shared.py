@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor, equal
 
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map, unflatten_names
-from luxtorch.core._nowhere import NOWHERE
+from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Name, places
-from luxtorch.core._values import physical
+from luxtorch.core._statistics import physical
 from luxtorch.layers._containers import as_layer
 
 from ._partition import closed, merged, ordered, taken
@@ -80,7 +80,7 @@ class Shared(Rewired):
     @cached_property
     def copies(self) -> dict[str, str]:
         """The names of the parameters that the model sees in a second place, each with the one in the first."""
-        like = flatten_names(self.layer.initial_parameters(NOWHERE))
+        like = flatten_names(self.layer.initial_parameters(META_KEY))
         copies: dict[str, str] = {}
         seen: Counter[str] = Counter()
         for group in self.groups:
@@ -208,7 +208,7 @@ def unshare_parameters(layer: Layer, ps: Parameters, st: States) -> tuple[Layer,
 
     own_ps, own_st = opened("unshare_parameters(layer, ps, st)", layer, ps, st)
     layer, own_ps, own_st = everywhere(change, layer, own_ps, own_st)
-    return layer, closed(ordered(own_ps, layer.initial_parameters(NOWHERE)), ps), own_st
+    return layer, closed(ordered(own_ps, layer.initial_parameters(META_KEY)), ps), own_st
 
 
 def _looked_up(sources: Mapping[str, Any], ps: Parameters) -> dict[str, Any]:

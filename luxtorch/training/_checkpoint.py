@@ -1,4 +1,4 @@
-"""Checkpoints: files that hold a tree, and folders that keep the best or the last of them."""
+"""Checkpoints: save and load a tree, and `CheckpointManager`, which keeps the last and the best ones of a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from luxtorch._transforms import transformed
-from luxtorch.core import InputError, KeyNameError, LuxtorchError, Static, Value, suggest
-from luxtorch.core._former import uncounted
+from luxtorch.core import InputError, KeyNameError, LuxtorchError, Static, Value, out_of_range, suggest
+from luxtorch.core._renamed import optional_counts
 
 from ._checkpoint_format import (
     TEMPORARY,
@@ -27,22 +27,22 @@ from ._checkpoint_format import (
     replacing,
     write_tensor,
 )
-from ._checkpoint_tree import Named, contents_of, contents_today, describe_contents, describe_tree, name_leaves
+from ._checkpoint_tree import Named, contents_of, describe_contents, describe_tree, name_leaves, with_current_names
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
 def save_checkpoint(path: PathLike, tree: Any) -> None:
-    """Save a tree to a file, which is there as a whole or not at all.
+    """Save a tree to a file, atomically.
 
-    The file is a safetensors file; nothing in it is code. It is written under a temporary name, brought to the disk
-    and renamed: whenever the process dies, a file of that name is the old one or the new one, and whole.
+    The file is a safetensors file, without code. It is written under a temporary name, flushed to the disk and renamed:
+    if the process dies, the file is either the complete old one or the complete new one.
 
     Args:
-        path: The file, in a folder that is there. One of that name is replaced.
+        path: The file, in an existing folder. An existing file is replaced.
         tree: A TrainState, parameters and states, an optimizer's state, or any pytree whose leaves are tensors, Python
-            numbers, strings or None. A tensor that it holds twice is stored once; tensors that share a part of their
-            memory are stored each for itself.
+            numbers, strings or None. A tensor that occurs twice is stored once; tensors that share a part of their
+            memory are stored separately.
 
     Raises:
         DTypeError: If a leaf is of another kind.
@@ -64,30 +64,29 @@ def save_checkpoint(path: PathLike, tree: Any) -> None:
 def load_checkpoint(path: PathLike, like: Any) -> Any:
     """Load a tree that `save_checkpoint` has saved.
 
-    `like` decides the structure and where the tensors go; every value comes from the file. That includes the mode, and
-    all that is a `Static` boolean: a model saved in test mode is loaded in test mode, whatever the mode of `like`. Any
-    other `Static` is a part of the structure, and must be the same. Leaves are found by their dotted names, so that the
-    order of a dict does not matter, except within a ComponentVector, where it is the order of the numbers.
+    `like` determines the structure and the devices; every value comes from the file. That includes the mode, and all
+    other `Static` booleans: a model saved in test mode is loaded in test mode, whatever the mode of `like`. Any other
+    `Static` is a part of the structure, and must be the same. Leaves are found by their dotted names, so that the order
+    of a dict does not matter, except within a ComponentVector, where it is the order of the numbers.
 
-    A learning rate is a value, and so the file's is in force afterwards; a schedule is structure, and that of `like`
-    holds. `ts.rule` shows what is in force. To go on with another rate, or by another rule, call `ts.adjust(lr=...)` or
+    A learning rate is a value, so that of the file is used afterwards; a schedule is structure, so that of `like` is
+    used. `ts.rule` shows the current one. To continue with another rate or another rule, call `ts.adjust(lr=...)` or
     `ts.with_rule(rule)` after loading.
 
-    Files from when the `weight` of a normalization was called `scale` are loaded too.
+    Old files, in which the `weight` of a normalization is called `scale`, are loaded too.
 
     Args:
         path: The file.
         like: A tree of the same structure, such as the TrainState before the first step. Its values are not read and
-            not changed. It may be on the meta device, and then costs no memory: what is loaded is on the CPU.
+            not changed. It may be on the meta device, which needs no memory: then tensors are loaded to the CPU.
 
     Returns:
-        A tree of the structure of `like`, its tensors on the devices of those of `like`, with memory of their own.
-        A tensor that the saved tree held twice is one tensor again.
+        A tree of the structure of `like`, with tensors on the same devices, in memory of their own. A tensor that
+        occurred twice in the saved tree is one tensor again.
 
     Raises:
-        CheckpointError: If the file cannot be read, is not a checkpoint, is not what was written byte for byte, or is
-            of a newer format.
-        KeyNameError: If names are missing from the file, or are in the file alone. The error lists all differences.
+        CheckpointError: If the file cannot be read, is not a checkpoint, is damaged, or has a newer format.
+        KeyNameError: If names are missing from the file, or are only in the file. The error lists all differences.
         InputError: If the names are the same, but shapes, dtypes or kinds of leaves differ.
 
     Example:
@@ -104,8 +103,8 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
     path = Path(path)
     named = name_leaves(like)
     with _reading(path) as file:
-        contents = contents_today(read_header(file), named)
-        counts = uncounted(contents.tensors, named.leaves)
+        contents = with_current_names(read_header(file), named)
+        counts = optional_counts(contents.tensors, named.leaves)
         _check_fits(contents, named, counts)
         flags = {name: Static(flag) for name, flag in contents.flags.items()}
         tensors = _read_tensors(file, contents, named) | {name: _zeros_like(named.leaves[name]) for name in counts}
@@ -113,12 +112,10 @@ def load_checkpoint(path: PathLike, like: Any) -> Any:
 
 
 def write_checkpoint(path: Path, tree: Any, note: Mapping[str, Any]) -> None:
-    """Save a tree together with a note; see `save_checkpoint`."""
+    """Save a tree with a note in the header; see `save_checkpoint`."""
     if transformed():
-        raise InputError(
-            "A checkpoint cannot be saved inside a transform of torch.func or a compiled function.",
-            fix="Save what the transformed function returns.",
-        )
+        headline = "A checkpoint must not be saved inside a transform of torch.func or a compiled function."
+        raise InputError(headline, fix="Save what the transformed function returns.")
     contents, tensors = contents_of(name_leaves(tree), note)
     try:
         with replacing(path) as file:
@@ -127,19 +124,15 @@ def write_checkpoint(path: Path, tree: Any, note: Mapping[str, Any]) -> None:
             file.seek(0)
             file.write(header(contents.with_checksums(checksums)))
     except OSError as error:
-        raise CheckpointError(
-            "The checkpoint cannot be written.",
-            got=f"{type(error).__name__}: {error}",
-            fix="Make room, or the folder; a checkpoint that was there before is as it was.",
-            where=str(path),
-        ) from error
+        fix = "Make room, or create the folder; an existing checkpoint is unchanged."
+        raise _failed("written", error, fix, path) from error
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Return the note that was saved together with a tree.
+    """Return the note that was saved with a tree.
 
     Raises:
-        CheckpointError: If the file cannot be read, or its header is not what was written.
+        CheckpointError: If the file cannot be read, or its header is damaged.
     """
     with _reading(path) as file:
         return read_header(file).note
@@ -147,7 +140,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, and let errors say which one it is."""
+    """Open a file, and add its name to errors."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -155,16 +148,16 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         error.where = str(path)
         raise
     except OSError as error:
-        raise CheckpointError(
-            "The checkpoint cannot be read.",
-            got=f"{type(error).__name__}: {error}",
-            fix="Check the path, and that the file may be read.",
-            where=str(path),
-        ) from error
+        raise _failed("read", error, "Check the path and the permissions.", path) from error
+
+
+def _failed(what: str, error: OSError, fix: str, path: Path) -> CheckpointError:
+    got = f"{type(error).__name__}: {error}"
+    return CheckpointError(f"The checkpoint cannot be {what}.", got=got, fix=fix, where=str(path))
 
 
 def _read_tensors(file: BinaryIO, contents: Contents, named: Named) -> dict[str, Tensor]:
-    """Return the tensors of a file, each on the devices where the tree has it, by their names in the tree."""
+    """Read the tensors of a file to the devices of those in the tree, by their names in the tree."""
     users: dict[str, list[str]] = {name: [name] for name in contents.tensors}
     for name, other in contents.same.items():
         users[other].append(name)
@@ -191,7 +184,7 @@ def _device_of(like: Tensor) -> torch.device:
 
 
 def _check_fits(contents: Contents, named: Named, counts: Collection[str]) -> None:
-    """Raise an error that lists all differences, unless a file has just what a tree needs, some counts apart."""
+    """Raise an error that lists all differences between a file and a tree, except for missing counts."""
     file, tree = describe_contents(contents), describe_tree(named)
     tree = {name: text for name, text in tree.items() if name not in counts}
     missing = [name for name in tree if name not in file]
@@ -207,16 +200,15 @@ def _check_fits(contents: Contents, named: Named, counts: Collection[str]) -> No
     if lines:
         rules = any("optimizer_state." in line.partition(" is ")[0] for line in lines)
         raise (KeyNameError if missing or extra else InputError)(
-            "The checkpoint and the tree to load it into differ.",
-            expected="the same names, shapes, dtypes and structure",
+            "The checkpoint and the tree must have the same names, shapes, dtypes and structure.",
             got="\n            ".join(lines),
             fix="Make the tree from the same model, in the same precision and with the same optimizer, frozen alike."
-            + " To go on by another rule, load with the old one, then call ts.with_rule(rule)." * rules,
+            + " To continue with another rule, load with the old one, then call ts.with_rule(rule)." * rules,
         )
 
 
 def _nearest(name: str, missing: list[str]) -> str:
-    """Return a hint for a leaf that is misspelt, or whose layer has another name: not for any two in one layer."""
+    """Suggest a name for a misspelt leaf, or for one whose layer has another name."""
     group, _, last = name.rpartition(".")
     split = {other: other.rpartition(".") for other in missing}
     misspelt = [other for other in missing if split[other][0] == group and suggest(last, [split[other][2]])]
@@ -229,17 +221,17 @@ _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 class CheckpointManager(Value):
     """Keep the checkpoints of one run in a folder: the last few, and those with the best metric.
 
-    All that it knows is in the folder: another manager of the same folder, in this process or in the next, goes on
-    where this one stopped. One run at a time saves into a folder; any number may restore from it.
+    It has no state besides the folder: another manager of the same folder, in this process or a later one, continues
+    where this one stopped. One run at a time may save into a folder; any number may restore from it.
 
     Args:
-        folder: The folder; it is made when the first checkpoint is saved.
-        keep_last: How many of the last checkpoints to keep, at least one; None keeps all.
-        keep_best: How many to keep because of their metric.
-        mode: Whether the best metric is the smallest, "min", as of a loss, or the largest, "max", as of an accuracy.
+        folder: The folder; it is created when the first checkpoint is saved.
+        keep_last: The number of last checkpoints to keep, at least one; None keeps all.
+        keep_best: The number of checkpoints with the best metric to keep.
+        mode: Whether the best metric is the smallest, "min", as for a loss, or the largest, "max", as for an accuracy.
 
     Raises:
-        InputError: If a number or the mode is none of these.
+        InputError: If a number or the mode has another value.
 
     Example:
         >>> import tempfile, torch
@@ -264,44 +256,37 @@ class CheckpointManager(Value):
     def __post_init__(self) -> None:
         self._set(folder=Path(self.folder))
         if self.mode not in ("min", "max"):
-            raise InputError("The best metric is the smallest or the largest.", expected="min or max", got=self.mode)
+            raise out_of_range("mode", self.mode, '"min" or "max"')
         if (self.keep_last is not None and self.keep_last < 1) or self.keep_best < 0:
-            raise InputError(
-                "A manager keeps at least the last checkpoint.",
-                expected="keep_last >= 1 or None, and keep_best >= 0",
-                got=f"keep_last={self.keep_last}, keep_best={self.keep_best}",
-            )
+            got = f"keep_last={self.keep_last}, keep_best={self.keep_best}"
+            raise InputError("keep_last must be at least 1, or None, and keep_best at least 0.", got=got)
 
     def save(self, step: int | Tensor, tree: Any, metric: float | Tensor | None = None) -> None:
-        """Save a tree as the checkpoint of a step, and remove those that are no longer to be kept.
+        """Save a tree as the checkpoint of a step, and remove those that are not kept.
 
-        What a killed run has left half written is removed too.
+        Incomplete files of killed runs are removed too.
 
         Args:
-            step: The number of the step, not before that of the last checkpoint. The checkpoint of the same step is
+            step: The number of the step, not before that of the last checkpoint. A checkpoint of the same step is
                 replaced.
-            tree: What to save; see `save_checkpoint`.
-            metric: What the checkpoint is judged by. One without a metric, or whose metric is NaN, is never the best.
+            tree: The tree; see `save_checkpoint`.
+            metric: The metric by which checkpoints are compared. One without a metric, or with NaN, is never the best.
 
         Raises:
-            InputError: If the step is not a count, or before that of the last checkpoint.
+            InputError: If the step is not an integer of at least 0, or before that of the last checkpoint.
             CheckpointError: If the file cannot be written.
         """
         number, last = int(step), self.steps()[-1:]
         if number != step or number < 0:
-            raise InputError("Steps are counted.", expected="0, 1, 2, ...", got=str(step))
+            raise out_of_range("step", step, "an integer of at least 0")
         if last > [number]:
-            raise InputError(
-                "There is a checkpoint of a later step, which would be taken for the last one.",
-                expected=f"a step of at least {last[0]}",
-                got=str(number),
-                fix="To go on from an earlier step, remove the later checkpoints, or save into another folder.",
-                where=str(self.folder),
-            )
+            expected = f"at least {last[0]}, that of the last checkpoint"
+            fix = "To continue from an earlier step, remove the later checkpoints, or save into another folder."
+            raise out_of_range("step", number, expected, fix=fix, where=str(self.folder))
         try:
             self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError("The folder cannot be made.", got=str(error), where=str(self.folder)) from error
+            raise CheckpointError("The folder cannot be created.", got=str(error), where=str(self.folder)) from error
         for left_over in self._path.glob(f"step_*.safetensors.*{TEMPORARY}"):
             left_over.unlink(missing_ok=True)
         write_checkpoint(self.path(number), tree, {"metric": None if metric is None else float(metric)})
@@ -321,30 +306,27 @@ class CheckpointManager(Value):
         """
         found = self.steps()[-1:] if step == "latest" else self._ranked()[:1] if step == "best" else [step]
         if not found or found[0] not in self.steps():
-            raise CheckpointError(
-                "There is no such checkpoint.",
-                expected=f"one of the steps {', '.join(map(str, self.steps()))}" if self.steps() else "",
-                got=f"{step!r}" if self.steps() else "no checkpoints at all",
-                fix='"best" needs checkpoints with a metric.'
-                if step == "best"
-                else "Ask `steps()` first: it is empty before the first save.",
-                where=str(self.folder),
-            )
+            steps = ", ".join(map(str, self.steps()))
+            expected, got = f"one of the steps {steps}" * bool(steps), f"{step!r}" if steps else "no checkpoints at all"
+            fix = "Check `steps()` first: it is empty before the first save."
+            fix = '"best" needs checkpoints with a metric.' if step == "best" else fix
+            where = str(self.folder)
+            raise CheckpointError("There is no such checkpoint.", expected=expected, got=got, fix=fix, where=where)
         return load_checkpoint(self.path(found[0]), like)
 
     def steps(self) -> list[int]:
-        """Return the steps that there are checkpoints of, in order."""
+        """Return the steps of all checkpoints, in order."""
         if not self._path.is_dir():
             return []
         names = (_NAME.fullmatch(path.name) for path in self._path.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def best_step(self) -> int | None:
-        """Return the step of the checkpoint with the best metric, the later one of equals, or None."""
+        """Return the step of the checkpoint with the best metric, the later one of equal ones; None without metrics."""
         return next(iter(self._ranked()), None)
 
     def path(self, step: int) -> Path:
-        """Return the file of a step's checkpoint."""
+        """Return the path of a step's checkpoint."""
         return self._path / f"step_{step:08d}.safetensors"
 
     @property
@@ -367,7 +349,7 @@ class CheckpointManager(Value):
         except CheckpointError:
             if self.path(step).exists():
                 raise
-            metric = None  # the run that saves has just removed it
+            metric = None  # it was removed by the run that saves
         return nan if metric is None else float(metric)
 
     def _prune(self) -> None:
@@ -379,7 +361,7 @@ class CheckpointManager(Value):
             try:
                 metrics[step] = self._metric(step)
             except CheckpointError:
-                kept.add(step)  # a damaged file is for a person to look at, and no reason to end a run
+                kept.add(step)  # a damaged file is kept for inspection, and must not end a run
         kept.update(self._sorted(metrics)[: self.keep_best])
         for step in steps:
             if step not in kept:

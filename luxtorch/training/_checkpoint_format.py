@@ -1,11 +1,11 @@
-"""The format of checkpoint files: a header with the checksums by which every byte is known, and how it is written.
+"""The format of checkpoint files: safetensors with checksums in the header, written atomically.
 
-A checkpoint is a safetensors file, readable by whatever reads those. Its metadata begin with the SHA-256 of the header
-(taken with zeros in the place of the checksum), and hold the CRC-32 of each tensor. So the header is known to be whole
-before any of it is believed, and a damaged tensor is known by its name. CRC-32 notices any change of up to four bytes
-in a row, and misses others once in four billion; over gigabytes SHA-256 would take longer than the disk.
+A checkpoint is a safetensors file that other programs can read. Its metadata begin with the SHA-256 of the header
+(computed with zeros in the place of the checksum), and hold the CRC-32 of each tensor. So the header is verified before
+it is parsed, and a damaged tensor is reported by its name. CRC-32 detects any change of up to four consecutive bytes,
+and misses others once in four billion; over gigabytes SHA-256 would take longer than the disk.
 
-A file is there as a whole or not at all: it is written beside its place, and moved there.
+A file is written under a temporary name in the same folder, and renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from luxtorch.core import LuxtorchError
 
 FORMAT = 1
 
-_UNKNOWN = "0" * 64  # in the place of a SHA-256 that is not known yet
+_UNKNOWN = "0" * 64  # placeholder of the SHA-256
 _LENGTH = 8  # bytes, little-endian, before the header
 _BEGINNING = b'{"__metadata__":{"sha256":"'
 _CHECKSUM = slice(_LENGTH + len(_BEGINNING), _LENGTH + len(_BEGINNING) + len(_UNKNOWN))
@@ -58,7 +58,7 @@ _CODES = {
 
 
 class CheckpointError(LuxtorchError):
-    """Report a file that cannot be written, is not a checkpoint, or is not what was once saved."""
+    """Report a file that cannot be written, is not a checkpoint, or is damaged."""
 
 
 class Stored(NamedTuple):
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         dtype: Its dtype, by torch's name.
         shape: Its shape.
         order: Its dimensions from the outermost to the innermost in memory; None if they are in order. The file holds
-            every tensor row by row, but the last bits of a product may depend on how its factors lie in memory.
+            every tensor row by row, but the last bits of a product may depend on the strides of its factors.
         crc32: The checksum of its bytes, in eight hexadecimal digits.
     """
 
@@ -85,15 +85,15 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """Describe all that is in a file, by dotted names.
+    """Describe the contents of a file, by dotted names.
 
     Attributes:
         tensors: The tensors, in the order of their data.
-        same: The names of tensors that are another one of the tree, with the name of that one.
+        same: The names of tensors that are the same object as another, with the name of that one.
         values: The leaves that are Python values.
-        flags: The values that are `Static` booleans, such as whether a layer is in training.
-        structure: What else must be alike in the tree that is loaded, such as the names in a ComponentVector.
-        note: What whoever wrote the file wants to find in it.
+        flags: The `Static` booleans, such as whether a layer is in training mode.
+        structure: What else must be equal in the tree that is loaded, such as the names in a ComponentVector.
+        note: A note of the program that wrote the file.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Contents:
     note: dict[str, Any] = field(default_factory=dict)
 
     def with_checksums(self, checksums: Sequence[str]) -> Contents:
-        """Return the same with the tensors' checksums, in their order."""
+        """Return a copy with the checksums of the tensors, in their order."""
         pairs = zip(self.tensors.items(), checksums, strict=True)
         return replace(self, tensors={name: stored._replace(crc32=crc32) for (name, stored), crc32 in pairs})
 
@@ -122,12 +122,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name."""
     if name not in _CODES:
-        raise ValueError(f"no dtype is called {name}")
+        raise ValueError(f"{name} is not a dtype")
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def header(contents: Contents) -> bytes:
-    """Return the beginning of a file, up to the data; its length does not depend on the tensors' checksums."""
+    """Return the header of a file; its length does not depend on the checksums."""
     described = {
         "format": FORMAT,
         "leaves": _leaves(contents),
@@ -143,11 +143,11 @@ def header(contents: Contents) -> bytes:
 
 
 def read_header(file: BinaryIO) -> Contents:
-    """Return what a file holds, and leave the file where the data begin.
+    """Read and verify the header of a file; the file's position is then the start of the data.
 
     Raises:
-        CheckpointError: If the file is not a checkpoint, if its header or its length is not what was written, or if its
-            format is newer than this one.
+        CheckpointError: If the file is not a checkpoint, if its header or its length is damaged, or if its format is
+            newer than this one.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(_CHECKSUM.stop)
@@ -169,13 +169,9 @@ def read_header(file: BinaryIO) -> Contents:
 
 
 def damaged(problem: str, expected: str = "", got: str = "") -> CheckpointError:
-    """Return the error that says that a file is not what was written."""
-    return CheckpointError(
-        f"The checkpoint is damaged. {problem}.",
-        expected=expected,
-        got=got,
-        fix="Restore the file from a copy, or load an earlier checkpoint.",
-    )
+    """Return the error for a damaged file."""
+    fix = "Restore the file from a copy, or load an earlier checkpoint."
+    return CheckpointError(f"The checkpoint is damaged. {problem}.", expected=expected, got=got, fix=fix)
 
 
 def _leaves(contents: Contents) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def _leaves(contents: Contents) -> dict[str, Any]:
 
 
 def _entries(tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """Return what safetensors says of tensors that lie one behind the other."""
+    """Return the safetensors entries of consecutive tensors."""
     entries, end = {}, 0
     for name, stored in tensors.items():
         start, end = end, end + stored.nbytes
@@ -201,17 +197,14 @@ def _with_checksum(whole: bytes, checksum: str) -> bytes:
 
 
 def _parsed(text: bytes) -> Contents:
-    """Return what a header says; its checksum is right, so that only a stranger can have written nonsense."""
+    """Parse a header whose checksum is right."""
     try:
         entries = json.loads(text)
         described = json.loads(entries.pop("__metadata__")["luxtorch"])
         if described["format"] > FORMAT:
-            raise CheckpointError(
-                "The checkpoint was written by a newer luxtorch.",
-                expected=f"format {FORMAT}",
-                got=f"format {described['format']}",
-                fix="Update luxtorch.",
-            )
+            expected, got = f"format {FORMAT}", f"format {described['format']}"
+            headline = "The checkpoint must not be of a newer luxtorch."
+            raise CheckpointError(headline, expected=expected, got=got, fix="Update luxtorch.")
         contents = Contents(structure=dict(described["structure"]), note=dict(described["note"]))
         contents.flags.update({name: {True: True, False: False}[flag] for name, flag in described["flags"].items()})
         for name, leaf in described["leaves"].items():
@@ -224,16 +217,14 @@ def _parsed(text: bytes) -> Contents:
         if entries != _entries(contents.tensors) or not contents.tensors.keys() >= set(contents.same.values()):
             raise ValueError("its two descriptions of the tensors differ")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            "The header of the checkpoint makes no sense, although it is whole.",
-            got=f"{type(error).__name__}: {error}",
-            fix="Load what `save_checkpoint` has written.",
-        ) from error
+        headline = "The header of the checkpoint has a right checksum, but invalid contents."
+        got, fix = f"{type(error).__name__}: {error}", "Load what `save_checkpoint` has written."
+        raise CheckpointError(headline, got=got, fix=fix) from error
     return contents
 
 
 def _encoded(value: Any) -> Any:
-    """Return a Python value as JSON can hold it."""
+    """Encode a Python value for JSON."""
     return {"complex": [value.real, value.imag]} if isinstance(value, complex) else value
 
 
@@ -256,19 +247,19 @@ def _not_a_checkpoint(start: bytes, size: int) -> CheckpointError:
         "The file is not a checkpoint of luxtorch, or its beginning is damaged.",
         expected="a file that `save_checkpoint` has written",
         got=f"{size} bytes that begin with {start[:16]!r}" if size else "an empty file",
-        fix="Load another copy or an earlier checkpoint; files of other programs are for the programs' own loaders.",
+        fix="Load another copy or an earlier checkpoint; for files of other programs, use their own loaders.",
     )
 
 
 TEMPORARY = ".tmp"
-"""How the names of files end that are being written."""
+"""The ending of temporary files, which are being written."""
 
-_CHUNK = 2**20  # bytes; small enough to be still in the cache when they are read for the second time
+_CHUNK = 2**20  # bytes; small enough to be in the cache when they are read again
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of another when all of it is on the disk, and not before."""
+    """Open a temporary file that replaces another once it is complete and on the disk."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
@@ -285,7 +276,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_tensor(file: BinaryIO, tensor: Tensor) -> str:
     """Append the elements of a tensor, row by row, and return their checksum."""
     checksum = 0
-    # What is contiguous on the CPU already is written from where it is.
+    # Contiguous tensors on the CPU are written without a copy.
     data = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
     for chunk in _chunks(data):
         checksum = zlib.crc32(chunk, checksum)
@@ -294,13 +285,13 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> str:
 
 
 def read_tensor(file: BinaryIO, name: str, stored: Stored) -> Tensor:
-    """Return the tensor that comes next in a file.
+    """Read the next tensor of a file.
 
-    It has memory of its own: a map of the file would change with the file after it was checked, and would not be
-    aligned as torch aligns tensors, on which the last bits of results may depend.
+    It has memory of its own: a memory map would change with the file after the check, and would not have the alignment
+    of torch, on which the last bits of results may depend.
 
     Raises:
-        CheckpointError: If its bytes are not those that were written.
+        CheckpointError: If its checksum is wrong.
     """
     tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="cpu")
     checksum = 0
@@ -315,7 +306,7 @@ def read_tensor(file: BinaryIO, name: str, stored: Stored) -> Tensor:
 
 
 def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the memory of a contiguous tensor, piece by piece."""
+    """Yield the memory of a contiguous tensor in chunks."""
     if tensor.numel() > 0:
         memory = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
         for start in range(0, tensor.nbytes, _CHUNK):
@@ -323,7 +314,7 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make sure that the folder itself remembers its new file; only POSIX systems can be asked to."""
+    """Flush the entry of a new file in its folder to the disk, on POSIX systems."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

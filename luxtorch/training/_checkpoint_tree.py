@@ -1,4 +1,4 @@
-"""From a tree to the names and values that a checkpoint holds, and back."""
+"""Conversion of a tree to the names, values and structure in a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from luxtorch.components import Axes, ComponentVector
 from luxtorch.core import DTypeError, KeyNameError, Static, path_name, tree_flatten_with_path, tree_unflatten
-from luxtorch.core._former import names_today, same_today
+from luxtorch.core._renamed import current_names, same_after_renaming
 from luxtorch.core._tree import TreeSpec
 from luxtorch.optim import OptState
 from luxtorch.optim._torchopt import TorchOpt
@@ -40,20 +40,18 @@ def name_leaves(tree: Any) -> Named:
     """Return the leaves and static values of a tree by their names.
 
     Raises:
-        KeyNameError: If two of them have the same dotted name, or one has the name of the metadata.
+        KeyNameError: If two of them have the same dotted name, or one is called `__metadata__`.
     """
     pairs, spec = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Static))
     leaves: dict[str, Any] = {}
     for path, leaf in pairs:
         name = path_name(path)
         if name in leaves or name == "__metadata__":
-            raise KeyNameError(
-                f"A checkpoint cannot hold two leaves of the name '{name}'."
-                if name in leaves
-                else "A leaf of a checkpoint cannot be called '__metadata__'.",
-                expected="one leaf for each dotted name",
-                fix="Rename one of them; names with dots, and numbers beside strings, easily collide.",
+            fix = "Rename one of them; names with dots, and numbers beside strings, easily collide."
+            headline = (
+                f"A checkpoint must not have {'two leaves' if name in leaves else 'a leaf'} of the name '{name}'."
             )
+            raise KeyNameError(headline, fix=fix)
         leaves[name] = leaf
     structure = dict(_structure(tree, ""))
     structure |= {name: _text(leaf) for name, leaf in leaves.items() if isinstance(leaf, Static) and not _is_flag(leaf)}
@@ -61,7 +59,7 @@ def name_leaves(tree: Any) -> Named:
 
 
 def contents_of(named: Named, note: Mapping[str, Any]) -> tuple[Contents, list[Tensor]]:
-    """Return the description of a tree, and its tensors in the order in which a file holds them.
+    """Return the description of a tree, and its tensors in the order of the file.
 
     Raises:
         DTypeError: If a leaf is neither a tensor with data nor a Python number, string or None.
@@ -83,7 +81,7 @@ def contents_of(named: Named, note: Mapping[str, Any]) -> tuple[Contents, list[T
             _check_tensor(name, leaf)
             first[id(leaf)] = name
             tensors[name] = leaf
-    # From wide to narrow elements, so that each tensor is aligned in the file.
+    # Sorted from wide to narrow dtypes, so that each tensor is aligned in the file.
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     for name in order:
         leaf = tensors[name]
@@ -91,14 +89,14 @@ def contents_of(named: Named, note: Mapping[str, Any]) -> tuple[Contents, list[T
     return contents, [tensors[name] for name in order]
 
 
-def contents_today(contents: Contents, named: Named) -> Contents:
-    """Return the description of a file by the names that a tree has for what is in it, some of which were others."""
+def with_current_names(contents: Contents, named: Named) -> Contents:
+    """Return the description of a file with former names replaced by those of a tree."""
     file, tree = describe_contents(contents), describe_tree(named)
-    names = names_today(file, tree)
+    names = current_names(file, tree)
     structure = {}
     for name, text in contents.structure.items():
         wanted = tree.get(names[name], text)
-        structure[names[name]] = wanted if same_today(text, wanted) else text
+        structure[names[name]] = wanted if same_after_renaming(text, wanted) else text
     return replace(
         contents,
         tensors={names[name]: stored for name, stored in contents.tensors.items()},
@@ -108,7 +106,7 @@ def contents_today(contents: Contents, named: Named) -> Contents:
 
 
 def describe_tree(named: Named) -> dict[str, str]:
-    """Return in words, by name, what a file has to hold to be loaded into a tree."""
+    """Describe, by name, what a file must hold to be loaded into a tree."""
     described = dict(named.structure)
     for name, leaf in named.leaves.items():
         if isinstance(leaf, Tensor):
@@ -121,7 +119,7 @@ def describe_tree(named: Named) -> dict[str, str]:
 
 
 def describe_contents(contents: Contents) -> dict[str, str]:
-    """Return in words, by name, what a file holds."""
+    """Describe, by name, what a file holds."""
     described = dict(contents.structure)
     described |= {name: _tensor_text(stored.dtype, stored.shape) for name, stored in contents.tensors.items()}
     described |= {name: described[other] for name, other in contents.same.items()}
@@ -134,7 +132,7 @@ def _is_flag(leaf: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return how a value prints, without the address at which it happens to be."""
+    """Return the repr of a value without memory addresses."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
@@ -147,10 +145,10 @@ def _tensor_text(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return the dimensions from the outermost to the innermost in memory, or None if they are in order."""
+    """Return the dimensions from the outermost to the innermost in memory; None if they are in order."""
     if tensor.is_contiguous():
         return None
-    # Where a dimension of size 1 lies means nothing: it comes first, so that equal layouts have one description.
+    # The strides of dimensions of size 1 have no meaning: they come first, so that equal layouts have one description.
     sizes, strides = tensor.shape, tensor.stride()
     order = tuple(sorted(range(len(sizes)), key=lambda dim: (sizes[dim] > 1, -strides[dim])))
     large = [dim for dim in order if sizes[dim] > 1]
@@ -158,7 +156,7 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _structure(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield what two trees of the same leaves may still differ in, so that the numbers would mean something else."""
+    """Yield further structure that must be equal for the leaves to have the same meaning."""
     nodes = tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, (ComponentVector, OptState)))[0]
     for path, node in nodes:
         name = prefix + "".join(f"{key}." for key in [path_name(path)] if key)
@@ -174,7 +172,7 @@ def _structure(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _components(name: str, axes: Axes) -> Iterator[tuple[str, str]]:
-    """Yield which elements of a flat vector are what."""
+    """Yield the components of a flat vector and their order."""
     shapes = axes.shapes
     for component, shape in shapes.items():
         yield f"{name}[{component}]", f"a component of shape {shape}"
@@ -182,7 +180,7 @@ def _components(name: str, axes: Axes) -> Iterator[tuple[str, str]]:
 
 
 def _rule_text(rule: GradientTransformation) -> str:
-    """Return the name of a rule, with those of the rules in it."""
+    """Return the name of a rule, with those of the rules inside."""
     if isinstance(rule, TorchOpt):
         rule = rule.given
     if isinstance(rule, ChainedGradientTransformation):
@@ -205,9 +203,5 @@ def _check_tensor(name: str, leaf: Tensor) -> None:
 
 
 def _cannot_hold(name: str, got: str) -> DTypeError:
-    return DTypeError(
-        f"A checkpoint cannot hold the leaf '{name}'.",
-        expected="a dense tensor with data, a number, a string, or None",
-        got=got,
-        fix="Make it a tensor or a plain value, or wrap what is static in lt.Static.",
-    )
+    headline = f"The leaf '{name}' of a checkpoint must be a dense tensor with data, a number, a string, or None."
+    return DTypeError(headline, got=got, fix="Make it a tensor or a plain value, or wrap a constant in lt.Static.")

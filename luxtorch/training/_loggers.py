@@ -1,4 +1,4 @@
-"""Progress, metrics, and loggers that write them to a terminal, to CSV files and for TensorBoard."""
+"""Progress bars, and loggers of metrics to CSV files and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from typing_extensions import Self
 
-from luxtorch.core import InputError, KeyNameError, LuxtorchError
+from luxtorch.core import InputError, KeyNameError, LuxtorchError, described, out_of_range
 
 from ._checkpoint import PathLike
 from ._checkpoint_format import replacing
 
 
 class Logger(ABC):
-    """Keep the metrics of a run, step by step; the base of all loggers.
+    """Log the metrics of a run; the base class of all loggers.
 
-    A logger of one's own derives from it, and says in `write` where the numbers go. A logger is a context manager that
-    closes itself.
+    A custom logger derives from it and implements `write`. A logger is a context manager that closes itself.
 
     Example:
         >>> import torch
@@ -39,38 +38,38 @@ class Logger(ABC):
     """
 
     def log(self, step: int | Tensor, metrics: Mapping[str, Any]) -> None:
-        """Keep the metrics of a step.
+        """Log the metrics of a step.
 
-        Tensors are read, for which a GPU has to finish what it is doing: every tenth step may do.
+        Tensors are read, which synchronizes with a GPU: logging every tenth step may be enough.
 
         Args:
-            step: The number of the step. A run that is resumed from a checkpoint, or goes back to one, comes to steps
-                that it has logged before: loggers of files then drop what they have of this step and later ones.
-            metrics: Numbers and 0-d tensors by their names. They may be NaN or infinite. Nested dicts have their
-                names joined by "/".
+            step: The number of the step. A run that is resumed from a checkpoint logs steps again: loggers of files
+                then drop this step and later ones.
+            metrics: Numbers and 0-d tensors by their names. They may be NaN or infinite. Names of nested
+                dicts are joined by "/".
 
         Raises:
-            InputError: If a metric is not a number, or the step is not a count.
+            InputError: If a metric is not a number, or the step is not an integer of at least 0.
             KeyNameError: If two metrics have the same joined name.
         """
         count = int(step)
         if count != step or count < 0:
-            raise InputError("Steps are counted.", expected="0, 1, 2, ...", got=str(step))
+            raise out_of_range("step", step, "an integer of at least 0")
         numbers = {name: read(figure) for name, figure in flatten(metrics).items()}
         if numbers:
             self.write(count, numbers)
 
     @abstractmethod
     def write(self, step: int, numbers: dict[str, int | float]) -> None:
-        """Keep the numbers of a step: what a logger has to implement.
+        """Write the numbers of a step; a logger has to implement it.
 
         Args:
-            step: The number of the step. It may be that of the call before, or an earlier one.
+            step: The number of the step. It may be that of the previous call, or an earlier one.
             numbers: The numbers by their joined names, at least one.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Finish what is not yet written; `log` may begin again afterwards."""
+        """Flush and close files; `log` may be called again afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +90,7 @@ def flatten(metrics: Mapping[str, Any], inside: str = "") -> dict[str, int | flo
         name = f"{inside}{key}"
         found = flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: _figure(name, value)}
         for other in flat.keys() & found.keys():
-            raise KeyNameError(f"Two metrics have the name '{other}'.", fix="Rename one of them.")
+            raise KeyNameError(f"Two metrics must not have the name '{other}'.", fix="Rename one of them.")
         flat.update(found)
     return flat
 
@@ -107,20 +106,16 @@ def _figure(name: str, value: Any) -> int | float | Tensor:
         return value.detach()
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    got = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
-    raise InputError(
-        f"The metric '{name}' is not a number.",
-        expected="a real number, or a 0-d tensor with one",
-        got=got,
-        fix="Log its mean, for instance, or leave it out.",
-    )
+    headline = f"The metric '{name}' must be a real number, or a 0-d tensor with one."
+    got = described(value) if isinstance(value, Tensor) else f"{value!r:.80}"
+    raise InputError(headline, got=got, fix="Log its mean, for instance, or leave it out.")
 
 
 T = TypeVar("T")
 
 
 class Progress(Generic[T]):
-    """Go through an iterable behind a progress bar; made by `progress`."""
+    """Iterate with a progress bar; made by `progress`."""
 
     def __init__(self, iterable: Iterable[T], total: float | None, options: dict[str, Any]) -> None:
         self._iterable = iterable
@@ -128,7 +123,7 @@ class Progress(Generic[T]):
         self._shown = _Shown()
 
     def __len__(self) -> int:
-        return len(self._iterable)  # type: ignore[arg-type]  # its own TypeError, if it has none
+        return len(self._iterable)  # type: ignore[arg-type]  # raises a TypeError without a length
 
     def __iter__(self) -> Iterator[T]:
         self._shown.figures = {}
@@ -136,7 +131,7 @@ class Progress(Generic[T]):
         return iter(self._iterable if bar is None else bar(self._iterable, postfix=self._shown, **self._options))
 
     def show(self, **metrics: Any) -> None:
-        """Show metrics beside the bar when it is drawn next, in the place of those before.
+        """Set the metrics that are shown beside the bar when it is next drawn.
 
         Args:
             **metrics: Numbers, 0-d tensors, and dicts of these, by their names.
@@ -148,16 +143,15 @@ class Progress(Generic[T]):
 
 
 def progress(iterable: Iterable[T], total: float | None = None, **options: Any) -> Progress[T]:
-    """Show a progress bar while something is gone through, with the loss, the steps per second and the time left.
+    """Show a progress bar while iterating, with metrics such as the loss, steps per second and remaining time.
 
-    The bar is drawn twice a second, and then only are the metrics read: reading a tensor at each step would make the
-    CPU wait for the GPU. It needs tqdm, from the extra `progress`; without it nothing is shown, and the loop is the
-    same.
+    The bar is drawn twice a second, and metrics are read only then: reading a tensor at each step would make the CPU
+    wait for the GPU. It needs tqdm, from the extra `progress`; without it, the loop runs without a bar.
 
     Args:
-        iterable: What to go through, such as a data loader. It can be gone through again, with a new bar.
-        total: How many steps there are, if the iterable has no length.
-        **options: What else tqdm takes, such as `desc="epoch 3"`, `leave=False` or `initial=1000`.
+        iterable: An iterable, such as a data loader. The result can be iterated again, with a new bar.
+        total: The number of steps, if the iterable has no length.
+        **options: Other options of tqdm, such as `desc="epoch 3"`, `leave=False` or `initial=1000`.
 
     Returns:
         An iterable with a method `show`.
@@ -173,7 +167,7 @@ def progress(iterable: Iterable[T], total: float | None = None, **options: Any) 
 
 
 class _Shown:
-    """Be the metrics that are shown; tqdm makes a text of them when it draws the bar."""
+    """Hold the metrics that are shown; tqdm formats them when it draws the bar."""
 
     figures: dict[str, int | float | Tensor]
 
@@ -186,12 +180,12 @@ def _text(number: int | float) -> str:
 
 
 def _bar() -> Any:
-    """Return tqdm's class for a terminal or a notebook, wherever this is, or None if there is no tqdm."""
+    """Return tqdm's class for the terminal or notebook; None if tqdm is not installed."""
     try:
         tqdm = import_module("tqdm.auto").tqdm
     except ModuleNotFoundError:
         return None
-    # Without tqdm's monitor: a thread that draws bars, and so would read tensors, in the middle of a step.
+    # Without tqdm's monitor, a thread that would draw the bar, and read tensors, in the middle of a step.
     return type("Bar", (tqdm,), {"monitor_interval": 0})
 
 
@@ -199,24 +193,24 @@ _STEP = "step"
 
 
 class CSVLogger(Logger):
-    """Keep metrics in a CSV file: one row for each step, one column for each name.
+    """Log metrics to a CSV file: one row for each step, one column for each name.
 
     Every row is in the file when `log` returns. Rows of later steps are dropped: a run that is killed, and resumed from
-    a checkpoint, ends with the same file, byte for byte, as one that was not. To keep the file of an earlier run, give
-    the next one another path.
+    a checkpoint, ends with the same file, byte for byte, as one that was not. To keep the file of an earlier run, use
+    another path for the next one.
 
-    What a step logs in several calls is one row. A new name is a new column at the end, which is empty in the rows
-    before: a validation metric comes later than the first loss, and no reason to stop. For that the file is written
-    anew, under another name first, so that it is there as a whole at any time.
+    Several calls for a step are one row. A new name is a new column at the end, which is empty in earlier rows, as for
+    a validation metric that comes after the first loss. Then the file is rewritten under a temporary name and renamed,
+    so that it is complete at any time.
 
     Args:
-        path: The file. Its folder is made if need be.
+        path: The file. Its folder is created if it does not exist.
 
     Attributes:
         path: The file.
 
     Raises:
-        InputError: From `log`, if the file is not one that a CSVLogger has written.
+        InputError: From `log`, if the file was not written by a CSVLogger.
         KeyNameError: From `log`, if a metric is called "step".
 
     Example:
@@ -237,13 +231,13 @@ class CSVLogger(Logger):
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         self._names: list[str] = []
-        # The last row: its step, its numbers, and where in the file it starts.
+        # The last row: its step, its numbers, and its start in the file.
         self._step, self._row, self._start = -1, dict[str, Any](), 0
 
     def write(self, step: int, numbers: dict[str, int | float]) -> None:
         """Write numbers into the row of a step; see `Logger.log`, which calls it."""
         if _STEP in numbers:
-            raise KeyNameError("The first column is called 'step', and no metric can be.", where=str(self.path))
+            raise KeyNameError("A metric must not be called 'step', as the first column is.", where=str(self.path))
         row = {**self._row, **numbers} if step == self._step else numbers
         if step < self._step or not row.keys() <= set(self._names):
             self._rewrite(step, row)
@@ -252,7 +246,7 @@ class CSVLogger(Logger):
         self._step, self._row = step, row
 
     def _append(self, step: int, row: dict[str, Any]) -> None:
-        """Write a row at the end of the file, or over the last one if that is of the same step."""
+        """Append a row to the file, or overwrite the last one of the same step."""
         with open(self.path, "r+b") as file:
             end = file.seek(0, os.SEEK_END)
             start = file.seek(self._start) if step == self._step else end
@@ -262,7 +256,7 @@ class CSVLogger(Logger):
         self._start = start
 
     def _rewrite(self, step: int, row: dict[str, Any]) -> None:
-        """Write the file anew: the rows before a step and the columns that these have, then the row of the step."""
+        """Rewrite the file: the rows before a step, their columns, and the row of the step."""
         old, rows = _read(self.path)
         rows = [cells for cells in rows if int(cells[0]) < step]
         kept = [0, *(i for i in range(1, len(old)) if any(cells[i] for cells in rows))]
@@ -289,27 +283,23 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [[_STEP]]
     if text and not text.endswith("\n"):
-        rows = rows[:-1]  # the power went while it was written
+        rows = rows[:-1]  # the last row is incomplete
     if header[:1] != [_STEP] or any(len(cells) != len(header) or not cells[0].isdecimal() for cells in rows):
-        raise InputError(
-            "The file is not one that a CSVLogger has written.",
-            expected="a header that begins with 'step', and as many cells in each row",
-            got=f"{text:.80}",
-            fix="Give another path, or move the file away.",
-            where=str(path),
-        )
+        expected = "a header that begins with 'step', and as many cells in each row"
+        fix = "Use another path, or move the file away."
+        headline = "The file must be one that a CSVLogger has written."
+        raise InputError(headline, expected=expected, got=f"{text:.80}", fix=fix, where=str(path))
     return header, rows
 
 
 class TensorBoardLogger(Logger):
-    """Keep metrics for TensorBoard, in a folder that `tensorboard --logdir` shows.
+    """Log metrics for TensorBoard, to a folder that `tensorboard --logdir` shows.
 
-    TensorBoard forgets what it has seen of a step and of later ones when a run is resumed, or goes back, to log that
-    step. What is logged is in the folder within a second, and when the logger is closed, in single precision. It needs
-    the extra `tensorboard`.
+    When a run is resumed, TensorBoard drops the first step that is logged again and later ones. Metrics are in the
+    folder within a second, or when the logger is closed, in single precision. It needs the extra `tensorboard`.
 
     Args:
-        folder: The folder, one for each run. It is made by the first `log`.
+        folder: The folder, one for each run. It is created by the first `log`.
 
     Attributes:
         folder: The folder.
@@ -329,9 +319,8 @@ class TensorBoardLogger(Logger):
         try:
             self._open = import_module("torch.utils.tensorboard").SummaryWriter
         except ImportError as error:
-            raise LuxtorchError(
-                "TensorBoard is not installed.", fix="Run `pip install luxtorch[tensorboard]`, or use a CSVLogger."
-            ) from error
+            fix = "Run `pip install luxtorch[tensorboard]`, or use a CSVLogger."
+            raise LuxtorchError("TensorBoard must be installed.", fix=fix) from error
         self.folder = Path(folder)
         self._writer: Any = None
         self._step = -1
@@ -347,7 +336,7 @@ class TensorBoardLogger(Logger):
         self._step = step
 
     def close(self) -> None:
-        """Close the file; the next `log` begins another."""
+        """Close the file; the next `log` opens another."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

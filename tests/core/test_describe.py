@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import luxtorch as lt
 from luxtorch import InputError
 from luxtorch.core import describe, tree_map
+from luxtorch.core._statistics import Statistics
 from luxtorch.core._table import Line, runs, text
-from luxtorch.core._values import Statistics
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 NUMBERS = st.floats(-100, 100, width=16)

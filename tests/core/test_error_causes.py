@@ -109,7 +109,7 @@ def test_parameters_of_another_shape_do_not_hide_what_a_user_raises():
     with pytest.raises(lt.LayerError, match="ValueError in the layer: no such kind"):
         model(torch.ones(2, 3), {"weight": torch.ones(4)}, {})
     model = lt.Dense(3, 4)
-    with pytest.raises(lt.InputError, match="'weight' does not have the layer's shape") as caught:
+    with pytest.raises(lt.InputError, match="'weight' must have the layer's shape") as caught:
         model(torch.ones(2, 3), {"weight": torch.ones(4, 5), "bias": torch.ones(4)}, {})
     assert "The cause: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in str(caught.value)
 
@@ -229,7 +229,7 @@ def test_an_input_on_another_device_is_told_as_that():
             layer((x, x) if name == "Bilinear" else x, ps, st)
         except Exception as error:
             if type(error) is lt.InputError and "device" in str(error):
-                assert "not on the device of the parameters" in str(error), (name, error)
+                assert "must be on the device of the parameters" in str(error), (name, error)
                 assert "expected: cpu" in str(error) and "The cause: RuntimeError: " in str(error)
                 told.add(name)
             else:

@@ -47,5 +47,5 @@ def test_like_is_not_changed_and_gives_what_has_no_name():
 
 @pytest.mark.parametrize("names", [("a", "a.b"), ("a.b", "a"), ("a.b", "a.b.c")])
 def test_a_name_is_that_of_an_entry_or_of_a_layer(names):
-    with pytest.raises(lt.InputError, match="cannot be that of an entry and of a layer"):
+    with pytest.raises(lt.InputError, match="must not be that of a tensor and of a group"):
         unflatten_names(dict.fromkeys(names, torch.ones(1)))

@@ -82,7 +82,7 @@ def test_what_stands_for_nothing_is_an_error_that_names_what_is_near(path, words
 
 @pytest.mark.parametrize("path", [3, torch.ones(2), {"head": 1}, [None], ["head", None], [3]])
 def test_what_is_no_path_is_refused(path):
-    with pytest.raises(DTypeError, match="That is not a path of a parameter"):
+    with pytest.raises(DTypeError, match="The path of a parameter must be a dotted path"):
         select(path, NAMES)
 
 

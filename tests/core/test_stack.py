@@ -162,7 +162,7 @@ def without(tree, name):
 @pytest.mark.parametrize(
     ("trees", "error", "words"),
     [
-        ([], InputError, "nothing to stack"),
+        ([], InputError, "at least one tree"),
         (models(lambda ps, st: (ps, lt.test_mode(st))), InputError, r"'1.layer_2.training' of tree 2.*True.*False"),
         (models(lambda ps, st: (without(ps, "layer_5"), st)), KeyNameError, "'0' of tree 2 lacks 'layer_5'"),
         (models(lambda ps, st: ({**ps, "more": {}}, st)), KeyNameError, "'0' of tree 2 has 'more'"),
@@ -174,8 +174,8 @@ def without(tree, name):
             InputError,
             r"'0.layer_5.bias' of tree 2.*\(2,\).*\(3,\)",
         ),
-        (models(lambda ps, st: (ps, st, st)), InputError, "Tree 2 has another structure"),
-        (models(lambda ps, st: [ps, st]), InputError, "Tree 2 has another structure.*tuple.*list"),
+        (models(lambda ps, st: (ps, st, st)), InputError, "Tree 2 must have the structure"),
+        (models(lambda ps, st: [ps, st]), InputError, "Tree 2 must have the structure.*tuple.*list"),
         ([{"a": 1.0}, {"a": 2.0}], InputError, "'a' of tree 1 differs.*1.0.*2.0"),
         ([{"a": 1.0}, {"a": torch.ones(())}], InputError, "'a' of tree 1 differs.*1.0.*float32"),
         ([torch.ones(2), torch.ones(3)], InputError, r"Tree 1 differs.*\(2,\).*\(3,\)"),
@@ -184,7 +184,7 @@ def without(tree, name):
         (
             [training.TrainState(MODEL, *lt.setup(0, MODEL), rule) for rule in (optim.Adam(), optim.AdamW())],
             InputError,
-            "'optimizer_state' of tree 1 has another structure.*Adam.*AdamW",
+            "'optimizer_state' of tree 1 must have the structure.*Adam.*AdamW",
         ),
     ],
 )
@@ -200,8 +200,8 @@ def test_trees_that_differ_are_told_where(trees, error, words):
         ({"a": 1.0, "b": Static(True)}, "without tensors"),
         ({"a": torch.ones(2, 3), "b": {"c": torch.ones(3, 2)}}, r"\(2, ...\).*'b.c' of shape \(3, 2\)"),
         ({"a": torch.ones(2), "b": torch.ones(())}, r"\(2, ...\).*'b' of shape \(\)"),
-        (torch.ones(()), "no common first dimension"),
-        (lt.setup(0, MODEL), "no common first dimension"),
+        (torch.ones(()), "must have a common first dimension"),
+        (lt.setup(0, MODEL), "must have a common first dimension"),
     ],
 )
 def test_what_is_no_stack_is_not_taken_apart(tree, words):

@@ -15,7 +15,7 @@ from torch import nn
 import luxtorch as lt
 from luxtorch import InputError, LayerError
 from luxtorch.core import tree_leaves, tree_map
-from luxtorch.core._values import Statistics
+from luxtorch.core._statistics import Statistics
 from luxtorch.inspect._debug import debug_mode
 from luxtorch.inspect._debug_check import NonFiniteError
 
@@ -253,7 +253,7 @@ def test_where_there_are_no_numbers_it_says_so():
     # torch 2.13 says only where.
     with pytest.raises(torch._dynamo.exc.Unsupported, match="debug_mode reads numbers|_debug.py"):
         torch.compile(model, backend="eager", fullgraph=True)(x, ps, st)
-    with pytest.raises(InputError, match="to be read, but what is being traced has none"):
+    with pytest.raises(InputError, match="cannot be read while the call is being traced"):
         lt.jit(lambda ps: model(x, ps, st)[0])(ps)
 
 

@@ -126,7 +126,7 @@ def test_copies_come_back(rng):
     for _ in range(5):
         leaves = tree_map(lambda leaf: leaf.clone().requires_grad_(), ps)
         layer(x, leaves, st)[0].sum().backward()
-    assert len(layer.skeleton._out) + len(layer.skeleton._idle) == 1
+    assert len(layer.skeleton._in_use) + len(layer.skeleton._idle) == 1
 
 
 def tripled(module, gradients, *_):

@@ -278,7 +278,7 @@ def test_copies_compute_the_same(rng, make_key, copied):
 def test_what_a_forward_keeps_is_forgotten(rng):
     layer, ps, st = from_torch(Counting())
     layer(example(rng, 4, 3), ps, st)
-    module = layer.skeleton.borrow().module
+    module = layer.skeleton.acquire().module
     assert not isinstance(module.mean, Tensor) and not isinstance(module.last, Tensor)
 
 

@@ -228,7 +228,7 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(rng, name):
     jitted = lt.jit(lambda ps: layer(x, ps, st)[0], backend="replay")(tree_map(lambda leaf: 3 * leaf, ps))
     torch.testing.assert_close(jitted, first[0])
     assert lt.check_purity(layer, x, ps, st)
-    assert (len(layer.skeleton._idle), layer.skeleton._out) == (1, [])  # nothing seems to be held
+    assert (len(layer.skeleton._idle), layer.skeleton._in_use) == (1, [])  # nothing seems to be held
     for _ in range(2):
         slope = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), ps)
     clear_caches()
@@ -314,7 +314,7 @@ def test_a_forward_does_not_change_the_parameters_that_it_is_given(rng, write, t
     refused = (
         (LuxtorchError, "not allowed")
         if (write, transform) == (data, "vmap")
-        else (InputError, "changes its parameter")
+        else (InputError, "must not change its parameter")
     )
     with pytest.raises(refused[0], match=refused[1]):
         calls[transform]()
@@ -383,5 +383,5 @@ DRAWING = {
 def test_numbers_that_no_key_decides_are_refused(name):
     layer, ps, st = from_torch(DRAWING[name]())
     for _ in range(2):
-        with pytest.raises(InputError, match="draws from"):
+        with pytest.raises(InputError, match="draw from"):
             layer(torch.ones(4, 3), ps, st)

@@ -138,7 +138,7 @@ def test_a_transposed_convolution_takes_the_size_of_its_output(size):
     layer, ps, st = from_torch(module)
     x = torch.ones(2, 3, 4)
     torch.testing.assert_close(layer(Inputs(x, output_size=size), ps, st)[0], module(x, output_size=size))
-    with pytest.raises(lt.InputError, match="as small"):
+    with pytest.raises(lt.InputError, match="output_size must be at least"):
         layer(Inputs(x, (7,)), ps, st)
 
 

@@ -161,7 +161,7 @@ def test_a_call_that_fails_leaves_nothing_behind():
 
 def test_a_path_that_leads_nowhere_says_what_there_is():
     layer = from_torch(UNet()).layer
-    with pytest.raises(lt.KeyNameError, match="(?s)the path 'dwn': UNet has no module 'dwn'"):
+    with pytest.raises(lt.KeyNameError, match="(?s)the path 'dwn': There is no module 'dwn'"):
         Perturbed(layer, "dwn")
     chain = from_torch(mixed()).layer
     with pytest.raises(lt.KeyNameError, match="(?s)the path '1.iner'.*inner, gate, drop.*Did you mean 'inner'"):

@@ -134,12 +134,12 @@ def test_what_cannot_be_aligned_costs_infinity_or_nothing(draw, zero, size):
 
 
 WRONG = {
-    "input length": ((LABELS, (5, 6, 5), SIZES), "An input length is out of range"),
-    "target length": ((LABELS, STEPS, (2, 1, 4)), "A target length is out of range"),
-    "negative": ((LABELS, STEPS, (2, -1, 3)), "A target length is out of range"),
+    "input length": ((LABELS, (5, 6, 5), SIZES), "Input lengths must be from 0"),
+    "target length": ((LABELS, STEPS, (2, 1, 4)), "Target lengths must be from 0"),
+    "negative": ((LABELS, STEPS, (2, -1, 3)), "Target lengths must be from 0"),
     "sum": ((LABELS.flatten(), STEPS, SIZES), "The sum of the target lengths"),
-    "number of lengths": ((LABELS, STEPS[:2], SIZES), "Each sequence has a length"),
-    "batch": ((LABELS[:2], STEPS, SIZES), "another batch"),
+    "number of lengths": ((LABELS, STEPS[:2], SIZES), "The number of lengths must be that of the sequences, 3"),
+    "batch": ((LABELS[:2], STEPS, SIZES), "The batch of targets must be"),
 }
 
 

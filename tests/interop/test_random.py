@@ -14,9 +14,9 @@ from torch.func import grad, vmap
 
 import luxtorch.random as lr
 from luxtorch.core import LuxtorchError
-from luxtorch.interop._part import _MODAL
+from luxtorch.interop._submodule import _MODAL
 from luxtorch.interop.pure._keys import Keys
-from luxtorch.interop.pure._mode import OPENED, REPLACEMENTS, PureMode
+from luxtorch.interop.pure._mode import REPLACEMENTS, UNCHECKED, PureMode
 from luxtorch.interop.pure._modules import _PURE
 
 # Each takes x, numbers between 0 and 1 of shape (3, 4).
@@ -343,7 +343,7 @@ def test_no_probability_is_refused(make_key, draw):
         drawn(lambda _: draw(), make_key(), None)
 
 
-KNOWN = REPLACEMENTS.keys() | OPENED.keys()
+KNOWN = REPLACEMENTS.keys() | UNCHECKED.keys()
 # Parts of kernels, of which modules know nothing; and functions that set up a generator.
 INTERNAL = {"_fill_mem_eff_dropout_mask_", "_cudnn_init_dropout_state", "_cudnn_rnn", "_lstm_mps", "_fused_sdp_choice"}
 INTERNAL |= {"_nested_tensor_softmax_with_shape", "_triton_scaled_dot_attention", "miopen_rnn", "lstm_mps_backward"}

@@ -8,7 +8,7 @@ import torch
 import luxtorch as lt
 from luxtorch import optim
 from luxtorch.jit import DonatedError, jit
-from luxtorch.jit._donate import Owner, pairs
+from luxtorch.jit._donate import AliasGuard, pairs
 from luxtorch.jit._flatten import flatten
 from luxtorch.jit._trace import trace
 
@@ -34,7 +34,7 @@ USES = {
 def test_a_donated_tensor_is_gone(name):
     x = torch.ones(3)
     jit(lambda x: x + 1, donate="x", backend="replay")(x)
-    with pytest.raises(DonatedError, match="was donated to a jitted function"):
+    with pytest.raises(DonatedError, match="donated tensor must not be used"):
         USES[name](x)
 
 
@@ -159,8 +159,8 @@ def test_memory_that_overlaps_is_copied_before_it_is_written_into(name, order):
     new, old = RANGES[name](torch.arange(40002.0))
     kept = old.clone()
     tensors, place = [new, old][::order], 0 if order == 1 else 1
-    owner = Owner(tensors, [], [place])
-    owner.own(tensors)
+    owner = AliasGuard(tensors, [], [place])
+    owner.copy_aliased(tensors)
     tensors[place].fill_(-1)
     assert torch.equal(old, kept)
     assert (tensors[place] is new) == (name in ("disjoint", "empty"))

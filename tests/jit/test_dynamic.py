@@ -287,13 +287,13 @@ def test_dimensions_in_a_tree():
 @pytest.mark.parametrize("dims", [2, -3, (0, 5)], ids=str)
 def test_a_dimension_that_no_tensor_has(dims):
     jitted = jit(lambda x, y=None: x + 1, dynamic={"x": dims, "y": dims}, backend="replay")
-    with pytest.raises(lt.InputError, match="(?s)'x' has no dimension.*named dynamic.*shape \\(3, 4\\)"):
+    with pytest.raises(lt.InputError, match="(?s)'x' must have the dimension.*named dynamic.*shape \\(3, 4\\)"):
         jitted(rows(3))
 
 
 @pytest.mark.parametrize("dims", ["0", 1.0, (0, True), [None]], ids=str)
 def test_dimensions_that_are_no_numbers(dims):
-    with pytest.raises(lt.InputError, match="dimensions of 'x' that are dynamic are not given by their numbers"):
+    with pytest.raises(lt.InputError, match="dynamic dimensions of 'x' must be ints"):
         jit(lambda x: x, dynamic={"x": dims})
 
 

@@ -202,14 +202,14 @@ class Unknown:
 
 
 def test_others_are_refused():
-    with pytest.raises(lt.DTypeError, match="neither a tensor nor a constant[\\s\\S]*Unknown"):
+    with pytest.raises(lt.DTypeError, match="must be a tensor or a constant[\\s\\S]*Unknown"):
         jit(lambda node: node.x, backend="replay")({"a": Unknown(W)})
-    with pytest.raises(lt.LuxtorchError, match="neither a tensor nor a constant"):
+    with pytest.raises(lt.LuxtorchError, match="must be a tensor or a constant|must return tensors and constants"):
         jit(lambda x: ModelOutput(logits=Unknown(x)), backend="replay")(W)
 
 
 def test_a_tensor_in_a_context_is_refused():
-    text = "What Cache keeps beside its children is not a constant[\\s\\S]*tensor[\\s\\S]*context\\['scale'\\]"
+    text = "The context of the pytree node Cache must be a constant[\\s\\S]*tensor[\\s\\S]*context\\['scale'\\]"
     with pytest.raises(lt.DTypeError, match=text):
         jit(lambda cache: cache.layers[0], backend="replay")({"cache": Cache([W], {"scale": W})})
     with pytest.raises(lt.DTypeError, match=text):
@@ -218,7 +218,7 @@ def test_a_tensor_in_a_context_is_refused():
 
 def test_the_text_of_a_traced_tensor_in_a_context_is_refused():
     for make in (lambda x: Cache([x], {"a": [f"{x}"]}), lambda x: {f"{x}": x}):
-        with pytest.raises(lt.LuxtorchError, match="the text of a tensor that has no numbers"):
+        with pytest.raises(lt.LuxtorchError, match="the text of a traced tensor"):
             jit(make, backend="replay")(W)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from luxtorch.jit import jit
 from luxtorch.jit._flatten import flatten
-from luxtorch.jit._inductor import compiling, lowered, turn_products
+from luxtorch.jit._inductor import compiling, lowered, transpose_products
 from luxtorch.jit._trace import trace
 
 A, B = torch.arange(6.0).reshape(2, 3) - 2, torch.arange(12.0).reshape(3, 4) / 7
@@ -36,7 +36,7 @@ def _graph(function, factors):
     traced = trace(lambda args, kwargs: function(*args), leaves, spec, {})
     graph = lowered(traced, [])
     with compiling(traced, {}):
-        turn_products(graph)
+        transpose_products(graph)
     graph.graph.lint()
     return graph
 

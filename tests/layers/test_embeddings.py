@@ -180,7 +180,7 @@ def test_indices_are_integers(layer, dtype):
 @pytest.mark.parametrize(("layer", "x"), [(Embedding(5, 2), TOKENS), (Embedding((5, 6), 2), (TOKENS, PLACES))])
 def test_parameters_of_many_models_are_explained(layer, x):
     ps, st = lt.setup(0, layer)
-    with pytest.raises(lt.InputError, match="'weight' does not have the layer's shape[\\s\\S]*torch.vmap"):
+    with pytest.raises(lt.InputError, match="'weight' must have the layer's shape[\\s\\S]*torch.vmap"):
         layer(x, {"weight": torch.stack([ps["weight"]] * 3)}, st)
 
 

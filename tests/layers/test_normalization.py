@@ -285,7 +285,7 @@ def test_the_former_name_of_an_option_is_deprecated(layer):
     assert lt.setup(0, former)[0]["weight"].tolist() == [2.0] * 4
     with pytest.warns(DeprecationWarning, match="init_weight"):
         assert former.init_scale == twos
-    with pytest.raises(lt.InputError, match="one option"):
+    with pytest.raises(lt.InputError, match="must not both be given"):
         make(affine=True, init_scale=twos, init_weight=twos)
     assert dataclasses.replace(former, affine=False).init_weight == twos
     assert (

@@ -246,9 +246,9 @@ def test_replacing_tells_equal_layers_apart():
     [
         ((), InputError, "paths must be.*\\(\\)"),
         ((1,), InputError, "paths must be.*1"),
-        (("layer_5",), KeyNameError, "the path 'layer_5': Chain has no layer 'layer_5'.*Did you mean 'layer_4'"),
+        (("layer_5",), KeyNameError, "the path 'layer_5': There is no layer 'layer_5'.*Did you mean 'layer_4'"),
         (("layer_4.layer_3",), KeyNameError, "the path 'layer_4.layer_3'.*layer_1, layer_2"),
-        (("layer_1.weight",), KeyNameError, "Dense has no layer 'weight'"),
+        (("layer_1.weight",), KeyNameError, "There is no layer 'weight'"),
         (("",), KeyNameError, "no layer ''"),
     ],
 )

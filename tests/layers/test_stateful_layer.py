@@ -43,7 +43,7 @@ def test_parameters_of_a_call_are_used_and_not_kept(box, x):
     assert torch.equal(box(x, doubled), MODEL(x, doubled, st)[0]) and box.parameters is ps
     empty = StatefulLayer(MODEL, None, st)
     assert torch.equal(empty(x, doubled), MODEL(x, doubled, st)[0])
-    with pytest.raises(lt.InputError, match="without its parameters"):
+    with pytest.raises(lt.InputError, match="must be called with its parameters"):
         empty(x)
 
 
@@ -165,7 +165,9 @@ def test_the_print_is_that_of_the_layer(box):
 
 
 def test_a_box_is_for_layers_and_errors_name_the_place(box):
-    with pytest.raises(lt.InputError, match="A StatefulLayer holds a layer[\\s\\S]*StatefulLayer\\(layer, ps, st\\)"):
+    with pytest.raises(
+        lt.InputError, match="A StatefulLayer must hold a layer[\\s\\S]*StatefulLayer\\(layer, ps, st\\)"
+    ):
         StatefulLayer(box.parameters, MODEL, box.states)
     with pytest.raises(lt.InputError) as raised:
         box(torch.ones(2, 7))

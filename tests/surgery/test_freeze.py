@@ -229,7 +229,7 @@ def test_the_layers_inside_are_read_through_it(model):
         (lambda m: freeze(*m, "layer_1", "head"), KeyNameError, "No parameter is named 'head'"),
         (lambda m: freeze(*m, lambda name: False), KeyNameError, "true of no parameter"),
         (lambda m: freeze(m[1], m[0], m[2]), InputError, "The order is freeze(layer, ps, st, *paths)"),
-        (lambda m: freeze(m[0], m[2], m[1]), KeyNameError, "model.layer_1: The tree that came lacks the parameter"),
+        (lambda m: freeze(m[0], m[2], m[1]), KeyNameError, "model.layer_1: The tree lacks the parameter"),
         (lambda m: freeze(m[0], {**m[1], "layer_3": 0}, m[2]), InputError, "model.layer_3: A parameter and a group"),
         (lambda m: freeze(m[0], None, m[2]), InputError, "These are not parameters"),
         (lambda m: unfreeze(*m, "layer_1"), KeyNameError, "No frozen parameter is named 'layer_1'"),

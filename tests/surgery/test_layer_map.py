@@ -160,7 +160,7 @@ def keep(layer, ps, st, path):
         (
             lambda m: layer_map(lambda layer, ps, st, path: (layer, ps, {}), *m),
             KeyNameError,
-            "model.layer_2: The tree that came lacks the state",
+            "model.layer_2: The tree lacks the state",
         ),
         (lambda m: get_layer(*m, "layer_6"), KeyNameError, "There is no layer 'layer_6'"),
         (lambda m: get_layer(*m, "layer_1.weight"), KeyNameError, "There is no layer 'layer_1.weight'"),
@@ -173,7 +173,7 @@ def keep(layer, ps, st, path):
         (
             lambda m: replace_layer(*m, "layer_2", lt.Dense(2, 2), {"weight": 0}, {}),
             KeyNameError,
-            "model.layer_2: The tree that came lacks the parameter 'bias'",
+            "model.layer_2: The tree lacks the parameter 'bias'",
         ),
         (lambda m: replace_layer(*m, "layer_2", torch.tanh, {}, {}), InputError, "by a layer with its trees"),
     ],

@@ -246,8 +246,7 @@ def test_all_differences_are_listed(file: Path) -> None:
     save_checkpoint(file, {"layer": a})
     text = refused(file, {"layer": b})
     assert text == (
-        f"{file}: The checkpoint and the tree to load it into differ.\n"
-        "  expected: the same names, shapes, dtypes and structure\n"
+        f"{file}: The checkpoint and the tree must have the same names, shapes, dtypes and structure.\n"
         "  got:      'layer.bias' is float32 of shape (2,) in the file and float32 of shape (3,) in the tree.\n"
         "            'layer.scale' is float32 of shape (1,) in the file and float16 of shape (1,) in the tree.\n"
         "            'layer.epoch' is a Python int in the file and a Python float in the tree.\n"
@@ -330,7 +329,7 @@ def test_leaves_that_no_file_can_hold(file: Path, leaf: Any, words: str) -> None
 def test_names_must_be_unique(file: Path) -> None:
     with pytest.raises(lt.KeyNameError, match=r"two leaves of the name 'a\.b'"):
         save_checkpoint(file, {"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)})
-    with pytest.raises(lt.KeyNameError, match="cannot be called '__metadata__'"):
+    with pytest.raises(lt.KeyNameError, match="must not have a leaf of the name '__metadata__'"):
         save_checkpoint(file, {"__metadata__": torch.zeros(1)})
 
 

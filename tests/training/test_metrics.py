@@ -90,7 +90,7 @@ def test_numbers_of_numpy_are_taken() -> None:
 )
 def test_what_is_no_number_is_refused_by_name(value: Any, metrics: Callable, name: str) -> None:
     logger = Keeping()
-    with pytest.raises(InputError, match=f"The metric '{name}' is not a number") as error:
+    with pytest.raises(InputError, match=f"The metric '{name}' must be a real number") as error:
         logger.log(1, metrics(value))
     assert (str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)) in error.value.got
     assert logger.kept == []
@@ -98,7 +98,7 @@ def test_what_is_no_number_is_refused_by_name(value: Any, metrics: Callable, nam
 
 @pytest.mark.parametrize("step", [-1, 0.5, torch.tensor(-1)])
 def test_steps_are_counted(step: Any) -> None:
-    with pytest.raises(InputError, match="Steps are counted"):
+    with pytest.raises(InputError, match="step must be an integer of at least 0"):
         Keeping().log(step, {"loss": 1.0})
 
 
@@ -165,7 +165,7 @@ def test_csv_a_new_name_is_a_new_column(tmp_path: Path) -> None:
 
 
 def test_csv_no_metric_is_called_step(tmp_path: Path) -> None:
-    with pytest.raises(KeyNameError, match="The first column is called 'step'"):
+    with pytest.raises(KeyNameError, match="A metric must not be called 'step'"):
         CSVLogger(tmp_path / "m.csv").log(1, {"step": 1})
     assert not (tmp_path / "m.csv").exists()
 
@@ -177,7 +177,7 @@ def test_csv_no_metric_is_called_step(tmp_path: Path) -> None:
 def test_csv_another_file_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(text.encode("latin1"))
-    with pytest.raises(InputError, match="not one that a CSVLogger has written") as error:
+    with pytest.raises(InputError, match="must be one that a CSVLogger has written") as error:
         CSVLogger(path).log(1, {"loss": 1.0})
     assert str(path) in str(error.value) and path.read_bytes() == text.encode("latin1")
 
@@ -331,6 +331,6 @@ def test_tensorboard_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(LuxtorchError, match="TensorBoard is not installed") as error:
+    with pytest.raises(LuxtorchError, match="TensorBoard must be installed") as error:
         TensorBoardLogger(tmp_path)
     assert "luxtorch[tensorboard]" in str(error.value)

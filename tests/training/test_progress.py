@@ -185,7 +185,7 @@ def test_the_errors_of_the_iterable_come_through(installed: bool) -> None:
 
 @pytest.mark.parametrize("value", [torch.ones(2), torch.ones(1), torch.tensor(1j), None, [1.0], "low"])
 def test_what_is_no_number_is_refused(installed: bool, value: Any) -> None:
-    with pytest.raises(InputError, match="'stats/loss' is not a number"):
+    with pytest.raises(InputError, match="'stats/loss' must be a real number"):
         progress([1]).show(stats={"loss": value})
 
 

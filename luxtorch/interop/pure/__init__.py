@@ -1,4 +1,4 @@
-"""Torch functions and modules that are not pure, or that a transform lacks, and what takes their places."""
+"""Pure replacements of torch functions and modules, which draw from keys and work under all of torch.func."""
 
 from . import _causal_mask as _causal_mask
 from ._keys import Keys as Keys

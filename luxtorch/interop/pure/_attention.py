@@ -1,4 +1,4 @@
-"""Attention with forward-mode derivatives, second derivatives, and a dropout by a key."""
+"""Scaled dot product attention with forward-mode and second derivatives, and with dropout from a key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if query.is_nested or (is_causal and attn_mask is not None):
-        # Nested tensors have kernels of their own; and torch says itself why it takes no two masks.
+        # Nested tensors have kernels of their own; and for two masks torch raises an error.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -39,7 +39,7 @@ def _scaled_dot_product_attention(
 
 
 def _same_batch(query: Tensor, key: Tensor, value: Tensor, own: int) -> tuple[Tensor, ...]:
-    """Expand what comes before the last dimensions, which torch broadcasts and the layers of luxtorch do not."""
+    """Expand the batch dimensions, which torch broadcasts and the layers of luxtorch do not."""
     inputs = (query, key, value)
     batch = query.shape[:-own]
     if key.shape[:-own] == batch and value.shape[:-own] == batch:
@@ -64,7 +64,7 @@ def _native_multi_head_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what the kernel does, which has no derivatives; a True in its masks is a key to leave out."""
+    """Compute the same as the kernel, which has no derivatives; True in its masks leaves a key out."""
     inputs = zip((query, key, value), in_weight.chunk(3), in_bias.chunk(3), strict=True)
     width = embed_dim // num_heads
     q, k, v = (F.linear(*each).reshape(len(query), -1, num_heads, width).transpose(1, 2) for each in inputs)

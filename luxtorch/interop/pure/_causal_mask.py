@@ -1,4 +1,4 @@
-"""The question of torch's transformers whether a mask is the causal one, which they read its numbers for."""
+"""Causal masks of torch's transformers, which are detected by their values unless a transform is active."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _of_torch: Any = transformer._detect_is_causal_mask
 
 
 def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """Say whether a mask is causal; in a converted module, one whose numbers may not be read counts as any other.
+    """Return whether a mask is causal; in a converted module, False if its values cannot be read.
 
-    Torch asks in order to take a kernel that is faster and has the same values, but leaves the mask out, and so its
-    derivatives too. The mask itself, which is right whatever its numbers are, may be one of a batch, or only traced.
+    torch detects it to choose a faster kernel with the same values, which ignores the mask, and so its derivatives.
+    With the mask itself the result is right for all values; it may be batched by vmap, or traced.
     """
     if is_causal is None and mask is not None and _in_a_converted_module():
         is_causal = False if transformed() or watched() or mask.requires_grad else None
@@ -27,12 +27,12 @@ def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, s
 
 
 def _in_a_converted_module() -> bool:
-    # Of all that says so, it is this stack that torch.compile knows as well.
+    # This stack of modes can be read under torch.compile too.
     return any(isinstance(mode, PureMode) for mode in function_modes())
 
 
 def install() -> None:
-    """Make torch ask here; outside of the calls of converted modules the answer is as it was."""
+    """Patch the detection in torch; outside of the calls of converted modules it is unchanged."""
     transformer._detect_is_causal_mask = _detect_is_causal_mask
 
 

@@ -1,4 +1,4 @@
-"""Dropouts, randomized ReLU and fractional max pooling by a key."""
+"""Dropout, randomized ReLU and fractional max pooling with random numbers from a key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from luxtorch import random as lr
 from luxtorch._torch import fractional_max_pool2d, fractional_max_pool3d
 from luxtorch._transforms import functional
-from luxtorch.core import InputError
+from luxtorch.core import InputError, described, out_of_range
 from luxtorch.layers._dropout import alpha_dropped, dropped
 
 from ._keys import Keys
@@ -23,7 +23,7 @@ def _functional_dropout(
     keys: Keys, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     y = _dropout(keys, input, p, training)
-    return _written(input, y) if inplace else y
+    return _write(input, y) if inplace else y
 
 
 def _dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
@@ -31,7 +31,7 @@ def _dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _feature_dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
-    return dropped(input, keys.next(), p, _one_a_feature(input)) if _drops(p, train) else input
+    return dropped(input, keys.next(), p, _per_feature(input)) if _drops(p, train) else input
 
 
 def _alpha_dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
@@ -39,47 +39,45 @@ def _alpha_dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _feature_alpha_dropout(keys: Keys, input: Tensor, p: float, train: bool) -> Tensor:
-    return alpha_dropped(input, keys.next(), p, _one_a_feature(input)) if _drops(p, train) else input
+    return alpha_dropped(input, keys.next(), p, _per_feature(input)) if _drops(p, train) else input
 
 
 def _rrelu(keys: Keys, input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Tensor:
     slope: Tensor | float = (lower + upper) / 2
     if training:
         slope = lr.uniform(keys.next(), tuple(input.shape), low=lower, high=upper, dtype=input.dtype)
-    # Not leaky_relu, whose derivative wants to see the input again, which may have been written over.
+    # Not leaky_relu, whose derivative reads the input, which may have been overwritten.
     return torch.where(input > 0, input, input * slope)
 
 
 def _drops(p: float, train: bool) -> bool:
     if not 0 <= p <= 1:
-        raise InputError("Dropout takes a probability.", expected="0 <= p <= 1", got=f"p={p}")
+        raise out_of_range("p", p, "a probability from 0 to 1")
     return train and p > 0
 
 
-def _one_a_feature(input: Tensor) -> tuple[int, ...]:
+def _per_feature(input: Tensor) -> tuple[int, ...]:
     if input.ndim < 2:
         raise InputError(
-            "Without channels there are none to drop.",
-            expected="an input of at least two dimensions",
-            got=str(tuple(input.shape)),
+            "The input must have two or more dimensions, of which the second is the channels.", got=described(input)
         )
     return (*input.shape[:2], *(1,) * (input.ndim - 2))
 
 
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def filled(keys: Keys, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _written(input, function(keys, input, *args, **kwargs))
+    def in_place(keys: Keys, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _write(input, function(keys, input, *args, **kwargs))
 
-    return filled
+    return in_place
 
 
-def _written(input: Tensor, y: Tensor) -> Tensor:
+def _write(input: Tensor, y: Tensor) -> Tensor:
     if y is input:
         return input
     try:
         return input.copy_(y)
     except RuntimeError:
-        # Under vmap over keys, y may be a batch where the input is none. Nearly all code uses what is returned.
+        # Under vmap over keys, y may be batched where the input is not. Nearly all code uses the result.
         if not functional():
             raise
         return y
@@ -101,14 +99,14 @@ _DROPOUTS: dict[Any, Callable[..., Any]] = {
 
 
 def _pooled(kernel: Callable[..., tuple[Tensor, Tensor]], order: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what is called in place of a kernel; `order` says which sample belongs to which dimension."""
+    """Return the replacement of a kernel; `order` gives the sample that belongs to each dimension."""
 
     def pooled(keys: Keys, x: Tensor, window: Any, output: Any, samples: Tensor) -> tuple[Tensor, Tensor]:
         if not functional():
             return kernel(x, window, output, samples)
         dims = len(order)
         sizes, counts = ((given,) * dims if isinstance(given, int) else tuple(given) for given in (window, output))
-        # For a batch of one, or for none, there may be more samples than are needed.
+        # For a batch of one, or without a batch, there may be more samples than needed.
         samples = samples[: 1 if x.ndim == dims + 1 else x.shape[0]].reshape(*x.shape[:-dims], dims)
         index = torch.zeros((), dtype=torch.int64, device=x.device)
         for dim in range(dims):
@@ -126,7 +124,7 @@ def _pooled(kernel: Callable[..., tuple[Tensor, Tensor]], order: Sequence[int]) 
 
 
 def _windows(sample: Tensor, full: int, size: int, count: int) -> Tensor:
-    """Return the places that each window covers in one dimension, (..., count, size)."""
+    """Return the indices that each window covers in one dimension, (..., count, size)."""
     u, numbers = sample[..., None], torch.arange(count, device=sample.device)
     step = (full - size) / (count - 1) if count > 1 else 0.0
     starts = ((numbers + u) * step).long() - (u * step).long()

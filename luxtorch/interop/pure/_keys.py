@@ -1,4 +1,4 @@
-"""Keys for the random numbers of one call."""
+"""`Keys`: a sequence of keys for the random numbers of one call of a module."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Keys:
     """Make keys for the random numbers of a call.
 
     Args:
-        rng: What all of them are made from.
-        given: All that the call is given.
+        rng: The key that all of them derive from.
+        given: All arguments of the call.
 
     Attributes:
-        rng: From what to make those of the next call.
+        rng: The key for the next call.
     """
 
     def __init__(self, rng: Tensor, given: Any = ()) -> None:
@@ -32,15 +32,15 @@ class Keys:
 
     def next(self) -> Tensor:
         """Return a key that was not used before."""
-        if self._key is None:  # nothing is spent where nothing is drawn
+        if self._key is None:  # the key stays the same if nothing is drawn
             self._key, self.rng = split(self.rng)
         self._made += 1
         return fold_in(self._key, self._made)
 
     @property
     def batch(self) -> Tensor:
-        """A true value that is a batch to every vmap to which something that the call is given is one."""
-        if self._batch is None:  # a compiler does not trace functools.cached_property
+        """A tensor that is true, and batched by every vmap that batches an argument of the call."""
+        if self._batch is None:  # torch.compile does not trace functools.cached_property
             self._batch = self._made_batch()
         return self._batch
 
@@ -54,7 +54,7 @@ class Keys:
         return true
 
     def copy(self) -> Keys:
-        """Return what makes the same keys from here on."""
+        """Return a copy that makes the same keys from here on."""
         keys = Keys(self.rng)
         keys._key, keys._made = self._key, self._made
         return keys

@@ -1,4 +1,4 @@
-"""Lookups that change no weights, and have dense gradients and forward-mode derivatives."""
+"""Embedding lookups that do not change the weight, with dense gradients and forward-mode derivatives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional
-from luxtorch.core import InputError
+from luxtorch.core import out_of_range
 
 from ._keys import Keys
 
@@ -27,10 +27,10 @@ def _embedding(
 ) -> Tensor:
     rows = F.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq)
     if padding_idx is not None and functional():
-        # That the row for padding has no derivative torch knows in reverse mode only.
+        # torch leaves out the derivative of the padding row in reverse mode only.
         padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
         rows = torch.where(padding, rows.detach(), rows)
-    return rows if max_norm is None else _shortened(rows, max_norm, norm_type)
+    return rows if max_norm is None else _renormed(rows, max_norm, norm_type)
 
 
 def _embedding_bag(
@@ -48,7 +48,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     if max_norm is not None:
-        weight = _shortened(weight, max_norm, norm_type)
+        weight = _renormed(weight, max_norm, norm_type)
     if not functional() or scale_grad_by_freq:
         return F.embedding_bag(
             input,
@@ -64,11 +64,11 @@ def _embedding_bag(
             padding_idx,
         )
     if per_sample_weights is not None and mode != "sum":
-        raise InputError("Only sums are weighted.", expected="per_sample_weights with mode='sum'", got=f"mode='{mode}'")
+        raise out_of_range("mode", mode, "'sum' with per_sample_weights")
     if input.ndim == 1 and offsets is not None:
         starts = offsets[:-1] if include_last_offset else offsets
         bags = starts.shape[0]
-        # The bag of each index: how many start at it or before it, less one.
+        # The bag of each index: the number of bags that start at it or before it, minus one.
         bag = (torch.arange(input.shape[0], device=input.device)[:, None] >= starts).sum(-1) - 1
         inside = torch.arange(bags, device=input.device)[:, None] == bag
         rows = F.embedding(input, weight).expand(bags, *input.shape, weight.shape[-1])
@@ -86,17 +86,17 @@ def _embedding_bag(
     return total if mode == "sum" else total / inside.sum(-1, keepdim=True).clamp_min(1)
 
 
-def _shortened(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Return rows of at most a given norm, with the gradients of the rows as they are.
+def _renormed(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Return rows renormalized to a maximum norm, with the gradients of the given rows.
 
-    torch writes the shorter rows into the weight. Here the weight stays as it is: looked up again, it gives the same.
+    torch writes the renormalized rows into the weight. Here the weight is not changed.
     """
     norms = rows.detach().norm(norm_type, -1, keepdim=True)
-    short = torch.where(norms > max_norm, rows.detach() * (max_norm / (norms + 1e-7)), rows.detach())
-    return short + (rows - rows.detach())
+    renormed = torch.where(norms > max_norm, rows.detach() * (max_norm / (norms + 1e-7)), rows.detach())
+    return renormed + (rows - rows.detach())
 
 
-def _looked_up(
+def _aten_embedding(
     keys: Keys,
     weight: Tensor,
     indices: Tensor,
@@ -108,7 +108,7 @@ def _looked_up(
     return _embedding(keys, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-def _bagged(
+def _aten_embedding_bag(
     keys: Keys,
     weight: Tensor,
     indices: Tensor,
@@ -129,8 +129,8 @@ def _gather(keys: Keys, input: Tensor, *args: Any, sparse_grad: bool = False, **
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
-    torch.embedding: _looked_up,
-    torch.embedding_bag: _bagged,
+    torch.embedding: _aten_embedding,
+    torch.embedding_bag: _aten_embedding_bag,
     torch.gather: _gather,
     Tensor.gather: _gather,
 }

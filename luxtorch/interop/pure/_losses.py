@@ -1,4 +1,4 @@
-"""Losses whose torch functions read numbers off a tensor, or lack a batching rule or a derivative."""
+"""Loss functions of torch that read values of tensors, or lack a batching rule or a derivative."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from luxtorch._ctc import ctc_losses
 from luxtorch._torch import legacy_reduction
 from luxtorch._transforms import reverse_alone, traced, transformed, unwrapped, watched
-from luxtorch.core import InputError
+from luxtorch.core import out_of_range
 from luxtorch.layers._activations import gated, logsigmoid
 
 from ._keys import Keys
@@ -24,7 +24,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum":
 
 
 def under_transforms(function: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Return what makes a replacement of a torch function that serves under transforms, and while tracing, alone."""
+    """Decorate a replacement of a torch function, so that it is used under transforms and while tracing alone."""
 
     def decorate(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(replacement)
@@ -46,7 +46,7 @@ def _gaussian_nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     var = var if isinstance(var, Tensor) else torch.full_like(input, var)
-    # torch asks whether a variance is negative, which under vmap nobody can say.
+    # torch checks that no variance is negative, which cannot be read under vmap.
     if var.shape != input.shape and var.shape == input.shape[:-1]:
         var = var.unsqueeze(-1)
     var = torch.where(var < eps, eps + (var - var.detach()), var)
@@ -125,7 +125,7 @@ def _hinge_embedding_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    # torch writes zeros into what vmap may not have batched.
+    # torch writes into zeros that vmap may not have batched.
     apart = torch.where(target != 1, (margin - input).clamp_min(0), 0.0)
     return reduced(apart + torch.where(target != -1, input, 0.0), reduction, size_average, reduce)
 
@@ -185,7 +185,7 @@ def _cross_entropy(
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
         )
-    # torch takes the sum of the weights over a selection, whose size depends on the targets.
+    # torch sums the weights over a selection, whose size depends on the targets.
     dim, kept = min(1, input.ndim - 1), target != ignore_index
     scores = F.log_softmax(input, dim)
     sharp = F.nll_loss(scores, target, weight, ignore_index=ignore_index, reduction="none")
@@ -205,7 +205,7 @@ def _bilinear(keys: Keys, input1: Tensor, input2: Tensor, weight: Tensor, bias: 
 
 def reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
     """Return the losses as they are, their mean or their sum."""
-    if size_average is not None or reduce is not None:  # the arguments of long ago
+    if size_average is not None or reduce is not None:  # deprecated arguments
         reduction = legacy_reduction(size_average, reduce)
     return loss if reduction == "none" else _REDUCTIONS[reduction](loss)
 
@@ -324,16 +324,16 @@ def _ctc_loss(
     log_p = log_probs if log_probs.ndim == 3 else log_probs.unsqueeze(1)
     time, batch, classes = log_p.shape
     if not 0 <= blank < classes:
-        raise InputError("No class is blank.", expected=f"from 0 to {classes - 1}", got=str(blank))
+        raise out_of_range("blank", blank, f"a class, from 0 to {classes - 1}")
     steps, sizes = (_lengths(given, batch, log_p.device) for given in (input_lengths, target_lengths))
     labels = targets.to(log_p.device).long()
     longest = labels.shape[-1]
-    _require_range("An input length", steps, 0, time)
-    _require_range("A target length", sizes, 0, longest)
+    _require_range("Input lengths", steps, 0, time)
+    _require_range("Target lengths", sizes, 0, longest)
     if labels.ndim == 1:
         labels, sizes = _side_by_side(labels, sizes, time)
     elif labels.shape[0] != batch:
-        raise InputError("The targets are of another batch.", expected=f"{batch} sequences", got=str(labels.shape[0]))
+        raise out_of_range("The batch of targets", labels.shape[0], f"that of log_probs, {batch}")
     losses = ctc_losses(log_p, labels, steps, sizes, blank, zero_infinity)
     if reduction == "mean":
         return (losses / sizes.clamp_min(1)).mean()
@@ -354,16 +354,16 @@ def _by_number(
 
 
 def _lengths(given: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
-    """Return one length a sequence."""
+    """Return the lengths as a tensor, one for each sequence."""
     lengths = given if isinstance(given, Tensor) else torch.tensor(given)
     lengths = lengths.to(device).long().reshape(-1)
     if lengths.shape[0] != batch:
-        raise InputError("Each sequence has a length.", expected=f"{batch} lengths", got=str(lengths.shape[0]))
+        raise out_of_range("The number of lengths", lengths.shape[0], f"that of the sequences, {batch}")
     return lengths
 
 
 def _side_by_side(labels: Tensor, sizes: Tensor, time: int) -> tuple[Tensor, Tensor]:
-    """Return labels that follow one another as one row a sequence, as long as can be aligned, and their lengths."""
+    """Return concatenated labels as one row for each sequence, of at most the input's length, and their lengths."""
     total = labels.shape[0]
     _require_range("The sum of the target lengths", sizes.sum(), total, total)
     starts = sizes.cumsum(0) - sizes
@@ -372,18 +372,14 @@ def _side_by_side(labels: Tensor, sizes: Tensor, time: int) -> tuple[Tensor, Ten
     return rows, torch.where(sizes.sum() == total, sizes, -1)
 
 
-def _require_range(what: str, values: Tensor, low: int, high: int) -> None:
-    """Raise if numbers are out of range, unless they cannot be seen; the losses are NaN then."""
+def _require_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise if values are out of range; where they cannot be read, the losses are NaN instead."""
     if traced() or watched():
         return
     seen = unwrapped(values)
     wrong = seen[(seen < low) | (seen > high)]
     if wrong.numel():
-        raise InputError(
-            f"{what} is out of range.",
-            expected=f"from {low} to {high}" if low < high else str(low),
-            got=str(int(wrong.flatten()[0])),
-        )
+        raise out_of_range(name, int(wrong.flatten()[0]), f"from {low} to {high}" if low < high else str(low))
 
 
 _CTC: dict[Any, Callable[..., Any]] = {

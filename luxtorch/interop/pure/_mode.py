@@ -1,4 +1,4 @@
-"""Torch functions that are not pure, or that some transform lacks, replaced while the code of a module runs."""
+"""`PureMode`: replaces torch functions that are not pure, or lack a derivative, while a module's forward runs."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from . import (
 from ._keys import Keys
 
 
-def _opened(function: Any) -> Callable[..., Any]:
-    """Return a function of torch without its first question, whether a mode wants to take the call over.
+def _without_check(function: Any) -> Callable[..., Any]:
+    """Copy a torch.nn.functional function with its `has_torch_function` check disabled.
 
-    A mode is asked about the function as a whole, and what the function calls then happens out of its sight. Without
-    the question the function is ordinary code, like that of a module, and it stays torch's own in every version.
+    With the check, a mode sees the call of the function, but not those inside of it. Without, the mode sees the inner
+    calls, as in the code of a module; and the code is torch's own in every version.
     """
-    scope = {**function.__globals__, **dict.fromkeys(_QUESTIONS, _nobody)}
+    scope = {**function.__globals__, **dict.fromkeys(_CHECKS, _false)}
     if "_check_key_padding_mask" in scope:
         scope["_check_key_padding_mask"] = _check_key_padding_mask
-    opened = types.FunctionType(
+    unchecked = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
+    unchecked.__kwdefaults__ = function.__kwdefaults__
+    return unchecked
 
 
-_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
-def _nobody(*args: Any) -> bool:
-    """Say that no mode wants to take a call over."""
+def _false(*args: Any) -> bool:
+    """Return False: no mode handles the call."""
     return False
 
 
 def _check_key_padding_mask(mask: Tensor, src_len: int, bsz: int) -> None:
-    """Check what torch checks, in a way that torch.compile can trace where a mode is about."""
+    """Check the shape as torch does, in a way that torch.compile can trace under a mode."""
     if mask.shape != (bsz, src_len):
         raise AssertionError(f"Expected a key_padding_mask of shape {(bsz, src_len)}, but got {tuple(mask.shape)}")
 
 
-OPENED: dict[Any, Callable[..., Any]] = {
-    function: _opened(function)
+UNCHECKED: dict[Any, Callable[..., Any]] = {
+    function: _without_check(function)
     for function in (
         F.dropout1d,
         F.dropout2d,
@@ -76,11 +76,11 @@ OPENED: dict[Any, Callable[..., Any]] = {
         F.triplet_margin_with_distance_loss,
     )
 }
-"""The functions, each with one that runs the same code in sight of the mode."""
+"""The functions, each with a copy whose inner calls the mode sees."""
 
 
 def _either(with_indices: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a pooling that returns indices where it is asked to; the compiler shows it to a mode undecided."""
+    """Return a pooling with the option `return_indices`, which a mode gets under torch.compile."""
 
     def pool(
         input: Tensor,
@@ -96,12 +96,12 @@ def _either(with_indices: Callable[..., Any]) -> Callable[..., Any]:
     return pool
 
 
-OPENED[F.fractional_max_pool2d] = _either(F.fractional_max_pool2d_with_indices)
-OPENED[F.fractional_max_pool3d] = _either(F.fractional_max_pool3d_with_indices)
+UNCHECKED[F.fractional_max_pool2d] = _either(F.fractional_max_pool2d_with_indices)
+UNCHECKED[F.fractional_max_pool3d] = _either(F.fractional_max_pool3d_with_indices)
 
 
 def _in_one_piece(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the loss without chunks inside transforms: in chunks it has one derivative, by reverse mode."""
+    """Return the loss without chunks inside transforms; with chunks it has one derivative, by reverse mode."""
 
     def whole(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
         return loss(*args, options=None if transformed() else options, **kwargs)
@@ -110,15 +110,15 @@ def _in_one_piece(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 if hasattr(F, "linear_cross_entropy"):  # since torch 2.14
-    OPENED[F.linear_cross_entropy] = _in_one_piece(_opened(F.linear_cross_entropy))
+    UNCHECKED[F.linear_cross_entropy] = _in_one_piece(_without_check(F.linear_cross_entropy))
 
 
 if TYPE_CHECKING:
-    from .._skeleton import Body
+    from .._skeleton import WorkingCopy
 
 
 def _in_any_nesting(function: Any) -> Callable[..., Any]:
-    """Return linear algebra whose derivatives are right where torch's are wrong: by forward mode inside of another."""
+    """Return a linear algebra function with right derivatives in nested forward mode, where torch's are wrong."""
 
     def chosen(keys: Keys, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if first_order() else by_rule(function, *args, **kwargs)
@@ -127,9 +127,9 @@ def _in_any_nesting(function: Any) -> Callable[..., Any]:
 
 
 def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    """Leave a tensor as it is: a transform need not be asked for gradients, and torch forbids to ask inside of one.
+    """Return a tensor unchanged inside of a transform, which records it anyway, and where torch forbids the call.
 
-    Where code of torch itself asks, such as a gradient inside of the module's forward, it relies on the answer.
+    Code of torch itself, such as a gradient inside of the module's forward, relies on the flag: there it is set.
     """
     if not (requires_grad and functional()) or not torch.compiler.is_compiling() and _called_by_torch():
         return tensor.requires_grad_(requires_grad)
@@ -137,7 +137,7 @@ def _requires_grad_(keys: Keys, tensor: Tensor, requires_grad: bool = True) -> T
 
 
 def _called_by_torch() -> bool:
-    """Say whether it is code of torch that calls what the mode has replaced: it relies on what is so."""
+    """Return whether the replaced function was called by code of torch, which relies on its real results."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith("luxtorch."):
         frame = frame.f_back
@@ -155,7 +155,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **{function: _in_any_nesting(function) for function in RULES},
     Tensor.requires_grad_: _requires_grad_,
 }
-"""What is called in place of a torch function: it takes the `Keys`, and the same arguments."""
+"""The replacement of each torch function: it takes the `Keys`, and the same arguments."""
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
@@ -169,7 +169,7 @@ _WRITES.update({getattr(Tensor, f"__i{name}__"): True for name in _OPERATORS})
 _WRITES.update({Tensor.__setitem__: True, Tensor.data.__set__: True})  # type: ignore[attr-defined]
 _KINDS: dict[Any, str] = {
     **dict.fromkeys(_WRITES, "writes"),
-    **dict.fromkeys(OPENED, "opened"),
+    **dict.fromkeys(UNCHECKED, "unchecked"),
     **dict.fromkeys(REPLACEMENTS, "replaced"),
     Tensor.requires_grad.__get__: "asks",  # type: ignore[attr-defined]
     Tensor.requires_grad.__set__: "flags",  # type: ignore[attr-defined]
@@ -178,19 +178,19 @@ _KINDS: dict[Any, str] = {
 
 
 class PureMode(TorchFunctionMode):
-    """While it is entered, replace the torch functions that draw from the global generator, or lack a derivative.
+    """Replace the torch functions that draw from the global generator or lack a derivative, inside of this mode.
 
-    What is called in place of a torch function is in a table. Parameters and constants are not written into.
+    The replacements are in the table `REPLACEMENTS`. Writes into parameters and constants raise an error.
 
     Args:
         keys: The keys of all random numbers.
-        body: The module that runs; None while its parameters are made.
+        copy: The module that runs; None while its parameters are made.
     """
 
-    def __init__(self, keys: Keys, body: Body | None = None) -> None:
+    def __init__(self, keys: Keys, copy: WorkingCopy | None = None) -> None:
         super().__init__()
         self.keys = keys
-        self.body = body
+        self.copy = copy
         if torch.compiler.is_compiling():
             _show_to_compiler()
 
@@ -199,41 +199,41 @@ class PureMode(TorchFunctionMode):
         if kind is None and not kwargs:
             return func(*args)
         kwargs = kwargs or {}
-        if self.body is not None and not torch.compiler.is_compiling():  # a part of it may be, after a graph break
+        if self.copy is not None and not torch.compiler.is_compiling():  # a part of it may be compiled
             if kind == "asks":
-                return func(*args) or not _called_by_torch() and self.body.requires_gradient(args[0])
-            if kind == "flags" and (error := self.body.protected(args[0], operator.is_)) is not None:
-                if bool([*args, *kwargs.values(), True][1]) != self.body.requires_gradient(args[0]):
+                return func(*args) or not _called_by_torch() and self.copy.requires_gradient(args[0])
+            if kind == "flags" and (error := self.copy.error_if_changed(args[0], operator.is_)) is not None:
+                if bool([*args, *kwargs.values(), True][1]) != self.copy.requires_gradient(args[0]):
                     raise error
                 return args[0]
             if func in _WRITES or "out" in kwargs or kwargs.get("inplace"):
-                _unseen(self._check_write)(self.body, args, kwargs)
+                _untraced(self._check_write)(self.copy, args, kwargs)
         replacement = REPLACEMENTS.get(func)
         if replacement is not None:
             return replacement(self.keys, *args, **kwargs)
-        opened = OPENED.get(func)
-        if opened is None:
+        unchecked = UNCHECKED.get(func)
+        if unchecked is None:
             return func(*args, **kwargs)
-        with self:  # torch takes the mode away for the time of this call
-            return opened(*args, **kwargs)
+        with self:  # torch disables the mode during this method
+            return unchecked(*args, **kwargs)
 
     @staticmethod
-    def _check_write(body: Body, args: Any, kwargs: Any) -> None:
+    def _check_write(copy: WorkingCopy, args: Any, kwargs: Any) -> None:
         for target in (*args[:1], *(kwargs[name] for name in ("out", "input", "self", "tensor") if name in kwargs)):
             for each in target if isinstance(target, list | tuple) else (target,):
-                error = body.written(each) if isinstance(each, Tensor) else None
+                error = copy.error_if_written(each) if isinstance(each, Tensor) else None
                 if error is not None:
                     raise error
 
 
-def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that torch.compile, if it is about, leaves alone: after a graph break it may look at it."""
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile, if loaded, does not trace: after a graph break it may try to."""
     compiler = sys.modules.get("torch._dynamo")
     return function if compiler is None else compiler.disable(function)
 
 
 @compile_constant
 def _show_to_compiler() -> bool:
-    """Make torch.compile ask modes about all of the functions that eager code asks them about."""
+    """Let torch.compile dispatch to modes for all functions for which eager code does."""
     let_modes_replace(REPLACEMENTS)
     return True

@@ -1,4 +1,4 @@
-"""Modules of torch.nn whose forward writes what it should return, each with a forward that makes new tensors."""
+"""Pure forwards for modules of torch.nn that update buffers in place, such as BatchNorm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luxtorch._torch import BatchNorms, InstanceNorms
 from luxtorch._transforms import transformed, watched
-from luxtorch.core import InputError
+from luxtorch.core import InputError, described
 from luxtorch.layers._batchnorm import batch_normalized, instance_statistics, moments, normalized
 from luxtorch.layers._layernorm import layer_normalized
 
@@ -21,14 +21,14 @@ from ._norms import instance_normalized
 
 
 class Pure(nn.Module):
-    """Be a module of torch.nn in all but its forward, which puts new tensors into its dicts of tensors."""
+    """Base class of modules of torch.nn with a pure forward, which replaces buffers by new tensors."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _remade, (type(self).__bases__[1], self.__dict__)
+        return _rebuild, (type(self).__bases__[1], self.__dict__)
 
 
 class PureNorm(Pure):
-    """Declare what a normalization of torch.nn has."""
+    """Declare the attributes of a normalization of torch.nn."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -42,7 +42,7 @@ class PureNorm(Pure):
 
 
 class PureBatchNorm(PureNorm):
-    """Compute new running statistics, also where torch.nn reads a number off a tensor."""
+    """Compute new running statistics, also where torch.nn reads the value of a tensor."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized input."""
@@ -51,8 +51,8 @@ class PureBatchNorm(PureNorm):
         if not self.training and mean is not None and var is not None:
             return normalized(input, mean, var, self.weight, self.bias, self.eps)
         if input.numel() == input.shape[1]:
-            raise InputError("A single value a feature has no variance to normalize by.")
-        if input.numel() == 0:  # it counts, and leaves the statistics alone
+            raise InputError("The input must have more than one value per feature.", got=described(input))
+        if input.numel() == 0:  # the batch is counted, and the statistics are unchanged
             if self.track_running_stats and mean is not None:
                 self._buffers.update(num_batches_tracked=self.num_batches_tracked + 1)
             nothing = input.new_zeros(input.shape[1])
@@ -80,7 +80,7 @@ class PureInstanceNorm(PureNorm):
 
 
 class PureLayerNorm(Pure):
-    """Have right derivatives of every order."""
+    """Compute right derivatives of every order."""
 
     normalized_shape: tuple[int, ...]
     weight: Tensor | None
@@ -93,7 +93,7 @@ class PureLayerNorm(Pure):
 
 
 class PureRNN(Pure):
-    """Read the weights where they are now, not where they were when the module was made."""
+    """Read the current weights, not those of when the module was made."""
 
     _flat_weights_names: list[str]
 
@@ -106,14 +106,14 @@ class PureRNN(Pure):
         pass
 
     def _update_flat_weights(self) -> None:
-        """Do nothing: they are never out of date."""
+        """Do nothing: the property is never out of date."""
 
 
 class PureLookup(Pure):
-    """Run the forward of torch.nn with torch functions replaced, wherever the module stands; it draws nothing."""
+    """Run the forward of torch.nn under `PureMode`, even if no other part of the model does; it draws no numbers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module returns."""
+        """Return the module's output."""
         pure = getattr(self, "max_norm", None) is None and not getattr(self, "sparse", False)
         if pure and not (transformed() or watched()):
             return super().forward(*args, **kwargs)
@@ -162,13 +162,13 @@ if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.14
 
 
 def make_pure(module: nn.Module) -> None:
-    """Give a module the pure forward of its kind, unless its class has a forward of its own."""
+    """Change the class of a module to one with a pure forward, unless its own class defines a forward."""
     if isinstance(module, Branch):
         module._in_place = False
-    if isinstance(module, nn.RNNBase):  # weights and weak references to them, which the property stands for
+    if isinstance(module, nn.RNNBase):  # replaced by a property
         for name in ("_flat_weights", "_flat_weight_refs"):
             module.__dict__.pop(name, None)
-    # A fast path of torch's encoders has no derivatives, and its own checks do not always see that some are wanted.
+    # A fast path of torch's encoders has no derivatives, and its own checks do not always see that some are needed.
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
     if isinstance(module, nn.TransformerEncoder):
@@ -181,36 +181,36 @@ def make_pure(module: nn.Module) -> None:
 
 
 def make_traceable(module: nn.Module) -> None:
-    """Give a pure LSTM, GRU or RNN a class that torch.compile traces.
+    """Change the class of a pure LSTM, GRU or RNN to one that torch.compile traces.
 
-    The compiler refuses these three whatever they do, and so the class has all that theirs has, without being theirs.
+    The compiler refuses subclasses of these three, so the class copies their attributes instead of inheriting.
     """
     if issubclass(type(module), PureRNN):
-        module.__class__ = _pure_class(PureRNN, type(module), _refused_by_compiler)
+        module.__class__ = _pure_class(PureRNN, type(module), _not_compiled)
 
 
-_refused_by_compiler = (nn.RNN, nn.GRU, nn.LSTM)
+_not_compiled = (nn.RNN, nn.GRU, nn.LSTM)
 
 _classes: dict[Any, type[nn.Module]] = {}
 
 
 def _pure_class(pure: type[Pure], cls: type[nn.Module], without: tuple[type[nn.Module], ...] = ()) -> type[nn.Module]:
-    """Return a class derived from both, which takes over what it has from some of its bases without having them."""
+    """Return a class derived from both; attributes of the bases `without` are copied instead of inherited."""
     if (pure, cls, without) not in _classes:
         bases = tuple(base for base in cls.__mro__ if not issubclass(base, without)) if without else (pure, cls)
-        taken = {
+        copied = {
             name: value
             for base in reversed(cls.__mro__)
             if issubclass(base, without)
             for name, value in vars(base).items()
             if not (name.startswith("__") or name in vars(pure))
         }
-        # Its name and module are those of the original, which it is to whoever asks.
-        _classes[pure, cls, without] = type(cls.__name__, bases, {**taken, "__module__": cls.__module__})
+        # It has the name and module of the original class.
+        _classes[pure, cls, without] = type(cls.__name__, bases, {**copied, "__module__": cls.__module__})
     return _classes[pure, cls, without]
 
 
-def _remade(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+def _rebuild(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
     make_pure(module)

@@ -1,4 +1,4 @@
-"""Normalizations, norms and distances whose derivatives of higher order torch gets wrong, or does not take."""
+"""Normalizations, norms and distances with right higher derivatives, where torch's are wrong or missing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _batch_norm(
 ) -> Tensor:
     if not training and running_mean is not None and running_var is not None:
         return normalized(input, running_mean, running_var, weight, bias, eps)
-    # For one sample the kernel's derivative is wrong where the gradient comes transposed.
+    # For one sample the kernel's derivative is wrong if the incoming gradient is transposed.
     if not (functional() or input.shape[0] == 1) or input.numel() <= input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None or running_var is None:
@@ -75,7 +75,7 @@ def _instance_norm(
 
 
 def instance_normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalize each channel of each sample, which torch does as one sample by the kernel of a batch normalization."""
+    """Normalize each channel of each sample; torch reshapes to one sample for the kernel of batch normalization."""
     if input.shape[2:].numel() < 2 or input.numel() == 0:
         return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
     return group_normalized(input, input.shape[1], weight, bias, eps)
@@ -88,8 +88,8 @@ def _normalize(
         y = input / euclidean_norm(input, [dim], keepdim=True).clamp_min(eps)
     else:
         y = F.normalize(input, p, dim, eps)
-    # The spectral norms of torch.nn.utils give their buffer as `out`, which no transform takes.
-    # What is under no_grad there has tangents all the same.
+    # Spectral norms of torch.nn.utils pass their buffer as `out`, which no transform supports.
+    # They run under no_grad, which does not stop tangents.
     return y if out is None else out.copy_(y.detach())
 
 
@@ -112,7 +112,7 @@ def _cosine_similarity(keys: Keys, x1: Tensor, x2: Tensor, dim: int = 1, eps: fl
 
 
 def pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
-    """Return the distances of pairs, whose third derivative torch does not take through forward mode."""
+    """Return the distances of pairs; torch lacks their third derivative through forward mode."""
     if p != 2 or reverse_alone():
         return F.pairwise_distance(x1, x2, p, eps, keepdim)
     return euclidean_norm(x1 - x2 + eps, [-1], keepdim=keepdim)
@@ -129,7 +129,7 @@ def _cdist(keys: Keys, x1: Tensor, x2: Tensor, p: float = 2.0, *mode: str, **nam
 
 
 def _weight_norm(keys: Keys, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The kernel is wrong at second order: its backward takes the norms for constants.
+    # The second derivative of the kernel is wrong: its backward pass treats the norms as constants.
     if not functional() and not (torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)):
         return weight_norm(v, g, dim)
     others = list(range(v.ndim)) if dim == -1 else [other for other in range(v.ndim) if other != dim % v.ndim]

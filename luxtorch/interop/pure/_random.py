@@ -1,4 +1,4 @@
-"""Functions of torch that draw random numbers, fill tensors with them, or initialize weights, drawing from a key."""
+"""Random functions of torch (rand, Tensor.normal_, nn.init, ...) with numbers from a key."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from luxtorch import random as lr
 from luxtorch._torch import calculate_correct_fan
 from luxtorch._transforms import functional
-from luxtorch.core import InputError, LayerError
+from luxtorch.core import LayerError, out_of_range
 
 from ._keys import Keys
 
 
 def keyed(function: Any, replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a replacement of a torch function that leaves a draw from a generator of the caller's own alone."""
+    """Return a replacement of a torch function that is not used if the caller passes a generator."""
 
     def drawn(keys: Keys, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         if generator is not None:
@@ -34,14 +34,14 @@ _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.c
 
 
 def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Draw uniformly; the parts of a complex number one by one."""
+    """Draw uniformly; for complex dtypes both parts."""
     if dtype.is_complex:
         return torch.view_as_complex(lr.uniform(key, (*shape, 2), low=low, high=high, dtype=_REAL[dtype]))
     return lr.uniform(key, shape, low=low, high=high, dtype=dtype)
 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Draw normally; the parts of a complex number have half of the variance each."""
+    """Draw normally; the parts of a complex number have half the variance each."""
     if dtype.is_complex:
         parts = lr.normal(key, (*shape, 2), std=std / math.sqrt(2), dtype=_REAL[dtype])
         return torch.view_as_complex(parts) + mean
@@ -49,19 +49,19 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype, mean: float = 
 
 
 def exponential(key: Tensor, shape: Sequence[int], dtype: torch.dtype, lambd: float = 1.0) -> Tensor:
-    """Draw from the exponential distribution; never a zero, as a logarithm is often taken next."""
+    """Draw from the exponential distribution; never zero, since a logarithm often follows."""
     return -torch.log1p(-lr.uniform(key, shape, dtype=dtype)).clamp_max(-torch.finfo(dtype).eps / 2) / lambd
 
 
 def integers(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
-    """Draw integers from low, ..., high - 1; of more than 2^53 up to 2^32 of the last ones are never drawn."""
+    """Draw integers from low to high - 1; of a range above 2^53, up to 2^32 of the last are never drawn."""
     if high - low <= 2**53:
         return lr.randint(key, shape, low, high)
     first, second = lr.split(key)
     return (lr.randint(first, shape, 0, (high - low) >> 32) << 32) + lr.randint(second, shape, 0, 2**32) + low
 
 
-# The functions that make a tensor.
+# Functions that return a new tensor.
 
 
 def _rand(keys: Keys, *size: Any, **options: Any) -> Tensor:
@@ -117,7 +117,7 @@ def _bernoulli(keys: Keys, input: Tensor, p: float | None = None, **options: Any
 
 def _multinomial(keys: Keys, input: Tensor, num_samples: int, replacement: bool = False, **options: Any) -> Tensor:
     def draw(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # Of independent exponential times, each at a rate of its own, the earliest are a draw by these rates.
+        # The smallest of independent exponential variables with these rates are such a draw.
         wide = torch.promote_types(input.dtype, torch.float32)
         rates, size = input.detach().to(wide), tuple(input.shape)
         if not replacement:
@@ -141,11 +141,11 @@ def _made(
     default: torch.dtype | None = None,
     **layout: Any,
 ) -> Tensor:
-    """Draw what the options of a torch function that makes a tensor ask for."""
+    """Draw a tensor with the options of a torch function that makes one."""
     key = keys.next()
     if out is not None:
         dtype, device = out.dtype, out.device
-    if not key.is_meta:  # on it, only shapes are asked for
+    if not key.is_meta:  # there only shapes matter
         key = key.to(torch.empty(0).device if device is None else device)
     value = draw(key, shape, dtype or default or torch.get_default_dtype())
     if out is not None:
@@ -174,7 +174,7 @@ def _between(bounds: Sequence[int], options: dict[str, Any]) -> Callable[[Tensor
 
 def _probability(p: Any) -> Any:
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        raise InputError("A draw of zeros and ones takes a probability.", expected="0 <= p <= 1", got=f"p={p}")
+        raise out_of_range("p", p, "a probability from 0 to 1")
     return p
 
 
@@ -198,12 +198,12 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
 
 
 def fill_uniform(keys: Keys, x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Draw `Tensor.uniform_`; torch calls the bounds `from`, which is not a name in Python, and `to`."""
+    """Fill a tensor as `Tensor.uniform_` does; its bound `from` is a keyword of Python."""
     return x.copy_(uniform(keys.next(), tuple(x.shape), x.dtype, low, high))
 
 
 def fill_normal(keys: Keys, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Draw `Tensor.normal_`."""
+    """Fill a tensor as `Tensor.normal_` does."""
     return x.copy_(normal(keys.next(), tuple(x.shape), x.dtype, mean, std))
 
 
@@ -222,7 +222,7 @@ def _exponential(keys: Keys, x: Tensor, lambd: float = 1.0) -> Tensor:
 
 def _geometric(keys: Keys, x: Tensor, p: float) -> Tensor:
     if not 0 < p < 1:
-        raise InputError("geometric_ takes a probability.", expected="0 < p < 1", got=f"p={p}")
+        raise out_of_range("p", p, "a probability, above 0 and below 1")
     dtype = x.dtype if x.is_floating_point() else torch.float32
     return x.copy_(exponential(keys.next(), tuple(x.shape), dtype, -math.log1p(-p)).ceil())
 
@@ -243,7 +243,7 @@ def _random(keys: Keys, x: Tensor, *bounds: int, **named: int) -> Tensor:
 
 
 def _all_of(dtype: torch.dtype) -> int:
-    """Return how many integers a dtype counts without a gap, from 0."""
+    """Return how many consecutive integers from 0 a dtype can hold."""
     if dtype == torch.bool:
         return 2
     if dtype.is_floating_point:
@@ -251,18 +251,18 @@ def _all_of(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max + 1
 
 
-def _fillable(function: Any) -> Callable[..., Tensor]:
-    """Return a function that makes a tensor such that draws can be written into it, and results where need be.
+def _batchable(function: Any) -> Callable[..., Tensor]:
+    """Return a function that makes a tensor batched by vmap, so that random numbers can be written into it.
 
-    Not into ones, which may be a mask: it may be asked for its values, which a batch has not.
+    Ones are batched by keys only: they may be a mask whose values are read.
     """
     ones = "ones" in function.__name__
 
     def made(keys: Keys, *args: Any, **kwargs: Any) -> Tensor:
         tensor: Tensor = function(*args, **kwargs)
-        if not functional() or tensor.dtype == torch.uint64:  # keys, which torch cannot add
+        if not functional() or tensor.dtype == torch.uint64:  # a key; torch has no operators for it
             return tensor
-        # Under vmap, what is drawn or computed is a batch: it has no room in a tensor that is none.
+        # Under vmap, drawn and computed values are batched, and cannot be written into a tensor that is not.
         real = tensor.is_floating_point() or tensor.is_complex()
         true = keys.batch if real and not ones else keys.rng.new_ones((), dtype=torch.bool)
         return torch.where(true.to(tensor.device), tensor, tensor)
@@ -271,7 +271,7 @@ def _fillable(function: Any) -> Callable[..., Tensor]:
 
 
 def _scatter(keys: Keys, x: Tensor, dim: int, index: Tensor, *value: Any, **options: Any) -> Tensor:
-    """Scatter a number as a tensor, which is what torch has a batching rule for."""
+    """Scatter a number as a tensor, for which torch has a batching rule."""
     number = value[0] if value else options.get("value")
     if functional() and isinstance(number, int | float) and "reduce" not in options:
         return torch.scatter(x, dim, index, torch.full_like(index, number, dtype=x.dtype))
@@ -282,13 +282,12 @@ def _scatter_(keys: Keys, x: Tensor, *args: Any, **options: Any) -> Tensor:
     return x.copy_(_scatter(keys, x, *args, **options)) if functional() else x.scatter_(*args, **options)
 
 
-def _refused(name: str, function: Any) -> Callable[..., Any]:
-    """Return a replacement for a function that has no counterpart with a key."""
+def _unsupported(name: str, function: Any) -> Callable[..., Any]:
+    """Return a replacement that raises, for a function without a counterpart that takes a key."""
 
     def refused(keys: Keys, *args: Any, **kwargs: Any) -> Any:
         raise LayerError(
             f"{name} draws from torch's global generator, and luxtorch has no {name} that draws from a key.",
-            expected="a forward that draws uniform, normal or other numbers which luxtorch knows",
             fix="Draw outside of the module and pass the numbers in, or give the function a generator of your own.",
         )
 
@@ -310,17 +309,17 @@ _FILLING: dict[Any, Callable[..., Any]] = {
         )
     },
     **{
-        function: _fillable(function)
+        function: _batchable(function)
         for kind in ("empty", "zeros", "ones")
         for function in (getattr(torch, kind), getattr(torch, f"{kind}_like"), getattr(Tensor, f"new_{kind}"))
     },
-    Tensor.new: _fillable(Tensor.new),
-    torch.eye: _fillable(torch.eye),
+    Tensor.new: _batchable(Tensor.new),
+    torch.eye: _batchable(torch.eye),
     Tensor.scatter_: _scatter_,
     Tensor.scatter: _scatter,
     torch.scatter: _scatter,
     **{
-        getattr(torch, name): _refused(f"torch.{name}", getattr(torch, name))
+        getattr(torch, name): _unsupported(f"torch.{name}", getattr(torch, name))
         for name in ("poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "native_dropout", "_fused_dropout")
     },
 }

@@ -1,4 +1,4 @@
-"""Recurrent functions under every transform, and packed sequences by indices."""
+"""LSTM, GRU and RNN functions of torch under every transform, and packed sequences by indexing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luxtorch._torch import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from luxtorch._transforms import functional, traced, transformed
-from luxtorch.core import InputError
+from luxtorch.core import InputError, out_of_range
 from luxtorch.layers import GRUCell, LSTMCell, RNNCell
 from luxtorch.layers._dropout import dropped
 from luxtorch.layers.recurrent._cells import WeightedCell
@@ -23,18 +23,16 @@ from ._keys import Keys
 
 
 def numbers(lengths: Tensor) -> list[int]:
-    """Return lengths as numbers; raise where they have none, for they decide about shapes."""
+    """Return lengths as numbers, which shapes depend on; raise if they cannot be read."""
     if torch.compiler.is_compiling():
-        return lengths.tolist()  # where torch.compile breaks its graph, if it may
+        return lengths.tolist()  # a graph break of torch.compile, if allowed
     if not traced():
         try:
             return lengths.tolist()
-        except RuntimeError:  # they are a batch of vmap's
+        except RuntimeError:  # they are batched by vmap
             pass
     raise InputError(
-        "How packed sequences lie in memory depends on the numbers of their lengths.",
-        expected="lengths that are the same for all that vmap runs, outside of jitted functions",
-        got="lengths that are traced, or batched",
+        "Lengths of packed sequences must not be traced by lt.jit or batched by vmap, as shapes depend on them.",
         fix="Leave the padding in, by lt.Recurrence or lt.BidirectionalRNN with lengths; or call the model without "
         "lt.jit, and vmap it over inputs of the same lengths.",
     )
@@ -47,12 +45,8 @@ def _pack(keys: Keys, input: Tensor, lengths: Tensor, batch_first: bool) -> tupl
     xs = input.transpose(0, 1) if batch_first else input
     time, batch = xs.shape[:2]
     if len(counts) != batch or sorted(counts, reverse=True) != counts or not 1 <= counts[-1] <= counts[0] <= time:
-        raise InputError(
-            "The lengths do not fit the sequences that are to be packed.",
-            expected=f"{batch} numbers from {time} down to 1",
-            got=str(counts),
-            fix="Unless they are sorted, say enforce_sorted=False.",
-        )
+        expected, fix = f"{batch} numbers from {time} down to 1", "If they are not sorted, pass enforce_sorted=False."
+        raise out_of_range("The lengths", counts, expected, fix=fix)
     running = torch.arange(counts[0])[:, None] < torch.tensor(counts)
     order = running.flatten().nonzero().squeeze(1)
     return xs.flatten(0, 1).index_select(0, order.to(xs.device)), running.sum(1)
@@ -98,7 +92,7 @@ _PACKED: dict[Any, Callable[..., Any]] = {
 
 
 class _ProjectedLSTMCell(LSTMCell):
-    """Be an LSTM whose hidden state is projected, by one weight more; it fits no kernel, and goes step by step."""
+    """Compute an LSTM with a projected hidden state, step by step, as no kernel has the projection."""
 
     def advance(self, projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
         """Return the projected hidden state, and the memory."""
@@ -110,11 +104,11 @@ Kind: TypeAlias = Callable[..., WeightedCell]
 
 
 def _cell(kind: Kind, hidden_size: int, bias: bool) -> WeightedCell:
-    return kind(1, hidden_size, bias=bias)  # how wide its input is plays no part in the steps
+    return kind(1, hidden_size, bias=bias)  # the width of the input does not matter for the steps
 
 
 def _over_time(function: Callable[..., Any], kind: Kind) -> Callable[..., tuple[Tensor, ...]]:
-    """Return what is called in place of torch's function of a cell over sequences."""
+    """Return the replacement of a torch function that runs a cell over sequences."""
 
     def over_time(keys: Keys, *args: Any) -> tuple[Tensor, ...]:
         packed = not isinstance(args[3], bool)
@@ -161,7 +155,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _PackedRun:
-    """Run a cell over packed sequences, (all steps, features), of which some end before others."""
+    """Run a cell over packed sequences, (all steps, features), of different lengths."""
 
     cell: WeightedCell
     running: Sequence[int]
@@ -171,7 +165,7 @@ class _PackedRun:
         steps = torch.split(projected, list(self.running))
         current, ys = carry, []
         for step in reversed(steps) if backward else steps:
-            # The sequences are sorted by length: those that have ended, or not begun when read backward, come last.
+            # Sequences are sorted by length: those that have ended, or backward not begun, come last.
             active = tuple(part[: len(step)] for part in current)
             resting = tuple(part[len(step) :] for part in current)
             active = self.cell.advance(step, active, weights)
@@ -181,7 +175,7 @@ class _PackedRun:
 
 
 def _one_step(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
-    """Return what is called in place of torch's function of a cell for one step."""
+    """Return the replacement of a torch function for one step of a cell."""
 
     def one_step(keys: Keys, x: Tensor, hx: Any, *given: Tensor | None) -> Any:
         if not functional():

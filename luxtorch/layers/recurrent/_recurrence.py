@@ -21,7 +21,7 @@ from luxtorch.core import (
     out_of_range,
     tree_map,
 )
-from luxtorch.core._locate import wrong_names
+from luxtorch.core._call_errors import wrong_names
 from luxtorch.layers._dropout import Dropout
 from luxtorch.layers._shared import arguments_text, unfit
 

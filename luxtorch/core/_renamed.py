@@ -1,6 +1,6 @@
-"""Names that were others before: of tensors in files, and of options.
+"""Renamed parameters in old files, and renamed options, with deprecation warnings.
 
-The affine parameters of the normalizations are `weight` and `bias`; up to the names of torch the first was `scale`.
+The affine parameters of normalizations are `weight` and `bias`, as in torch; formerly the first was `scale`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from luxtorch._errors import InputError
 
 T = TypeVar("T")
 
-# As a whole part of a dotted name, which may stand in brackets: `layer_2.weight`, `flat[layer_2.weight]`.
+# A whole part of a dotted name, which may be in brackets: `layer_2.weight`, `flat[layer_2.weight]`.
 _WEIGHT = re.compile(r"(.*(?<![^.\[]))weight(?![^.\]])(.*)")
 
 
-def names_today(held: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """Return what a tree calls the tensors that a file holds: `{"layer_2.scale": "layer_2.weight"}`.
+def current_names(held: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Return the current names of the tensors in a file: `{"layer_2.scale": "layer_2.weight"}`.
 
-    A name is another one today only where the tree wants that and the file has it not, and where the tree does not
-    want the name that the file has.
+    A name is replaced only if the tree has the new name and the file does not, and the tree does not have the old one.
 
     Args:
         held: The names in the file.
         wanted: The names in the tree.
 
     Example:
-        >>> names_today(["norm.scale", "norm.bias", "own.scale"], ["norm.weight", "norm.bias", "own.scale"])
+        >>> current_names(["norm.scale", "norm.bias", "own.scale"], ["norm.weight", "norm.bias", "own.scale"])
         {'norm.scale': 'norm.weight', 'norm.bias': 'norm.bias', 'own.scale': 'own.scale'}
     """
     left, found = set(held) - set(wanted), set(wanted) - set(held)
@@ -38,15 +37,15 @@ def names_today(held: Collection[str], wanted: Collection[str]) -> dict[str, str
     return {name: former.get(name, name) if name in left else name for name in held}
 
 
-def same_today(held: str, wanted: str) -> bool:
-    """Say whether a text about names says in a file what it says of a tree, some of them by their former names."""
+def same_after_renaming(held: str, wanted: str) -> bool:
+    """Return whether a text with names from a file is that of a tree, up to former names."""
     return re.fullmatch(re.sub(r"\bweight\b", "(?:weight|scale)", re.escape(wanted)), held) is not None
 
 
-def uncounted(held: Collection[str], wanted: Collection[str]) -> set[str]:
-    """Return the counts of batches that a file lacks, though it holds the statistics of the same normalization.
+def optional_counts(held: Collection[str], wanted: Collection[str]) -> set[str]:
+    """Return the names of `num_batches_tracked` that a file lacks although it has the statistics of the same layer.
 
-    Files of luxtorch lacked them once, as those of torch did; torch takes the count for 0.
+    Old files of luxtorch lack them, as those of torch do; torch assumes 0.
     """
     counts = {name: name.rpartition(".")[0] for name in wanted if name.rpartition(".")[2] == "num_batches_tracked"}
     statistics = {name.rpartition(".")[0] for name in held if name.rpartition(".")[2] == "running_mean"}
@@ -54,11 +53,11 @@ def uncounted(held: Collection[str], wanted: Collection[str]) -> set[str]:
 
 
 def renamed_option(former: str, today: str) -> Callable[[type[T]], type[T]]:
-    """Let a class take an option by its former name too, with a warning.
+    """Decorate a class to accept an option by its former name too, with a warning.
 
     Args:
-        former: The name that is deprecated, of the keyword argument and of the attribute.
-        today: The name of both.
+        former: The deprecated name of the keyword argument and the attribute.
+        today: The current name of both.
     """
 
     def warn(what: str) -> None:
@@ -72,7 +71,7 @@ def renamed_option(former: str, today: str) -> Callable[[type[T]], type[T]]:
         def init(self: T, *args: Any, **options: Any) -> None:
             if former in options:
                 if today in options:
-                    raise InputError(f"`{former}` and `{today}` are one option.", fix=f"Pass `{today}` alone.")
+                    raise InputError(f"`{former}` and `{today}` must not both be given.", fix=f"Pass `{today}` alone.")
                 warn(cls.__name__)
                 options[today] = options.pop(former)
             construct(self, *args, **options)

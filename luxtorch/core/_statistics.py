@@ -1,4 +1,4 @@
-"""The numbers of a tensor, whatever transforms it is in, and statistics of them."""
+"""Statistics of tensor values, also inside of transforms: NaN, Inf, minimum, maximum, mean, std."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from luxtorch._transforms import unwrapped
 
 
 def physical(tensor: Tensor) -> Tensor:
-    """Return the plain tensor behind another, detached and dense."""
+    """Return the plain tensor inside of transform wrappers, detached and dense."""
     plain = unwrapped(tensor)
     dense = plain.detach() if plain.layout is torch.strided else plain.detach().to_dense()
-    return unwrapped(dense)  # a transform around us has wrapped what was made
+    return unwrapped(dense)  # an active transform wraps the new tensor again
 
 
 def readable(tensor: Tensor) -> Tensor | None:
-    """Return a physical tensor of real or complex numbers; None where there are no numbers to read.
+    """Return the plain tensor of real or complex values; None if there are no values to read.
 
     Raises:
-        InputError: If a tracer looks on, to which the tensor has no numbers yet.
+        InputError: If the tensor is being traced.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     plain = physical(tensor)
     if type(plain).__name__ in ("FakeTensor", "FunctionalTensor"):
         raise InputError(
-            "The numbers of a tensor are to be read, but what is being traced has none.",
+            "Tensor values cannot be read while the call is being traced.",
             expected="a plain call, or one under grad, jvp and vmap of torch.func",
             got="a call under lt.jit, torch.export or another tracer",
-            fix="Call the model without it as long as you look inside.",
+            fix="Call the model without it while you inspect values.",
         )
     return None if plain.is_meta or not plain.numel() else plain
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Hold statistics of the numbers in a tensor.
+    """Hold statistics of the values of a tensor.
 
     Args:
-        shape: The shape; under vmap, with the batch.
+        shape: The shape; under vmap, with the batch dimension.
         dtype: The dtype.
-        nan: How many are NaN.
-        inf: How many are infinite.
-        minimum: The smallest of the finite numbers; of complex ones the smallest magnitude. NaN if there are none.
+        nan: The number of NaNs.
+        inf: The number of infinities.
+        minimum: The smallest finite value; for complex numbers the smallest magnitude. NaN if there is none.
         maximum: The largest.
-        mean: Their mean, of complex numbers that of the magnitudes.
+        mean: Their mean, for complex numbers that of the magnitudes.
         std: Their standard deviation, not corrected.
 
     Example:
@@ -72,10 +72,10 @@ class Statistics:
     def of(tensor: Tensor) -> Statistics:
         """Compute the statistics of a tensor."""
         plain = physical(tensor)
-        # In double precision, so that the sums of what is finite are.
+        # In double precision, so that sums of finite values are finite.
         numbers = (plain.abs() if plain.is_complex() else plain).double()
         nan = inf = 0
-        # The extremes tell in one pass whether all are finite. To look for those that are not takes ten times as long.
+        # The extremes show in one pass whether all are finite. Counting those that are not takes ten times as long.
         if not (plain.numel() and all(map(isfinite, map(float, numbers.aminmax())))):
             given = plain if plain.is_complex() else numbers
             nan, inf = int(given.isnan().sum()), int(given.isinf().sum())
@@ -107,7 +107,7 @@ class Statistics:
 
     @property
     def finite(self) -> bool:
-        """Whether all numbers are."""
+        """Whether all values are finite."""
         return not (self.nan or self.inf)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Errors that name the layer: what fails inside a layer is explained, and gains the layer's path on its way out.
+"""Errors in the call of a layer: they are explained, and name the layer's path.
 
-Nothing is looked up while things go well. Each layer's call is wrapped in a `try`; the layer that fails turns the
-failure into an error of luxtorch, and each container that the error passes puts the failing layer's name in front.
+The call of each layer is in a `try`, and nothing is looked up without an error. The layer that fails turns the error
+into one of luxtorch, and each container that it passes prepends the name of the failing layer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from luxtorch._errors import DTypeError, InputError, KeyNameError, LayerError, LuxtorchError, suggest
+from luxtorch._errors import DTypeError, InputError, KeyNameError, LayerError, LuxtorchError, described, suggest
 
-from ._nowhere import NOWHERE
+from ._meta import META_KEY
 from ._tree import named_leaves, subtree, tensors, tree_leaves
 
 if TYPE_CHECKING:
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
-# Only these exact types: a subclass may be a signal that somebody outside waits for.
+# Only these exact types: a subclass may be caught by code outside.
 _BUILTIN = frozenset({RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError})
 
 
-def located(call: Call) -> Call:
-    """Wrap a layer's `__call__`, so that an error leaving it names the layer."""
+def locate_errors(call: Call) -> Call:
+    """Decorate a layer's `__call__`, so that errors inside of it name the layer."""
 
     @wraps(call)
     def __call__(self: Layer, x: Any, ps: Any = None, st: Any = None) -> Any:
-        # torch.compile traces through here: the check below is not for it, nor is the explanation.
+        # torch.compile traces this code: without the check and the explanation.
         if torch.compiler.is_compiling():
-            return call(self, opened(self, x), ps, st)
+            return call(self, single_input(self, x), ps, st)
         try:
             names = self._names
             if ps.keys() != names[0] or st.keys() != names[1]:
                 raise _wrong_names(self, ps, st) or KeyError
             return call(self, x, ps, st)
         except Exception as error:
-            # Arguments are opened here, after a layer that takes one input has failed: it costs those nothing that come
-            # with a tensor.
-            one = _opened_here(self, x, ps, st)
+            # `Inputs` are unwrapped only here, after a layer that takes one input has failed: calls with tensors do not
+            # pay for it.
+            one = _located_input(self, x, ps, st)
             if one is x:
                 if isinstance(error, LuxtorchError):
                     _extend(error, self, ps, st)
@@ -63,12 +63,12 @@ def located(call: Call) -> Call:
     return __call__  # type: ignore[return-value]
 
 
-def opened(layer: Layer, x: Any) -> Any:
-    """Return the one input that arguments of a module of torch.nn are for a layer; anything else as it is.
+def single_input(layer: Layer, x: Any) -> Any:
+    """Unwrap `Inputs` for a layer that takes one input; return any other input unchanged.
 
     Args:
         layer: The layer.
-        x: What it was called with.
+        x: Its input.
 
     Raises:
         InputError: If the layer takes one input, and the arguments are others.
@@ -76,15 +76,15 @@ def opened(layer: Layer, x: Any) -> Any:
     return x._single(layer) if hasattr(type(x), "_single") else x
 
 
-def _opened_here(layer: Layer, x: Any, ps: Any, st: Any) -> Any:
+def _located_input(layer: Layer, x: Any, ps: Any, st: Any) -> Any:
     try:
-        return opened(layer, x)
+        return single_input(layer, x)
     except LuxtorchError as error:
         raise _extend(error, layer, ps, st) from None
 
 
 def _extend(error: LuxtorchError, layer: Layer, ps: Any, st: Any) -> LuxtorchError:
-    """Put the name by which `layer` knows the layer that failed in front of the error's path."""
+    """Prepend the name that the failed layer has in `layer` to the error's path."""
     path, failed, origin = error.__dict__.get("_trail", (error.inside, None, layer))
     if failed is not None and failed[0] is not layer:
         path = (*_name_of(failed, layer, ps, st), *path)
@@ -95,16 +95,16 @@ def _extend(error: LuxtorchError, layer: Layer, ps: Any, st: Any) -> LuxtorchErr
 
 
 def _name_of(failed: tuple[Layer, Any, Any], container: Layer, ps: Any, st: Any) -> tuple[str, ...]:
-    """Find by which names a container reaches a layer that it called."""
+    """Find the path from a container to a layer that it called."""
     children = [(path, *found) for path, *found in _below(container, ps, st)]
     same_layer = [child for child in children if child[1] is failed[0]]
-    # Equal layers are often one object: the trees that were passed on tell them apart.
+    # Equal layers are often one object: the trees that were passed distinguish them.
     same_trees = [child for child in same_layer or children if child[2] is failed[1] or child[3] is failed[2]]
     return next((path for path, *_ in (same_trees or same_layer)), ())
 
 
 def _below(container: Layer, ps: Any, st: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield (path, layer, ps, st) for each layer below a container whose trees are there, nearest first."""
+    """Yield (path, layer, ps, st) for each layer below a container whose trees are present, nearest first."""
     found = []
     for name, child in container.children().items():
         if not name or (_has(ps, name) and _has(st, name)):
@@ -120,18 +120,18 @@ def _has(tree: Any, name: str) -> bool:
 
 
 def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> LuxtorchError:
-    """Turn an error of Python or torch into one that says what was done, as far as that is certain."""
+    """Turn an error of Python or torch into one that explains the cause, if that is certain."""
     misnamed = _wrong_names(layer, ps, st)
     if misnamed is not None:
         return misnamed
-    expected, got = layer.expected_input(), _describe(x)
+    expected, got = layer.expected_input(), _describe_input(x)
     message = str(error).strip() or "(no message)"
     cause, homes = f"{type(error).__name__}: {message.splitlines()[0]}", _homes(error)
     wrong = None
-    # What somebody raises by hand, outside of torch, says best itself what is wrong.
+    # An error that user code raises explains itself best.
     if not (_is_raised(error) and _is_foreign(homes[-1])):
         wrong = _wrong_shapes(layer, ps) or _wrong_dtype(x, ps, message) or _wrong_device(x, ps, message)
-        # Where the error comes out of a function that the layer was given, it may be that which does not fit.
+        # If the error comes from a function that the layer was given, that may be wrong instead of the input.
         given = any(_is_foreign(home) and home != type(layer).__module__ for home in homes)
         plain = type(error) is not AttributeError and not _is_about_dtypes(message)
         if wrong is None and expected and plain and not given:
@@ -144,20 +144,20 @@ def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> Luxtor
 
 
 def _homes(error: Exception) -> list[str]:
-    """Return the names of the modules that an error came through, that in which it was raised last."""
+    """Return the names of the modules in an error's traceback; the last is where it was raised."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return [frame.f_globals.get("__name__", "") for frame in frames]
 
 
 def _is_foreign(home: str) -> bool:
-    """Tell whether a module belongs neither to luxtorch, nor to torch, nor to Python."""
+    """Return whether a module belongs neither to luxtorch, nor to torch, nor to Python."""
     root = home.partition(".")[0]
-    # tensordict puts functions of its own in the place of those of torch's vmap.
+    # tensordict replaces functions of torch's vmap by its own.
     return root not in ("luxtorch", "torch", "tensordict") and root not in sys.stdlib_module_names
 
 
 def _is_raised(error: Exception) -> bool:
-    """Tell whether an error was raised by a statement, and not by what is written in C."""
+    """Return whether an error was raised by a `raise` statement, and not by C code."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -165,15 +165,12 @@ def _is_raised(error: Exception) -> bool:
 
 
 def _wrong_names(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
-    """Explain trees that do not have the layer's names, if that is what is wrong."""
+    """Return the error for trees without the layer's names; None if they have them."""
     for tree, names, what in ((ps, layer._names[0], "parameter"), (st, layer._names[1], "state")):
         if not isinstance(tree, Mapping):
-            return InputError(
-                f"The layer was called without its {what}s.",
-                expected=f"a tree with the names {_listed(names)}",
-                got="nothing" if tree is None else f"a {type(tree).__name__}",
-                fix="Make both with ps, st = lt.setup(0, model), then call model(x, ps, st).",
-            )
+            expected, got = f"a tree with the names {_listed(names)}", "None" if tree is None else described(tree)
+            fix = "Make both with ps, st = lt.setup(0, model), then call model(x, ps, st)."
+            return InputError(f"The layer must be called with its {what}s.", expected=expected, got=got, fix=fix)
         error = wrong_names(tree, names, what, f"Use the {what}s that lt.setup makes for this very model.")
         if error is not None:
             return error
@@ -181,49 +178,47 @@ def _wrong_names(layer: Layer, ps: Any, st: Any) -> LuxtorchError | None:
 
 
 def wrong_names(tree: Mapping[str, Any], names: frozenset[str], what: str, fix: str) -> KeyNameError | None:
-    """Explain a tree that does not have the names that it should have, if that is so.
+    """Return the error for a tree without the names that it should have; None if it has them.
 
     Args:
         tree: The tree.
         names: The names.
-        what: What they are the names of, such as "parameter".
-        fix: What to do about it.
+        what: The kind of entries, such as "parameter".
+        fix: The likely way to mend it.
     """
     missing, extra = names - set(tree), set(tree) - names
     if not (missing or extra):
         return None
-    problem = f"has no {what} {_listed(extra)}" if extra else f"lacks the {what} {_listed(missing)}"
     hint = suggest(min(extra), missing) if extra else ""
-    return KeyNameError(
-        f"The layer {problem}." if extra else f"The tree that came {problem}.",
-        expected=_listed(names),
-        got=_listed(tree),
-        fix=f"{hint} " * bool(hint) + fix,
+    headline = (
+        f"The layer has no {what} {_listed(extra)}." if extra else f"The tree lacks the {what} {_listed(missing)}."
     )
+    return KeyNameError(headline, expected=_listed(names), got=_listed(tree), fix=f"{hint} " * bool(hint) + fix)
 
 
 def _wrong_shapes(layer: Layer, ps: Any) -> LuxtorchError | None:
-    """Explain parameters of other shapes than the layer's, if that is what is wrong."""
+    """Return the error for a parameter of a wrong shape, if there is one."""
     if layer.children():
         return None
-    wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(layer.initial_parameters(NOWHERE))}
+    wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(layer.initial_parameters(META_KEY))}
     came = {name: tuple(leaf.shape) for name, leaf in named_leaves(dict(ps)) if isinstance(leaf, Tensor)}
     wrong = [name for name, shape in wanted.items() if came.get(name, shape) != shape]
     if not wrong:
         return None
-    return InputError(
-        f"The parameter '{wrong[0]}' does not have the layer's shape.",
-        expected=f"{wanted[wrong[0]]}",
-        got=f"{came[wrong[0]]}",
-        fix="Use the parameters that lt.setup makes for this very model; for a batch of models, call torch.vmap.",
+    headline, expected, got = (
+        f"The parameter '{wrong[0]}' must have the layer's shape.",
+        wanted[wrong[0]],
+        came[wrong[0]],
     )
+    fix = "Use the parameters that lt.setup makes for this very model; for a batch of models, call torch.vmap."
+    return InputError(headline, expected=str(expected), got=str(got), fix=fix)
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
 
 
-# Torch's words where dtypes differ, or are not implemented: most of these messages name the dtypes.
+# Errors of torch about dtypes that differ or are not implemented; most of them name the dtypes.
 _DTYPES_DIFFER = re.compile(
     "must have the same (dtype|scalar type)|have (the )?same dtypes?,? but|dtypes must be the same, got"
     "|dtypes match, got|expected scalar type .+ but found|type .+ and (weight|bias) type .+ should be the same"
@@ -255,25 +250,22 @@ _DEVICES_DIFFER = re.compile(
 
 
 def _is_about_dtypes(message: str) -> bool:
-    """Tell whether a message is one of torch's about dtypes that differ, or that are not implemented."""
+    """Return whether an error message of torch is about dtypes that differ or are not implemented."""
     return bool(_DTYPES_DIFFER.search(message) or _UNNAMED.search(message))
 
 
 def _wrong_dtype(x: Any, ps: Any, message: str) -> DTypeError | None:
-    """Explain an input whose dtype is not that of the parameters, if that is what torch says."""
+    """Return the error for an input of another dtype than the parameters, if torch's message is about that."""
     wanted = {leaf.dtype for leaf in tensors(ps) if leaf.dtype.is_floating_point}
     others = {leaf.dtype for leaf in tensors(x)} - wanted
-    # A layer may well take integers, and fail because of something else inside.
+    # A layer may take integers, and fail for another reason.
     named = _DTYPES_DIFFER.search(message) and any(_is_named(dtype, message) for dtype in others)
     if len(wanted) != 1 or not others or not (named or _UNNAMED.search(message)):
         return None
     dtype = wanted.pop()
-    return DTypeError(
-        "The input's dtype is not that of the parameters.",
-        expected=f"{dtype}, as the parameters",
-        got=", ".join(sorted(map(str, others))),
-        fix=f"Convert the input, x.to({dtype}), or the parameters, lt.f64(ps) and the like.",
-    )
+    expected, got = f"{dtype}, as the parameters", ", ".join(sorted(map(str, others)))
+    fix = f"Convert the input, x.to({dtype}), or the parameters, lt.f64(ps) and the like."
+    return DTypeError("The input must have the dtype of the parameters.", expected=expected, got=got, fix=fix)
 
 
 def _is_named(dtype: torch.dtype, message: str) -> bool:
@@ -282,22 +274,17 @@ def _is_named(dtype: torch.dtype, message: str) -> bool:
 
 
 def _wrong_device(x: Any, ps: Any, message: str) -> InputError | None:
-    """Explain an input that is not where the parameters are, if that is what torch says."""
+    """Return the error for an input on another device than the parameters, if torch's message is about that."""
     came, wanted = ({leaf.device for leaf in tensors(tree)} for tree in (x, ps))
     if len(wanted) != 1 or came <= wanted or not _DEVICES_DIFFER.search(message):
         return None
-    return InputError(
-        "The input is not on the device of the parameters.",
-        expected=str(*wanted),
-        got=", ".join(sorted(map(str, came - wanted))),
-        fix=f"Move the input, x.to('{next(iter(wanted))}'), or the parameters and the states.",
-    )
+    expected, got = str(*wanted), ", ".join(sorted(map(str, came - wanted)))
+    fix = f"Move the input, x.to('{expected}'), or the parameters and the states."
+    return InputError("The input must be on the device of the parameters.", expected=expected, got=got, fix=fix)
 
 
-def _describe(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+def _describe_input(x: Any) -> str:
     leaves = tree_leaves(x)
     if len(leaves) == 1 and leaves[0] is x:
-        return f"{x!r:.80} of type {type(x).__name__}"
-    return f"a {type(x).__name__} of " + ", ".join(_describe(leaf) for leaf in leaves[:4])
+        return described(x)
+    return f"a {type(x).__name__} of " + ", ".join(_describe_input(leaf) for leaf in leaves[:4])

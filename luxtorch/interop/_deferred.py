@@ -1,4 +1,4 @@
-"""What runs after the call of a module: recomputation by torch's checkpoint, and modules that something has kept."""
+"""Code of a module that runs after its call: recomputation by `torch.utils.checkpoint`, kept submodules."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ from luxtorch._transforms import transformed, watched
 from .pure._keys import Keys
 
 if TYPE_CHECKING:
-    from ._skeleton import Body
+    from ._skeleton import WorkingCopy
 
 
 class _Call(threading.local):
-    """Know what is called now, in this thread."""
+    """Hold the current call of a converted module, for each thread."""
 
-    body: Body | None = None
+    copy: WorkingCopy | None = None
     keys: Keys | None = None
 
 
 _now = _Call()
 
 
-class Called:
-    """Let a checkpoint know whose call it is in; every call enters one, and a generator would cost more."""
+class CurrentCall:
+    """Set the current call for checkpoints inside; a class, since each call enters one and a generator is slower."""
 
-    def __init__(self, body: Body, keys: Keys) -> None:
-        self._call = body, keys
+    def __init__(self, copy: WorkingCopy, keys: Keys) -> None:
+        self._call = copy, keys
 
     def __enter__(self) -> None:
-        self._before = _now.body, _now.keys
-        _now.body, _now.keys = self._call
+        self._before = _now.copy, _now.keys
+        _now.copy, _now.keys = self._call
 
     def __exit__(self, *_: object) -> None:
-        _now.body, _now.keys = self._before
+        _now.copy, _now.keys = self._before
 
 
-def carried(function: Callable[..., Any], body: Body, keys: Keys) -> Callable[..., Any]:
-    """Return a function that runs later as it would now: with the same replacements, and the same random numbers."""
+def deferred(function: Callable[..., Any], copy: WorkingCopy, keys: Keys) -> Callable[..., Any]:
+    """Return a function that runs later as it would now: with the same functions replaced and the same keys."""
     keys = keys.copy()
 
     @functools.wraps(function)
     def later(*args: Any, **kwargs: Any) -> Any:
-        if _now.body is body:
+        if _now.copy is copy:
             return function(*args, **kwargs)
         from .pure._mode import PureMode
 
         again = keys.copy()
-        with Called(body, again), PureMode(again, body):
+        with CurrentCall(copy, again), PureMode(again, copy):
             return function(*args, **kwargs)
 
     return later
 
 
 def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what torch's checkpoint calls around a function, knowing the call of a converted module."""
+    """Return a replacement of the generator of torch's checkpoint that knows the current call."""
 
     @functools.wraps(original)
     def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if _now.body is None or _now.keys is None:
+        if _now.copy is None or _now.keys is None:
             return original(function, *args, **kwargs)
-        if transformed() or watched():  # these keep themselves what they need, and allow no checkpoint
+        if transformed() or watched():  # these save what they need themselves, and do not allow checkpoints
             return iter((None,))
-        return original(carried(function, _now.body, _now.keys), *args, **kwargs)
+        return original(deferred(function, _now.copy, _now.keys), *args, **kwargs)
 
     return generator
 
 
 class _Reentrant(of_torch.CheckpointFunction):
-    """Take the other kind of checkpoint in the call of a converted module: this one knows no `autograd.grad`."""
+    """Use non-reentrant checkpoints in the call of a converted module: this kind has no `autograd.grad`."""
 
     @classmethod
     def apply(cls, function: Any, preserve: bool, *args: Any) -> Any:
-        if _now.body is None:
+        if _now.copy is None:
             return of_torch_reentrant.apply(function, preserve, *args)
         return of_torch.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
@@ -86,7 +86,7 @@ of_torch_reentrant = of_torch.CheckpointFunction
 
 
 def install() -> None:
-    """Make torch's checkpoint know the calls of converted modules; elsewhere it is as it was."""
+    """Patch torch's checkpoint inside of the calls of converted modules; elsewhere it is unchanged."""
     for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"):
         if hasattr(of_torch, name):
             setattr(of_torch, name, _checkpoint(getattr(of_torch, name)))

@@ -1,4 +1,4 @@
-"""A copy of a module and of all that it leads to: containers, objects, and functions with what they close over."""
+"""Deep copy of a module with everything that it references: containers, objects, and closures of functions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _BUILTIN = (types.BuiltinMethodType, type([].__len__))
 
 
 class Alias(NamedTuple):
-    """Hold a place at which a tensor of the module stands.
+    """Hold one more place that references a tensor of the module, besides its own in the module.
 
     Attributes:
-        container: What it stands in.
+        container: The object that holds the reference.
         name: Its index, key or name there.
-        put: What puts a value there.
-        content: What stood there when the copy was made: a tensor, or what holds one and cannot itself be changed.
+        put: A function that sets the place to a value.
+        content: The value when the copy was made: a tensor, or something immutable that holds one.
     """
 
     container: Any
@@ -48,32 +48,32 @@ class Alias(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A method of a tensor, or a weak reference to one: what must be made anew for another tensor."""
+    """A method of a tensor, or a weak reference to one, which is made again for another tensor."""
 
     make: Callable[[Any], Any]
     of: Any
 
 
-class Duplicate:
-    """Copy a module, so that calling the copy reaches nothing of the original.
+class ModuleCopy:
+    """Copy a module deeply, so that a call of the copy cannot change the original.
 
-    Unlike `copy.deepcopy`, which shares them, it rebuilds functions around copies of what they close over, and weak
-    references. What a call changes on the copy can be put back.
+    Unlike `copy.deepcopy`, which shares them, it also copies the closures of functions and weak references. Changes
+    that a call makes to the copy can be undone.
 
     Args:
         module: The module.
-        tensors: What stands in the copy for the tensors of the module, by the id of the original. All others are
+        tensors: What replaces the tensors of the module in the copy, by the id of the original. All others are
             copied.
-        left_out: Which attributes of a module not to copy.
-        shared: Other tensors, by id, that the copy is to share.
+        left_out: Which attributes of a module are not copied.
+        shared: Other tensors, by id, that the copy shares with the original.
 
     Attributes:
         module: The copy.
-        modules: All modules of the copy, also those that are no module's children.
-        aliases: The places of what stands for the tensors.
+        modules: All modules of the copy, also those that are not registered as submodules.
+        aliases: The places that reference what replaces the tensors.
         constants: All other tensors, by id.
         caches: The caches of functions.
-        generators: The sources of random numbers that stand in attributes.
+        generators: The random number generators among the attributes.
 
     Raises:
         InputError: If something cannot be copied; it names the attribute.
@@ -95,25 +95,25 @@ class Duplicate:
         self._parts = {id(part) for part in module.modules()} | tensors.keys()
         self._own = {id(value) for value in tensors.values()}
         self._memo: dict[int, Any] = {**tensors, **self.constants}
-        self._held: dict[int, Any] = {}  # what cannot be changed and holds tensors of the module, by id
-        self._alive: list[Any] = []  # so that no id is used twice
+        self._held: dict[int, Any] = {}  # immutable objects that hold tensors of the module, by id
+        self._alive: list[Any] = []  # so that no id is reused
         self._containers: list[Any] = []
         self._objects: list[Any] = []
         self._path: list[str] = []
         self.module: nn.Module = self._copy(module)
 
-    # What a call leaves behind.
+    # Undoing what a call has changed.
 
-    def settle(self, besides: Collection[int] = ()) -> None:
-        """Remember the copy as it is now, for `restore` and `free`.
+    def snapshot(self, besides: Collection[int] = ()) -> None:
+        """Record the state of the copy, for `restore_all` and `free`.
 
         Args:
-            besides: The ids of dicts that need not be looked after.
+            besides: The ids of dicts that are left out.
         """
-        self._look(besides)
+        self._record(besides)
         self._counts = [*map(sys.getrefcount, self._objects)]
 
-    def _look(self, besides: Collection[int]) -> None:
+    def _record(self, besides: Collection[int]) -> None:
         containers = [each for each in self._containers if id(each) not in besides]
         self._empty: list[Any] = [each for each in containers if isinstance(each, dict | set) and not each]
         modules = {id(each) for module in self.modules for each in (vars(module), module._modules) if each}
@@ -122,8 +122,8 @@ class Duplicate:
         others = [each for each in containers if id(each) not in modules and (not isinstance(each, dict | set) or each)]
         self._others = [(each, before) for each in others if (before := content_of(each)) is not None]
 
-    def restore(self) -> None:
-        """Put back what a call has changed."""
+    def restore_all(self) -> None:
+        """Undo what a call has changed."""
         if any(self._empty):
             for each in filter(None, self._empty):
                 each.clear()
@@ -133,13 +133,13 @@ class Duplicate:
                     each.clear()
                     each.update(before)
         for each, before in self._others:
-            put_back(each, before)
+            restore(each, before)
         for cache in self.caches:
             cache.cache_clear()
 
     @property
     def free(self) -> bool:
-        """Whether nobody but the copy itself holds parts of it: no checkpoint, no function that a call has returned."""
+        """Whether no reference from outside is left, such as of a checkpoint or of a function that a call returned."""
         counts = [*map(sys.getrefcount, self._objects)]
         if counts == self._counts:
             return True
@@ -148,7 +148,7 @@ class Duplicate:
         return all(held.get(id(each), 0) == n for each, n in zip(self._objects, more, strict=True))
 
     def _held_inside(self) -> dict[int, int]:
-        """Count how often what a call has put into containers of the copy holds parts of it."""
+        """Count the references to parts of the copy from what a call has put into its containers."""
         tracked, held, seen = {id(each) for each in self._objects}, Counter[int](), dict[int, Any]()
         changed: list[tuple[Any, Any]] = [(each.values(), ()) for each in self._empty if isinstance(each, dict)]
         changed += ((each.values(), before.values()) for each, before in zip(*self._attributes, strict=True))
@@ -167,16 +167,16 @@ class Duplicate:
                     waiting += (inner for _, inner in inside(value))
         return held
 
-    def filled(self, content: Any, value_of: Callable[[Tensor], Any]) -> Any:
-        """Return what is to stand in the place of the content of an alias."""
+    def resolve(self, content: Any, value_of: Callable[[Tensor], Any]) -> Any:
+        """Return the content of an alias, with tensors in the places of their placeholders."""
         if id(content) in self._own:
             return value_of(content)
         held = self._held.get(id(content))
         if held is None:
             return content
         if isinstance(held, _Bound):
-            return held.make(self.filled(held.of, value_of))
-        return _tuple_like(held, [self.filled(each, value_of) for each in held])
+            return held.make(self.resolve(held.of, value_of))
+        return _tuple_like(held, [self.resolve(each, value_of) for each in held])
 
     # How each kind of object is copied.
 
@@ -201,12 +201,11 @@ class Duplicate:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(
-                f"The module cannot be copied: {error}",
-                expected="a module that copy.deepcopy takes",
-                got=f"{type(x).__name__} at {self._where}",
-                fix="Keep open files, generators and locks out of its attributes.",
-            ) from error
+            got, fix = (
+                f"{type(x).__name__} at {self._where}",
+                "Keep open files, generators and locks out of attributes.",
+            )
+            raise InputError(f"The module must be copyable by copy.deepcopy: {error}", got=got, fix=fix) from error
 
     @property
     def _where(self) -> str:
@@ -219,7 +218,7 @@ class Duplicate:
         self._path.pop()
 
     def _made(self, x: Any, y: Any, *, tracked: bool = True) -> Any:
-        """Remember the copy of something."""
+        """Enter the copy of an object in the memo."""
         self._memo[id(x)] = y
         self._alive.append(x)
         if tracked:
@@ -227,7 +226,7 @@ class Duplicate:
         return y
 
     def _note(self, container: Any, name: Any, put: Callable[[Any, Any], None], value: Any) -> None:
-        """Remember a place, if a tensor of the module stands there."""
+        """Record a place, if it references a tensor of the module."""
         if self._holds(value):
             self.aliases.append(Alias(container, name, functools.partial(put, name), value))
 
@@ -246,12 +245,12 @@ class Duplicate:
         return self._made(x, y, tracked=False)  # type: ignore[no-any-return]
 
     def _module(self, x: nn.Module) -> nn.Module:
-        y: nn.Module = self._made(x, object.__new__(type(x)))  # torch.fx makes another class
+        y: nn.Module = self._made(x, object.__new__(type(x)))  # not type(x)(): torch.fx would make another class
         self.modules.append(y)
         left_out = self._left_out(x) | {"_compiled_call_impl"}
         own: dict[str, Any] = {}
         for name, value in vars(x).items():
-            if name in OF_A_MODULE and isinstance(value, dict):  # what nobody outside of the module holds
+            if name in OF_A_MODULE and isinstance(value, dict):  # which only the module references
                 own[name] = self._made(value, type(value)(), tracked=False)
         vars(y).update({name: own.get(name) for name in vars(x) if name not in left_out})
         for name in own:
@@ -294,7 +293,7 @@ class Duplicate:
         for i, value in enumerate(x):
             with self._at(f"[{i}]"):
                 values.append(self._copy(value))
-        if id(x) in self._memo:  # it holds itself, by way of something else
+        if id(x) in self._memo:  # a cycle: it holds itself
             return self._memo[id(x)]  # type: ignore[no-any-return]
         y: tuple[Any, ...] = x if _same(values, x) else self._made(x, _tuple_like(x, values), tracked=False)
         return self._hold(y, y) if any(map(self._holds, values)) else y
@@ -302,19 +301,16 @@ class Duplicate:
     def _set(self, x: Any) -> Any:
         values = [self._copy(value) for value in x]
         if any(map(self._holds, values)):
-            raise self._fixed(f"a {type(x).__name__}", "Keep it in a list or a dict.")
+            raise self._immutable(f"a {type(x).__name__}", "Keep it in a list or a dict.")
         if isinstance(x, frozenset):
             return x if _same(values, x) else frozenset(values)
         y = self._made(x, set(values))
         self._containers.append(y)
         return y
 
-    def _fixed(self, what: str, fix: str) -> InputError:
+    def _immutable(self, what: str, fix: str) -> InputError:
         return InputError(
-            f"A tensor of the module stands in {what}, where no other can be put.",
-            expected="a module whose parameters and buffers can be replaced wherever they stand",
-            got=self._where,
-            fix=fix,
+            f"Tensors of a module must not be in {what}, where they cannot be swapped.", got=self._where, fix=fix
         )
 
     def _cell(self, x: types.CellType) -> types.CellType:
@@ -326,7 +322,7 @@ class Duplicate:
         self._containers.append(y)
         try:
             y.cell_contents = self._copy(x.cell_contents)
-        except ValueError:  # it is empty yet
+        except ValueError:  # it is still empty
             return
         self._note(y, "cell_contents", functools.partial(setattr, y), y.cell_contents)
 
@@ -376,7 +372,7 @@ class Duplicate:
         return self._bound(x, weakref.proxy, x.__repr__.__self__)
 
     def _bound(self, x: Any, make: Callable[[Any], Any], owner: Any, same: bool = True) -> Any:
-        """Copy what belongs to one object, as a method does."""
+        """Copy what is bound to one object, such as a method."""
         own = self._copy(owner)
         if self._holds(own):
             y = self._made(x, _Bound(make, own), tracked=False)
@@ -421,7 +417,7 @@ class Duplicate:
                 return y
             if not reaches(x, self._parts):
                 return x
-            return self._rebuilt(x, *object.__reduce_ex__(x, 4))  # its own copy would share what must be replaced
+            return self._rebuilt(x, *object.__reduce_ex__(x, 4))  # its own copy would share what has to be replaced
         reduce = copyreg.dispatch_table.get(type(x))
         parts = reduce(x) if reduce else x.__reduce_ex__(4)
         return x if isinstance(parts, str) else self._rebuilt(x, *parts)
@@ -460,7 +456,7 @@ class Duplicate:
 
 
 class _Slots(NamedTuple):
-    """An object whose attributes stand in slots."""
+    """An object with `__slots__`."""
 
     owner: Any
     names: tuple[str, ...]
@@ -472,7 +468,7 @@ def kind_of(x: Any) -> str:
 
 
 def content_of(container: Any) -> Any:
-    """Return what is in a container, or None of a kind that is not looked after."""
+    """Return the contents of a container; None for a kind that is not restored."""
     if isinstance(container, dict):
         return (*container, *container.values())
     if isinstance(container, types.CellType):
@@ -487,8 +483,8 @@ def content_of(container: Any) -> Any:
     return container.copy() if kind_of(container) == "numpy" else None
 
 
-def put_back(container: Any, before: Any) -> None:
-    """Put back what was in a container, if something else is now."""
+def restore(container: Any, before: Any) -> None:
+    """Restore the contents of a container, if they have changed."""
     now = content_of(container)
     if not isinstance(now, tuple):  # an array
         if now.tobytes() != before.tobytes():
@@ -513,34 +509,34 @@ def put_back(container: Any, before: Any) -> None:
         (container.update if isinstance(container, set) else container.extend)(before)
 
 
-_COPIED: dict[Any, Callable[[Duplicate, Any], Any]] = {
-    dict: Duplicate._dict,
-    OrderedDict: Duplicate._dict,
-    defaultdict: Duplicate._dict,
-    list: Duplicate._list,
-    deque: Duplicate._deque,
-    tuple: Duplicate._tuple,
-    set: Duplicate._set,
-    frozenset: Duplicate._set,
-    types.CellType: Duplicate._cell,
-    types.FunctionType: Duplicate._function,
-    types.MethodType: Duplicate._method,
-    **dict.fromkeys(_BUILTIN, Duplicate._builtin),
-    weakref.ReferenceType: Duplicate._reference,
-    weakref.ProxyType: Duplicate._proxy,
-    weakref.CallableProxyType: Duplicate._proxy,
-    functools.partial: Duplicate._partial,
-    _Bound: Duplicate._unbound,
-    LRU: Duplicate._cache,
+_COPIED: dict[Any, Callable[[ModuleCopy, Any], Any]] = {
+    dict: ModuleCopy._dict,
+    OrderedDict: ModuleCopy._dict,
+    defaultdict: ModuleCopy._dict,
+    list: ModuleCopy._list,
+    deque: ModuleCopy._deque,
+    tuple: ModuleCopy._tuple,
+    set: ModuleCopy._set,
+    frozenset: ModuleCopy._set,
+    types.CellType: ModuleCopy._cell,
+    types.FunctionType: ModuleCopy._function,
+    types.MethodType: ModuleCopy._method,
+    **dict.fromkeys(_BUILTIN, ModuleCopy._builtin),
+    weakref.ReferenceType: ModuleCopy._reference,
+    weakref.ProxyType: ModuleCopy._proxy,
+    weakref.CallableProxyType: ModuleCopy._proxy,
+    functools.partial: ModuleCopy._partial,
+    _Bound: ModuleCopy._unbound,
+    LRU: ModuleCopy._cache,
 }
 _PLAIN = frozenset((type(None), bool, int, float, str))
 
 
 def _differ(attributes: Any, before: Any) -> bool:
-    """Say whether attributes have changed; most are the same objects, which is fast to see."""
+    """Return whether attributes have changed; comparing identical objects is fast."""
     try:
         return bool(attributes != before)
-    except Exception:  # tensors and arrays do not say whether they are equal
+    except Exception:  # tensors and arrays have no single truth value
         return True
 
 
