@@ -12,7 +12,7 @@ WIDTH = 900
 
 
 def main() -> None:
-    """Shrink each, to at most 256 colours."""
+    """Shrink each, to at most 256 colors."""
     for name in NAMES:
         with Image.open(ROOT / "examples" / "output" / f"{name}.png") as picture:
             small = picture.convert("RGB").resize(

@@ -152,14 +152,14 @@ class ListRule(Rule):
     Example:
         >>> import torch
         >>> from luxtorch import optim
-        >>> class Normalise(optim.ListRule):
+        >>> class Normalize(optim.ListRule):
         ...     descends = False
         ...
         ...     def updates(self, leaves, state):
         ...         norm = sum(g.square().sum() for g in leaves.grads if g is not None).sqrt()
         ...         return [None if g is None else g / norm for g in leaves.grads], state
         >>> ps = {"a": torch.zeros(1), "b": torch.zeros(1)}
-        >>> opt_state = optim.setup(optim.OptimiserChain(Normalise(), optim.Descent(0.5)), ps)
+        >>> opt_state = optim.setup(optim.OptimiserChain(Normalize(), optim.Descent(0.5)), ps)
         >>> optim.update(opt_state, ps, {"a": torch.tensor([30.0]), "b": torch.tensor([40.0])})[1]
         {'a': tensor([-0.3000]), 'b': tensor([-0.4000])}
     """

@@ -37,5 +37,5 @@ def test_one_graph_for_all_batch_sizes(make_key, draw, name):
         warnings.simplefilter("always")
         got = [jitted(repeated(x, number), ps, st) for number in SIZES]
     torch.testing.assert_close(got, expected)
-    specialised = any("compiled for each size" in str(word.message) for word in said)
-    assert jitted.cache_info().misses == (len(SIZES) if specialised else 1)
+    specialized = any("compiled for each size" in str(word.message) for word in said)
+    assert jitted.cache_info().misses == (len(SIZES) if specialized else 1)
