@@ -1,0 +1,3 @@
+"""Loops and implicit functions that every transform takes."""
+
+from ._associative import associative_scan as associative_scan
