@@ -146,6 +146,8 @@ from .layers import intermediate_gradients as intermediate_gradients
 from .layers import non_trainable as non_trainable
 from .layers import scaled_dot_product_attention as scaled_dot_product_attention
 from .loops import associative_scan as associative_scan
+from .loops import custom_root as custom_root
+from .loops import fixed_point as fixed_point
 from .losses import Aggregation as Aggregation
 from .losses import BinaryCrossEntropyLoss as BinaryCrossEntropyLoss
 from .losses import BinaryFocalLoss as BinaryFocalLoss
