@@ -46,6 +46,7 @@ LinearSolver = Literal["auto", "dense", "gmres"]
 
 DENSE = 512
 """Up to how many numbers the whole Jacobian is computed by default."""
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _ON_TAPE = 2
 """How many derivatives of what has the whole Jacobian an autograd tape may take."""
 
@@ -244,7 +245,7 @@ class Form:
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
         # Linear algebra has no half precision.
-        self.dtype = reduce(torch.promote_types, [dtype.to_real() for dtype in self.dtypes], torch.float32)
+        self.dtype = reduce(torch.promote_types, [_REAL.get(dtype, dtype) for dtype in self.dtypes], torch.float32)
         self.device = leaves[0].device
 
     def ravel(self, tree: Any) -> Tensor:
@@ -259,7 +260,7 @@ class Form:
         """Return the tree that has these numbers."""
         leaves = []
         for part, shape, dtype in zip(vector.split(self.sizes), self.shapes, self.dtypes, strict=True):
-            part = part.to(dtype.to_real())
+            part = part.to(_REAL.get(dtype, dtype))
             if dtype.is_complex:
                 part = torch.complex(*part.reshape(*shape, 2).unbind(-1))
             leaves.append(part.reshape(shape))
@@ -300,8 +301,11 @@ def _differentiable(residual: Residual, z: Tensor, tensors: list[Tensor], linear
         return _by_steps(lambda v: residual(v, *tensors), z)
     if not (torch.is_grad_enabled() or derivatives()):
         return z
-    if not torch.compiler.is_compiling():
-        _check_operands(residual, z, tensors)
+    if torch.compiler.is_compiling():
+        if derivatives() or residual(z, *tensors).requires_grad:
+            _refuse_rules()
+        return z
+    _check_operands(residual, z, tensors)
     return _Root.apply(residual, z, *tensors)  # type: ignore[no-any-return]
 
 
@@ -327,7 +331,7 @@ def _by_steps(residual: Map, z: Tensor) -> Tensor:
     for order in range(orders):
         step = _solved(slopes, value if order == 0 else residual(solution))
         solution = solution - (step - step.detach())
-    return _Limited.apply(orders, solution, solution) if guarded else solution  # type: ignore[no-any-return]
+    return solution + _Zeros.apply(orders, solution) if guarded else solution  # type: ignore[no-any-return]
 
 
 def _solved(matrix: Tensor, b: Tensor) -> Tensor:
@@ -341,41 +345,38 @@ def _solved(matrix: Tensor, b: Tensor) -> Tensor:
         ) from error
 
 
-class _Limited(torch.autograd.Function):
-    """Pass a tensor on, and raise where more derivatives are taken of it than are right."""
-
-    generate_vmap_rule = True
+class _Zeros(torch.autograd.Function):
+    """Return zeros, whose derivatives are zeros as often as is allowed, and then an error."""
 
     @staticmethod
-    def forward(left: int, x: Tensor, recorded: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(left: int, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.left, _, recorded = inputs
-        ctx.save_for_backward(recorded)
-        ctx.save_for_forward(recorded)
+    def setup_context(ctx: Any, inputs: tuple[int, Tensor], output: Tensor) -> None:
+        ctx.left, x = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, None]:
-        # The cotangent has no derivative by itself, but all that comes of it has one by what the solution depends on.
-        return None, _one_less(ctx, cotangent), None
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
+        if ctx.left < 1:
+            raise InputError(
+                "A solution must not be differentiated so often on an autograd tape.",
+                expected=f"{_ON_TAPE} derivatives at most with the dense linear solver",
+                got="one more",
+                fix='Take derivatives by torch.func, or pass linear_solver="gmres", with all operands.',
+            )
+        return None, cotangent * _Zeros.apply(ctx.left - 1, *ctx.saved_tensors)
 
     @staticmethod
-    def jvp(ctx: Any, left: None, tangent: Tensor, recorded: Tensor) -> Tensor:
-        return _one_less(ctx, tangent)
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        with set_forward_mode(True):
+            return tangent * _Zeros.apply(ctx.left - 1, *map(primal_of, ctx.saved_tensors))  # type: ignore[no-any-return]
 
-
-def _one_less(ctx: Any, x: Tensor) -> Tensor:
-    if ctx.left < 1:
-        raise InputError(
-            "A solution must not be differentiated so often on an autograd tape.",
-            expected=f"{_ON_TAPE} derivatives at most with the dense linear solver",
-            got="one more",
-            fix='Take derivatives by torch.func, or pass linear_solver="gmres", with all operands.',
-        )
-    (recorded,) = ctx.saved_tensors
-    return _Limited.apply(ctx.left - 1, x, recorded)  # type: ignore[no-any-return]
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[None, int], left: int, x: Tensor) -> tuple[Tensor, int]:
+        return _Zeros.apply(left, x), in_dims[1]
 
 
 # With products alone.
@@ -533,6 +534,16 @@ def _refuse_traces() -> None:
             got="a tolerance inside of lt.jit, torch.compile, torch.export or make_fx",
             fix="Pass tol=None, and max_steps=20 or as many as are needed: these are traced as they are.",
         )
+
+
+@compile_constant
+def _refuse_rules() -> None:
+    raise InputError(
+        "torch.compile cannot trace derivatives by GMRES, as it knows no autograd.Function with a forward-mode rule.",
+        expected='lt.jit, or linear_solver="dense"',
+        got='linear_solver="gmres"',
+        fix='Compile by lt.jit, or pass linear_solver="dense".',
+    )
 
 
 def _check_options(solver: Any, tol: float | None, max_steps: int, unconverged: str, linear_solver: str) -> None:

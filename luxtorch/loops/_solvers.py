@@ -58,7 +58,7 @@ def iterate(f: Map, z: Tensor, following: Next, tol: float | None, max_steps: in
     for step in range(max_steps + 1):
         image = f(z)
         gap = distance(z, image)
-        done = gap <= tol
+        done = (gap <= tol) | ~gap.isfinite()  # what is lost stays as it is, too
         if step == max_steps or everywhere(done):
             break
         z = torch.where(done, z, following(z, image))
@@ -86,7 +86,8 @@ def anderson(f: Map) -> Next:
         scale = products.diagonal().sum()
         products = products / torch.where(scale > 0, scale, 1.0)
         ridge = 10 * torch.finfo(products.dtype).eps * torch.eye(len(moves), dtype=z.dtype, device=z.device)
-        weights = torch.linalg.solve(products + ridge, torch.ones_like(products[0]))
+        products = products.nan_to_num(0, 0, 0)
+        weights, _ = torch.linalg.solve_ex(products + ridge, torch.ones_like(products[0]))
         return (weights / weights.sum()) @ torch.stack(images)
 
     return following
@@ -98,7 +99,8 @@ def newton(f: Map) -> Next:
     def following(z: Tensor, image: Tensor) -> Tensor:
         slopes: Tensor = torch.func.jacrev(f)(z).detach()
         eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
-        return z - torch.linalg.solve(slopes - eye, image - z)
+        step, _ = torch.linalg.solve_ex(slopes - eye, image - z)  # infinite where it is singular
+        return z - step
 
     return following
 
