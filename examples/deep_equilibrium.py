@@ -1,10 +1,10 @@
 """A deep equilibrium model that completes digits
 =============================================
 
-Half of the pixels of a digit are hidden, and a network says what they were. Its layer is called again and again until its
-output does not change any more: as deep as each batch needs, with the parameters of one layer. `lt.fixed_point` finds
-where that ends, and differentiates the equation that holds there, not the steps: nothing of them is kept in memory. The
-idea is that of Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
+Half of the pixels of a digit are hidden, and a network says what they were. Its layer is called again and again, until
+its output does not change any more: as deep as each batch needs, with the parameters of one layer. `lt.fixed_point`
+finds where that ends, and differentiates the equation that holds there, not the steps: nothing of them is kept in
+memory. The idea is that of Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
 """
 
 from pathlib import Path
@@ -174,7 +174,7 @@ else:
     axis = right.subplots()
     axis.semilogy(numbers, [(z - end).norm() / end.norm() for z in zs[1:17]], "o-", label="state")
     axis.semilogy(numbers, distances, "o-", label="gradient")
-    axis.set(xlabel="steps of a loop", title="How far they are from those of the equation")
+    axis.set(xlabel="steps of a loop", xticks=range(0, 17, 4), title="Distance from those of the equation")
     axis.legend()
     path = Path(__file__).resolve().parent / "output" / "deep_equilibrium.png"
     path.parent.mkdir(exist_ok=True)

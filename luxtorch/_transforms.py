@@ -104,7 +104,7 @@ def vectorized() -> bool:
 
 
 def recorders(tensor: Tensor) -> tuple[int, bool]:
-    """Return how many transforms differentiate a tensor, by reverse or by forward mode, and whether a tape records it."""
+    """Return how many transforms differentiate a tensor, in any mode, and whether an autograd tape records it."""
     top = innermost_transform()
     if top is None:
         dual = forward_level() >= 0 and tangent_of(tensor) is not None
@@ -119,7 +119,7 @@ def recorders(tensor: Tensor) -> tuple[int, bool]:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Return the plain tensor behind one that transforms of torch.func have wrapped; under vmap, the first of the batch.
+    """Return the plain tensor behind one that transforms have wrapped; under vmap, the first of the batch.
 
     It is to be called outside of all transforms.
     """

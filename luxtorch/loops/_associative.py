@@ -116,7 +116,7 @@ def _alternate(even: Tensor, odd: Tensor, d: int) -> Tensor:
 
 
 def _check_leaves(xs: Any, leaves: list[Any], dim: int) -> list[int]:
-    """Return the dimension of each leaf, counted from the front, or raise if the leaves are no sequences of a length."""
+    """Return the dimension of each leaf, counted from the front, or raise unless the leaves are of one length."""
     if not leaves:
         raise InputError("There is nothing to scan.", expected="a tree with a tensor at least", got=described(xs))
     dims = []

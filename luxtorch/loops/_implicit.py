@@ -158,9 +158,7 @@ def fixed_point(
     return form.unravel(_differentiable(residual, z, tensors, linear_solver))  # type: ignore[no-any-return]
 
 
-def custom_root(
-    f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear_solver: LinearSolver = "auto"
-) -> Z:
+def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear_solver: LinearSolver = "auto") -> Z:
     """Find z with `f(z, *operands) = 0` by any solver; its derivatives are those of the equation.
 
     Nothing is differentiated through the solver, which may do what it likes, such as asking for numbers, or calling
@@ -401,7 +399,9 @@ class _Root(torch.autograd.Function):
         residual, needed = ctx.residual, ctx.needs_input_grad[2:]
         w = _linear(_transposed, residual, cotangent, z, tensors)
         places = [i for i, need in enumerate(needed) if need]
-        _, back, _ = vjp(lambda *some: (residual(z, *_with(tensors, places, some)), ()), tuple(tensors[i] for i in places))
+        _, back, _ = vjp(
+            lambda *some: (residual(z, *_with(tensors, places, some)), ()), tuple(tensors[i] for i in places)
+        )
         slopes = dict(zip(places, back(-w), strict=True))
         return None, None, *(slopes.get(i) for i in range(len(tensors)))
 
@@ -422,7 +422,9 @@ class _Root(torch.autograd.Function):
             return _linear(_straight, residual, -change, z, tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], residual: Residual, z: Tensor, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], residual: Residual, z: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
         _, dim, *dims = in_dims
         z = z.expand(info.batch_size, *z.shape) if dim is None else z.movedim(dim, 0)
         return _Root.apply(torch.vmap(residual, (0, *dims)), z, *tensors), 0

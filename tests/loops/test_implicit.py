@@ -162,9 +162,7 @@ def test_derivatives_through_bisection(linear_solver):
     a = torch.tensor([1.3, 0.7], dtype=F64)
 
     def root(a):
-        return lt.custom_root(
-            lambda z, a: z.exp() + z - a, torch.zeros_like(a), bisect, a, linear_solver=linear_solver
-        )
+        return lt.custom_root(lambda z, a: z.exp() + z - a, torch.zeros_like(a), bisect, a, linear_solver=linear_solver)
 
     z = root(a)  # z' = 1 / (1 + exp z), z'' = -exp z / (1 + exp z)^3
     first, second = 1 / (1 + z.exp()), -z.exp() / (1 + z.exp()) ** 3
@@ -381,7 +379,9 @@ def test_complex(make_key, holomorphic, linear_solver):
             z = f(z, c, w)
         return z
 
-    slopes = [torch.func.grad(lambda c, w, run=run: run(c, w).abs().square().sum(), (0, 1))(c, w) for run in (found, exact)]
+    slopes = [
+        torch.func.grad(lambda c, w, run=run: run(c, w).abs().square().sum(), (0, 1))(c, w) for run in (found, exact)
+    ]
     torch.testing.assert_close(*slopes)
     products = [torch.func.jvp(run, (c, w), (w[0], w.mT.clone())) for run in (found, exact)]
     torch.testing.assert_close(*products)
@@ -573,7 +573,9 @@ def test_errors_say_what_is_wrong(name):
         lt.fixed_point(f, z0, **options)
 
 
-@pytest.mark.parametrize("compiler", [lambda f: lt.jit(f, backend="replay"), lambda f: torch.compile(f, fullgraph=True)])
+@pytest.mark.parametrize(
+    "compiler", [lambda f: lt.jit(f, backend="replay"), lambda f: torch.compile(f, fullgraph=True)]
+)
 def test_a_tolerance_cannot_be_traced(compiler):
     with pytest.raises(Exception, match="until a tolerance is met must not be traced"):
         compiler(lambda a: lt.fixed_point(lambda z: torch.cos(a * z), a))(torch.ones(2))
