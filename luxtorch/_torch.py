@@ -61,12 +61,12 @@ def outside_transforms() -> AbstractContextManager[Any]:
 
 def primal_of(tensor: Tensor) -> Tensor:
     """Return a tensor without the tangent that it has at the innermost transform, or outside of all transforms."""
-    return torch._VF._unpack_dual(tensor, level=0)[0]  # type: ignore[attr-defined,no-any-return]
+    return torch._VF._unpack_dual(tensor, level=0)[0]
 
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
     """Return the tangent that a tensor has at the innermost transform, or outside of all transforms."""
-    return torch._VF._unpack_dual(tensor, level=0)[1]  # type: ignore[attr-defined,no-any-return]
+    return torch._VF._unpack_dual(tensor, level=0)[1]
 
 
 def forward_level() -> int:

@@ -3,9 +3,9 @@
 The solution z is found outside of all derivatives: every iterate is detached. The derivatives are put on afterwards, in
 one of two ways. Where the Jacobian A of the residual F is small, it is computed as a constant, and z - A^-1 F(z) is
 taken, a step of Newton's method that changes no number, but has the right first derivative; each further step makes
-those of one more order right. All of that are ordinary operators, so that F may close over anything, and every transform
-and compiler takes it. Else an autograd.Function has rules that solve linear equations with A by GMRES. Their solutions
-are roots of linear functions, so the rules call the Function again, and any order is right; but all that is
+those of one more order right. All of that is ordinary operators, so that F may close over anything, and every
+transform and compiler takes it. Else an autograd.Function has rules that solve linear equations with A by GMRES. Their
+solutions are roots of linear functions, so the rules call the Function again, and any order is right; but all that is
 differentiated has to be an argument of it.
 """
 
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,11 +126,11 @@ def fixed_point(
     _check_options(solver, tol, max_steps, unconverged, linear_solver)
     form = Form(z0)
     if form.device.type == "meta":
-        return form.checked(f(z0, *operands), "f(z)")
+        return form.checked(f(z0, *operands), "f(z)")  # type: ignore[no-any-return]
     if tol is not None:
         _refuse_traces()
 
-    def image(z: Z, *operands: Any) -> Z:
+    def image(z: Any, *operands: Any) -> Any:
         return form.checked(f(z, *operands), "f(z)")
 
     with _aside():
@@ -148,8 +148,8 @@ def fixed_point(
         else:
             start = form.ravel(z0).detach()
             z, gap = iterate(moved, start, SOLVERS[solver](moving), tol, max_steps)
-        if gap is not None and not everywhere(gap <= tol):
-            _complain(largest(gap), cast(float, tol), max_steps, unconverged)
+        if gap is not None and tol is not None and not everywhere(gap <= tol):
+            _complain(largest(gap), tol, max_steps, unconverged)
     tensors, rebuilt = _parts(operands)
 
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear
     _check_linear_solver(linear_solver)
     form = Form(z0)
 
-    def value(z: Z, *operands: Any) -> Z:
+    def value(z: Any, *operands: Any) -> Any:
         return form.checked(f(z, *operands), "f(z)")
 
     with _aside():
@@ -257,7 +257,7 @@ class Form:
     def unravel(self, vector: Tensor) -> Any:
         """Return the tree that has these numbers."""
         leaves = []
-        for part, shape, dtype in zip(vector.split(self.sizes), self.shapes, self.dtypes, strict=True):
+        for part, shape, dtype in zip(torch.split(vector, self.sizes), self.shapes, self.dtypes, strict=True):
             part = part.to(_REAL.get(dtype, dtype))
             if dtype.is_complex:
                 part = torch.complex(*part.reshape(*shape, 2).unbind(-1))
@@ -329,13 +329,13 @@ def _by_steps(residual: Map, z: Tensor) -> Tensor:
     for order in range(orders):
         step = _solved(slopes, value if order == 0 else residual(solution))
         solution = solution - (step - step.detach())
-    return solution + _Zeros.apply(orders, solution) if guarded else solution  # type: ignore[no-any-return]
+    return solution + _Zeros.apply(orders, solution) if guarded else solution
 
 
 def _solved(matrix: Tensor, b: Tensor) -> Tensor:
     try:
         return torch.linalg.solve(matrix, b)  # type: ignore[no-any-return]
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             "The Jacobian of the equation must be invertible at the solution.",
             got=str(error),
@@ -381,7 +381,7 @@ class _Zeros(torch.autograd.Function):
 
 
 class _Root(torch.autograd.Function):
-    """Take `(residual, z, *tensors)` to z, whose derivatives are those of `residual(z, *tensors) = 0` by the tensors."""
+    """Take `(residual, z, *tensors)` to z, with the derivatives of `residual(z, *tensors) = 0` by the tensors."""
 
     @staticmethod
     def forward(residual: Residual, z: Tensor, *tensors: Tensor) -> Tensor:
@@ -399,9 +399,8 @@ class _Root(torch.autograd.Function):
         residual, needed = ctx.residual, ctx.needs_input_grad[2:]
         w = _linear(_transposed, residual, cotangent, z, tensors)
         places = [i for i, need in enumerate(needed) if need]
-        _, back, _ = vjp(
-            lambda *some: (residual(z, *_with(tensors, places, some)), ()), tuple(tensors[i] for i in places)
-        )
+        some = tuple(tensors[i] for i in places)
+        _, back, _ = vjp(lambda *some: (residual(z, *_with(tensors, places, some)), ()), some)
         slopes = dict(zip(places, back(-w), strict=True))
         return None, None, *(slopes.get(i) for i in range(len(tensors)))
 
@@ -412,13 +411,11 @@ class _Root(torch.autograd.Function):
             z, *tensors = map(primal_of, ctx.saved_tensors)
             residual = ctx.residual
             z = _Root.apply(residual, z, *tensors)  # as derivatives outside of this one know it
-            places = [i for i, tangent in enumerate(tangents) if tangent is not None and _continuous(tensors[i])]
-            if not places:
+            given = {i: u for i, u in enumerate(tangents) if u is not None and _continuous(tensors[i])}
+            if not given:
                 return torch.zeros_like(z)
-            some = tuple(tensors[i] for i in places)
-            _, change, _ = jvp(
-                lambda *some: (residual(z, *_with(tensors, places, some)), ()), some, [tangents[i] for i in places]
-            )
+            places, some = [*given], tuple(tensors[i] for i in given)
+            _, change, _ = jvp(lambda *some: (residual(z, *_with(tensors, places, some)), ()), some, [*given.values()])
             return _linear(_straight, residual, -change, z, tensors)
 
     @staticmethod
@@ -450,7 +447,7 @@ def _straight(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
 def _transposed(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
     """Return what multiplies by the transposed Jacobian."""
     _, back, _ = vjp(lambda z: (residual(z, *tensors), ()), (z,))
-    return lambda w: back(w)[0]  # type: ignore[no-any-return]
+    return lambda w: back(w)[0]
 
 
 def _with(tensors: Sequence[Tensor], places: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""What `fixed_point` iterates with, and the matrix-free linear solver behind its derivative: plain torch, no derivatives.
+"""What `fixed_point` iterates with, and the matrix-free linear solver of its derivatives: plain torch.
 
-Vectors are flat and real. Under vmap each element of the batch has an iteration of its own: one that is done stays as it
-is, until all are.
+Vectors are flat and real. Under vmap each element of the batch has an iteration of its own: one that is done stays as
+it is, until all are.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def largest(numbers: Tensor) -> float:
 
 
 def distance(z: Tensor, image: Tensor) -> Tensor:
-    """Return by how much a function moves a point, relative to its length where that is more than one."""
-    return (image - z).norm() / (1 + z.norm())
+    """Return by how much a function moves a point, relative to one and the point's length."""
+    return torch.linalg.vector_norm(image - z) / (1 + torch.linalg.vector_norm(z))  # type: ignore[no-any-return]
 
 
 def iterate(f: Map, z: Tensor, following: Next, tol: float | None, max_steps: int) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +88,7 @@ def anderson(f: Map) -> Next:
         ridge = 10 * torch.finfo(products.dtype).eps * torch.eye(len(moves), dtype=z.dtype, device=z.device)
         products = products.nan_to_num(0, 0, 0)
         weights, _ = torch.linalg.solve_ex(products + ridge, torch.ones_like(products[0]))
-        return (weights / weights.sum()) @ torch.stack(images)
+        return (weights / weights.sum()) @ torch.stack(images)  # type: ignore[no-any-return]
 
     return following
 
@@ -100,7 +100,7 @@ def newton(f: Map) -> Next:
         slopes: Tensor = torch.func.jacrev(f)(z).detach()
         eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
         step, _ = torch.linalg.solve_ex(slopes - eye, image - z)  # infinite where it is singular
-        return z - step
+        return z - step  # type: ignore[no-any-return]
 
     return following
 
