@@ -441,6 +441,7 @@ def test_jit(make_key, linear_solver):
     torch.testing.assert_close(leaf.grad, exact)
 
 
+@pytest.mark.slow
 def test_torch_compile(make_key):
     w, x = matrix(make_key(), 4) / 2, normal(make_key(), 4) / 2
     run = fixed_steps("dense")
