@@ -273,6 +273,22 @@ def test_more_samples_than_fit_a_jacobian(make_key):
         torch.func.grad(lambda w: lt.fixed_point(lambda z: f(z, w, xs), torch.zeros_like(xs)).sum())(w)
 
 
+def test_nothing_of_the_steps_is_kept(make_key):
+    w, xs = matrix(make_key(), 16).requires_grad_(), normal(make_key(), 64, 16)
+    kept: list[int] = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    def f(z, w, xs):
+        return torch.tanh(z @ w.mT + xs)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lt.fixed_point(f, torch.zeros_like(xs), w, xs, tol=1e-12)
+    assert sum(kept) == 2 * xs.numel() + w.numel()  # z and the operands
+
+
 # Layers, trees and dtypes.
 
 
