@@ -14,6 +14,7 @@ from . import core as core
 from . import device as device
 from . import init as init
 from . import layers as layers
+from . import loops as loops
 from . import losses as losses
 from . import random as random
 from .autodiff import HesVec as HesVec
@@ -144,6 +145,9 @@ from .layers import init_fn as init_fn
 from .layers import intermediate_gradients as intermediate_gradients
 from .layers import non_trainable as non_trainable
 from .layers import scaled_dot_product_attention as scaled_dot_product_attention
+from .loops import associative_scan as associative_scan
+from .loops import custom_root as custom_root
+from .loops import fixed_point as fixed_point
 from .losses import Aggregation as Aggregation
 from .losses import BinaryCrossEntropyLoss as BinaryCrossEntropyLoss
 from .losses import BinaryFocalLoss as BinaryFocalLoss

@@ -8,6 +8,7 @@ Other modules take them from here. Those that live by the insides of one part of
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -40,12 +41,40 @@ level_of = torch._C._functorch.maybe_get_level
 current_level = torch._C._functorch.maybe_current_level
 innermost_transform = torch._C._functorch.peek_interpreter_stack
 all_transforms = torch._C._functorch.get_interpreter_stack
+batch_dim_of = torch._C._functorch.maybe_get_bdim
+
+
+def below_transform() -> AbstractContextManager[Any]:
+    """Leave the innermost transform for a while."""
+    # Imported late, as torch does, because it is slow.
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    return retrieve_current_functorch_interpreter().lower()
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Leave all transforms for a while."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+def primal_of(tensor: Tensor) -> Tensor:
+    """Return a tensor without the tangent that it has at the innermost transform, or outside of all transforms."""
+    return torch._VF._unpack_dual(tensor, level=0)[0]
+
+
+def tangent_of(tensor: Tensor) -> Tensor | None:
+    """Return the tangent that a tensor has at the innermost transform, or outside of all transforms."""
+    return torch._VF._unpack_dual(tensor, level=0)[1]
 
 
 def forward_level() -> int:
     """Return the level of forward-mode differentiation; -1 outside of it."""
     return forward_ad._current_level
 
+
+set_forward_mode = forward_ad._set_fwd_grad_enabled
 
 # Modes that see every operator.
 get_dispatch_mode = torch._C._get_dispatch_mode

@@ -13,6 +13,8 @@ from ._torch import (
     TRACERS,
     TransformType,
     all_transforms,
+    batch_dim_of,
+    below_transform,
     compile_constant,
     current_autograd_node,
     dispatch_modes,
@@ -24,6 +26,7 @@ from ._torch import (
     is_wrapped,
     level_of,
     saved_tensors_hooks,
+    tangent_of,
 )
 
 
@@ -84,6 +87,47 @@ def differentiated() -> bool:
     """Tell whether a transform of torch.func, or forward mode, differentiates what is computed now."""
     kinds = _kinds()
     return forward_level() >= 0 or TransformType.Grad in kinds or TransformType.Jvp in kinds
+
+
+@compile_constant
+def derivatives() -> int:
+    """Return how many derivatives are taken of what is computed now, those of an autograd tape left out."""
+    kinds = _kinds()
+    forward = kinds.count(TransformType.Jvp)
+    return kinds.count(TransformType.Grad) + (forward or int(forward_level() >= 0))
+
+
+@compile_constant
+def vectorized() -> bool:
+    """Tell whether a vmap is at work."""
+    return TransformType.Vmap in _kinds()
+
+
+def recorders(tensor: Tensor) -> tuple[int, bool]:
+    """Return how many transforms differentiate a tensor, in any mode, and whether an autograd tape records it."""
+    top = innermost_transform()
+    if top is None:
+        dual = forward_level() >= 0 and tangent_of(tensor) is not None
+        return int(dual), tensor.requires_grad
+    kind = top.key()
+    here = kind == TransformType.Grad and tensor.requires_grad
+    here = here or (kind == TransformType.Jvp and tangent_of(tensor) is not None)
+    below = get_unwrapped(tensor) if is_wrapped(tensor) and level_of(tensor) == top.level() else tensor
+    with below_transform():
+        number, taped = recorders(below)
+    return number + here, taped
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return the plain tensor behind one that transforms have wrapped; under vmap, the first of the batch.
+
+    It is to be called outside of all transforms.
+    """
+    if not is_wrapped(tensor):
+        return tensor.detach()
+    dim = batch_dim_of(tensor) if is_batched(tensor) else None
+    below = sample(get_unwrapped(tensor))
+    return below if dim is None else below.select(dim, 0)
 
 
 def in_reverse() -> bool:

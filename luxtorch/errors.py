@@ -12,6 +12,7 @@ from ._errors import LuxtorchError as LuxtorchError
 from .device import DeviceError as DeviceError
 from .jit import DonatedError as DonatedError
 from .jit import TracingError as TracingError
+from .loops import ConvergenceError as ConvergenceError
 
 if _TYPE_CHECKING:
     from .distributed import DistributedError as DistributedError
