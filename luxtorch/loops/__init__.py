@@ -1,0 +1,3 @@
+"""Loops, branches and maps that compile to one operator each, under every transform."""
+
+from ._scan import scan as scan

@@ -1,0 +1,234 @@
+"""Bodies as functions of flat tensors: what they close over is found at a first run, and then an argument."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from luxtorch._torch import (
+    add_batch_dim,
+    current_level,
+    function_modes,
+    get_batch_dim,
+    get_unwrapped,
+    is_batched,
+    is_wrapped,
+    level_of,
+    wrap_for_grad,
+)
+from luxtorch._transforms import unwrapped
+from luxtorch.core import map_tensors, tensors
+from luxtorch.jit._bodies import Body, traced_body
+from luxtorch.jit._purity import TracingError
+from luxtorch.jit._where import user_line
+from luxtorch.jit._writes import tensors_in, written
+
+
+class Flat:
+    """A function of tensors to a list of tensors, and what it was traced to.
+
+    Args:
+        call: The function.
+    """
+
+    def __init__(self, call: Callable[..., Sequence[Tensor]]) -> None:
+        self.call = call
+        self.derived: dict[Any, Any] = {}
+        self._traced: dict[Any, tuple[Body, list[Tensor]]] = {}
+
+    def traced(self, like: Sequence[Tensor]) -> tuple[Body, list[Tensor]]:
+        """Return the body for arguments of these shapes, dtypes and devices, and its constants."""
+        key = tuple((tuple(map(_fixed, one.shape)), one.dtype, one.device) for one in like)
+        if key not in self._traced:
+            self._traced[key] = traced_body(self.call, like)
+        return self._traced[key]
+
+
+def _fixed(size: Any) -> int:
+    if not isinstance(size, int):
+        raise RuntimeError("the body of a loop or branch is compiled for tensors of fixed sizes")
+    return size
+
+
+def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Call a function without recording the call; return its result, and the tensors that it closes over.
+
+    Args:
+        f: The function.
+        args: Its arguments, any trees.
+
+    Returns:
+        The result, of which the shapes count, and pairs: the tensor that is closed over, and what stands for it here.
+
+    Raises:
+        TracingError: If it writes into a tensor that it closes over, or into an argument.
+    """
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    made = _Made()
+    with disable_proxy_modes_tracing(), made:
+        # An argument may be closed over as well, and these are different things.
+        args = map_tensors(lambda tensor: tensor.view_as(tensor), args)
+        arguments = {id(unwrapped(tensor)) for tensor in tensors(args)}
+        finder = _Finder(made)
+        with made.watching(arguments), finder:
+            result = f(*args)
+        for tensor in tensors(result):
+            finder.look(tensor)
+    return result, list(finder.found.values())
+
+
+def replaced(f: Callable[..., Any], originals: Sequence[Tensor], values: Sequence[Tensor], args: Any) -> Any:
+    """Call a function with other tensors for those that it closes over."""
+    with Replaced(originals, values) as mode:
+        result = f(*args)
+    return map_tensors(mode.value, result)
+
+
+def current(tensor: Tensor) -> Tensor:
+    """Return what stands for a tensor, inside of bodies that close over it."""
+    for mode in reversed(function_modes()):
+        if isinstance(mode, Replaced):
+            tensor = mode.value(tensor)
+    return tensor
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Note which tensors operators make, at the bottom of all transforms."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, Tensor] = {}
+        self._arguments: set[int] | None = None
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(unwrapped(tensor)) in self._made
+
+    @contextlib.contextmanager
+    def watching(self, arguments: Iterable[int]) -> Iterator[None]:
+        """Refuse writes into these tensors, and into those that were not made meanwhile."""
+        self._arguments = set(arguments)
+        try:
+            yield
+        finally:
+            self._arguments = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._arguments is not None:
+            for tensor in written(func, args, kwargs):
+                base = tensor if tensor._base is None else tensor._base
+                argument = id(tensor) in self._arguments or id(base) in self._arguments
+                if argument or id(tensor) not in self._made:
+                    raise TracingError(
+                        f"The body of a loop or branch changes {'an argument' if argument else 'what it closes over'} "
+                        f"in place, by {func}.",
+                        fix="Compute a new tensor, and return it as a part of the carry.",
+                        where=user_line(),
+                    )
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result if isinstance(result, (list, tuple)) else [result]):
+            self._made.setdefault(id(tensor), tensor)
+        return result
+
+
+class _Finder(TorchFunctionMode):
+    """Find the tensors that a function uses, and that were not made inside of it."""
+
+    def __init__(self, made: _Made) -> None:
+        super().__init__()
+        self._made = made
+        self._level = _level()
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors((args, kwargs)):
+            self.look(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def look(self, tensor: Tensor) -> None:
+        """Note a tensor if it is closed over."""
+        here = current(tensor)
+        if here in self._made or (here is tensor and _is_constant(tensor)):
+            return
+        while is_wrapped(here) and level_of(here) > self._level:
+            here = get_unwrapped(here)
+        while current(tensor) is not here and is_wrapped(tensor):
+            tensor = get_unwrapped(tensor)
+        self.found.setdefault(id(tensor), (tensor, here))
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Tell whether a tensor is closed over by all that is traced: it has numbers, and stays as it is."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return not is_wrapped(tensor) and not isinstance(tensor, (FakeTensor, FunctionalTensor)) and _staged()
+
+
+def _staged() -> bool:
+    from luxtorch._transforms import traced
+
+    return traced()
+
+
+def _level() -> int:
+    level = current_level()
+    return -1 if level is None else level
+
+
+class Replaced(TorchFunctionMode):
+    """Put other tensors in the place of some, also where a transform inside of the function has wrapped these.
+
+    Args:
+        originals: Which.
+        values: By what.
+    """
+
+    def __init__(self, originals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._originals = list(originals)  # so that their ids stay theirs
+        self._table = dict(zip(map(id, originals), values, strict=True))
+        self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._table:
+            args, kwargs = map_tensors(self.value, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """Return what stands in the place of a tensor."""
+        if id(tensor) in self._table:
+            return self._table[id(tensor)]
+        if not is_wrapped(tensor):
+            return tensor
+        if id(tensor) in self._wrapped:
+            return self._wrapped[id(tensor)][1]
+        inner = get_unwrapped(tensor)
+        value = self.value(inner)
+        if value is inner:
+            return tensor
+        level = level_of(tensor)
+        if is_batched(tensor):
+            again = add_batch_dim(value, get_batch_dim(tensor), level)
+        else:
+            again = wrap_for_grad(value, level)
+        self._wrapped[id(tensor)] = tensor, again
+        return again
+
+
+def autocast_as_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Return what enters the autocast that is on now."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)

@@ -1,0 +1,84 @@
+"""`scan` and `fori_loop`: loops over the elements of tensors that carry something along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch._transforms import traced
+from luxtorch.core import map_tensors, tensors
+from luxtorch.core._tree import tree_map
+
+from ._scanned import bind_scan
+from ._trees import (
+    Lifted,
+    Packed,
+    as_passed,
+    check_carry,
+    check_function,
+    check_number,
+    check_results,
+    length_of,
+    pair_of,
+)
+
+Tree = Any
+_BODY = "The function of a scan"
+
+
+def scan(
+    f: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    init: Tree,
+    xs: Tree = None,
+    length: int | None = None,
+    *,
+    reverse: bool = False,
+    unroll: int = 1,
+    checkpoint: bool | int = False,
+) -> tuple[Tree, Tree]:
+    check_function("f", f)
+    check_number("unroll", unroll, 1)
+    n = length_of(xs, length)
+    init, xs = as_passed(init), as_passed(xs)
+    if torch.compiler.is_compiling():
+        return _loop(f, init, xs, n, reverse)
+    if not traced() or (isinstance(n, int) and n == 0):
+        return _loop(f, init, xs, n, reverse)
+    return _staged(f, init, xs, n, reverse)
+
+
+def _loop(f: Any, init: Tree, xs: Tree, n: int, reverse: bool) -> tuple[Tree, Tree]:
+    """Run a scan as a loop of Python."""
+    if n == 0:
+        _, y = pair_of(f(init, map_tensors(lambda x: x.new_zeros(x.shape[1:]), xs)), _BODY)
+        return init, map_tensors(lambda tensor: tensor[None][:0], y)
+    sequences = Packed(xs)
+    rows = [tensor.unbind(0) for tensor in sequences.tensors]
+    carry, ys = init, []
+    for i in range(n - 1, -1, -1) if reverse else range(n):
+        after, y = pair_of(f(carry, sequences.tree([row[i] for row in rows])), _BODY)
+        check_carry(carry, after)
+        check_results(y)
+        carry = after
+        ys.append(y)
+    if reverse:
+        ys.reverse()
+    return carry, tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), ys[0], *ys[1:])
+
+
+def _staged(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, Tree]:
+    """Run a scan as one operator, whose body is traced once."""
+    first = map_tensors(lambda x: x.new_empty(x.shape[1:]), xs)
+    body = Lifted(f, (init, first))
+    carry, y = pair_of(body.result, _BODY)
+    check_carry(init, carry)
+    check_results(y)
+    start, sequences, results = Packed(init), Packed(xs), Packed(y)
+    flat = [*start.tensors, *sequences.tensors, *body.closed]
+    last, ys = bind_scan(
+        body.flat(lambda result: result), len(start.tensors), len(sequences.tensors), n, reverse, flat
+    )
+    return start.tree(last), results.tree(ys)
