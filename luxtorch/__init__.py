@@ -14,6 +14,7 @@ from . import core as core
 from . import device as device
 from . import init as init
 from . import layers as layers
+from . import loops as loops
 from . import losses as losses
 from . import random as random
 from .autodiff import HesVec as HesVec
@@ -144,6 +145,12 @@ from .layers import init_fn as init_fn
 from .layers import intermediate_gradients as intermediate_gradients
 from .layers import non_trainable as non_trainable
 from .layers import scaled_dot_product_attention as scaled_dot_product_attention
+from .loops import cond as cond
+from .loops import fori_loop as fori_loop
+from .loops import map as map
+from .loops import scan as scan
+from .loops import switch as switch
+from .loops import while_loop as while_loop
 from .losses import Aggregation as Aggregation
 from .losses import BinaryCrossEntropyLoss as BinaryCrossEntropyLoss
 from .losses import BinaryFocalLoss as BinaryFocalLoss

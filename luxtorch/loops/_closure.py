@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -22,12 +25,17 @@ from luxtorch._torch import (
     level_of,
     wrap_for_grad,
 )
-from luxtorch._transforms import unwrapped
+from luxtorch._transforms import traced, unwrapped
 from luxtorch.core import map_tensors, tensors
+from luxtorch.core._tree import is_node, tree_leaves, tree_map
 from luxtorch.jit._bodies import Body, traced_body
 from luxtorch.jit._purity import TracingError
 from luxtorch.jit._where import user_line
 from luxtorch.jit._writes import tensors_in, written
+
+
+# How many bodies are being traced, one inside of the other: the modes below are for the tensors of one of them.
+_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 
 
 class Flat:
@@ -46,7 +54,11 @@ class Flat:
         """Return the body for arguments of these shapes, dtypes and devices, and its constants."""
         key = tuple((tuple(map(_fixed, one.shape)), one.dtype, one.device) for one in like)
         if key not in self._traced:
-            self._traced[key] = traced_body(self.call, like)
+            token = _DEPTH.set(_DEPTH.get() + 1)
+            try:
+                self._traced[key] = traced_body(self.call, like)
+            finally:
+                _DEPTH.reset(token)
         return self._traced[key]
 
 
@@ -87,14 +99,79 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
 def replaced(f: Callable[..., Any], originals: Sequence[Tensor], values: Sequence[Tensor], args: Any) -> Any:
     """Call a function with other tensors for those that it closes over."""
     with Replaced(originals, values) as mode:
-        result = f(*args)
+        # What is in variables is replaced before, since transforms that are called with it directly ask no mode.
+        result = rebound(f, dict(zip(map(id, originals), values, strict=True)))(*args)
     return map_tensors(mode.value, result)
+
+
+def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any:
+    """Return a function with other tensors in the variables that it closes over, and in its defaults.
+
+    Args:
+        f: The function.
+        table: The new tensors, by the ids of the old ones.
+        always: Whether variables with one of these get cells of their own even if nothing changes.
+    """
+    known: dict[int, Any] = {}
+
+    def change(value: Any) -> Any:
+        if isinstance(value, (FunctionType, partial)):
+            return function(value)
+        if isinstance(value, Tensor):
+            return table.get(id(value), value)
+        return value
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, (FunctionType, partial, Tensor)):
+            return change(value)
+        if not isinstance(value, (dict, list, tuple)) and not is_node(value):
+            return value
+        new = tree_map(change, value)
+        same = all(one is other for one, other in zip(tree_leaves(value), tree_leaves(new), strict=True))
+        return value if same else new
+
+    def affected(value: Any, new: Any) -> bool:
+        return new is not value or (always and any(id(one) in table for one in tensors(value)))
+
+    def function(f: Any) -> Any:
+        if id(f) in known:
+            return known[id(f)]
+        known[id(f)] = f
+        if isinstance(f, partial):
+            inner, args, kwargs = function(f.func), tree(f.args), tree(f.keywords)
+            if inner is not f.func or args is not f.args or kwargs is not f.keywords:
+                known[id(f)] = partial(inner, *args, **kwargs)
+            return known[id(f)]
+        if not isinstance(f, FunctionType):
+            return f
+        cells, changed = [], False
+        for cell in f.__closure__ or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not yet assigned
+                cells.append(cell)
+                continue
+            new = tree(value)
+            if affected(value, new):
+                changed = True
+                cells.append(CellType(new))
+            else:
+                cells.append(cell)
+        defaults, named = tree(f.__defaults__), tree(f.__kwdefaults__)
+        if changed or defaults is not f.__defaults__ or named is not f.__kwdefaults__:
+            new = FunctionType(f.__code__, f.__globals__, f.__name__, defaults, tuple(cells))
+            new.__kwdefaults__ = named
+            new.__dict__.update(f.__dict__)
+            known[id(f)] = new
+        return known[id(f)]
+
+    return function(f) if table else f
 
 
 def current(tensor: Tensor) -> Tensor:
     """Return what stands for a tensor, inside of bodies that close over it."""
     for mode in reversed(function_modes()):
-        if isinstance(mode, Replaced):
+        if isinstance(mode, Replaced) and mode.depth == _DEPTH.get():
             tensor = mode.value(tensor)
     return tensor
 
@@ -147,17 +224,19 @@ class _Finder(TorchFunctionMode):
         super().__init__()
         self._made = made
         self._level = _level()
+        self._depth = _DEPTH.get()
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors((args, kwargs)):
-            self.look(tensor)
+        if self._depth == _DEPTH.get():
+            for tensor in tensors((args, kwargs)):
+                self.look(tensor)
         return func(*args, **(kwargs or {}))
 
     def look(self, tensor: Tensor) -> None:
         """Note a tensor if it is closed over."""
         here = current(tensor)
-        if here in self._made or (here is tensor and _is_constant(tensor)):
+        if here in self._made or (here is tensor and is_constant(tensor)):
             return
         while is_wrapped(here) and level_of(here) > self._level:
             here = get_unwrapped(here)
@@ -166,18 +245,12 @@ class _Finder(TorchFunctionMode):
         self.found.setdefault(id(tensor), (tensor, here))
 
 
-def _is_constant(tensor: Tensor) -> bool:
+def is_constant(tensor: Tensor) -> bool:
     """Tell whether a tensor is closed over by all that is traced: it has numbers, and stays as it is."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return not is_wrapped(tensor) and not isinstance(tensor, (FakeTensor, FunctionalTensor)) and _staged()
-
-
-def _staged() -> bool:
-    from luxtorch._transforms import traced
-
-    return traced()
+    return not is_wrapped(tensor) and not isinstance(tensor, (FakeTensor, FunctionalTensor)) and traced()
 
 
 def _level() -> int:
@@ -198,9 +271,10 @@ class Replaced(TorchFunctionMode):
         self._originals = list(originals)  # so that their ids stay theirs
         self._table = dict(zip(map(id, originals), values, strict=True))
         self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}
+        self.depth = _DEPTH.get()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._table:
+        if self._table and self.depth == _DEPTH.get():
             args, kwargs = map_tensors(self.value, (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

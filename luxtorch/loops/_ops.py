@@ -70,35 +70,54 @@ def _(
 
 
 @torch.library.custom_op("luxtorch::while_loop", mutates_args=())
-def while_loop(condition: str, body: str, carries: int, flat: list[Tensor]) -> list[Tensor]:
-    """Run a loop while a condition holds; both bodies take the carry, and what stays the same."""
+def while_loop(condition: str, body: str, carries: int, own: list[int], flat: list[Tensor]) -> list[Tensor]:
+    """Run a loop while a condition holds.
+
+    Args:
+        condition: Takes the carry, and what stays the same, to a boolean.
+        body: Takes these to the next carry.
+        carries: How many tensors are the carry.
+        own: How many of the last tensors only the condition takes, and how many only the body.
+        flat: The carry, and what stays the same.
+
+    Returns:
+        The last carry.
+    """
     test, step = body_named(condition).program, body_named(body).program
     flat = [tensor.contiguous() for tensor in flat]
-    carry, constants = flat[:carries], flat[carries:]
+    carry, (of_test, of_step) = flat[:carries], _shares(flat[carries:], own)
     with _threads(body_named(body)):
-        while test([*carry, *constants])[0].item():
-            carry = list(step([*carry, *constants]))
+        while test([*carry, *of_test])[0].item():
+            carry = list(step([*carry, *of_step]))
     return _own(carry, flat)
 
 
 @while_loop.register_fake
-def _(condition: str, body: str, carries: int, flat: list[Tensor]) -> list[Tensor]:
+def _(condition: str, body: str, carries: int, own: list[int], flat: list[Tensor]) -> list[Tensor]:
     _kept(condition)
     return [_new(flat, one) for one in _kept(body).outputs]
 
 
 @torch.library.custom_op("luxtorch::switch", mutates_args=())
-def switch(bodies: str, index: Tensor, flat: list[Tensor]) -> list[Tensor]:
-    """Run one of some bodies, whose names have spaces between; all take the same, and return some of the same shapes."""
+def switch(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> list[Tensor]:
+    """Run one of some bodies, which return tensors of the same shapes.
+
+    Args:
+        bodies: Their names, with spaces between.
+        own: How many of the last tensors only each of them takes.
+        index: Which is run, a number; the first or last where it is too small or too large.
+        flat: What they take.
+    """
     names = bodies.split()
-    chosen = body_named(names[min(max(int(index.item()), 0), len(names) - 1)])
+    at = min(max(int(index.item()), 0), len(names) - 1)
+    chosen = body_named(names[at])
     flat = [tensor.contiguous() for tensor in flat]
     with _threads(chosen):
-        return _own(list(chosen.program(list(flat))), flat)
+        return _own(list(chosen.program(list(_shares(flat, own)[at]))), flat)
 
 
 @switch.register_fake
-def _(bodies: str, index: Tensor, flat: list[Tensor]) -> list[Tensor]:
+def _(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> list[Tensor]:
     first, *_ = [_kept(body) for body in bodies.split()]
     return [index.new_empty(one.shape, dtype=one.dtype, device=one.device) for one in first.outputs]
 
@@ -106,6 +125,16 @@ def _(bodies: str, index: Tensor, flat: list[Tensor]) -> list[Tensor]:
 CALLERS[torch.ops.luxtorch.scan.default] = (0,)
 CALLERS[torch.ops.luxtorch.while_loop.default] = (0, 1)
 CALLERS[torch.ops.luxtorch.switch.default] = (0,)
+
+
+def _shares(flat: list[Tensor], own: list[int]) -> list[list[Tensor]]:
+    """Return what each of several bodies takes: what all take, and its own."""
+    at = len(flat) - sum(own)
+    common, shares = flat[:at], []
+    for number in own:
+        shares.append([*common, *flat[at : at + number]])
+        at += number
+    return shares
 
 
 @contextlib.contextmanager

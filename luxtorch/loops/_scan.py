@@ -26,6 +26,7 @@ from ._trees import (
 )
 
 Tree = Any
+_Runner = Callable[..., tuple[Tree, Tree]]
 _BODY = "The function of a scan"
 
 
@@ -41,13 +42,45 @@ def scan(
 ) -> tuple[Tree, Tree]:
     check_function("f", f)
     check_number("unroll", unroll, 1)
+    if not isinstance(checkpoint, bool):
+        check_number("checkpoint", checkpoint, 1)
     n = length_of(xs, length)
     init, xs = as_passed(init), as_passed(xs)
     if torch.compiler.is_compiling():
         return _loop(f, init, xs, n, reverse)
-    if not traced() or (isinstance(n, int) and n == 0):
+    staged = traced()
+    if (not staged and not checkpoint) or (isinstance(n, int) and n == 0):
         return _loop(f, init, xs, n, reverse)
-    return _staged(f, init, xs, n, reverse)
+    known = isinstance(n, int)
+    if unroll > 1 and staged and known:
+        return _in_groups(f, init, xs, n, reverse, unroll, _loop, _operator)
+    if checkpoint > 1 and known:
+        return _in_groups(f, init, xs, n, reverse, int(checkpoint), _operator, _operator)
+    return _operator(f, init, xs, n, reverse)
+
+
+def _in_groups(
+    f: Any, init: Tree, xs: Tree, n: int, reverse: bool, size: int, inner: _Runner, outer: _Runner
+) -> tuple[Tree, Tree]:
+    """Run a scan of groups of steps."""
+    number, rest = divmod(n, size)
+    carry, found = init, []
+    for part in ("rest", "groups") if reverse else ("groups", "rest"):
+        if part == "rest" and rest:
+            last = map_tensors(lambda x: x[number * size :], xs)
+            carry, ys = inner(f, carry, last, rest, reverse)
+            found.append(ys)
+        elif part == "groups" and number:
+            groups = map_tensors(lambda x: x[: number * size].reshape(number, size, *x.shape[1:]), xs)
+            carry, ys = outer(lambda c, x: inner(f, c, x, size, reverse), carry, groups, number, reverse)
+            found.append(map_tensors(lambda y: y.flatten(0, 1), ys))
+    if reverse:
+        found.reverse()
+    return carry, found[0] if len(found) == 1 else tree_map(_joined, *found)
+
+
+def _joined(*ys: Tensor | None) -> Tensor | None:
+    return torch.cat([y for y in ys if y is not None]) if ys[0] is not None else None
 
 
 def _loop(f: Any, init: Tree, xs: Tree, n: int, reverse: bool) -> tuple[Tree, Tree]:
@@ -69,9 +102,9 @@ def _loop(f: Any, init: Tree, xs: Tree, n: int, reverse: bool) -> tuple[Tree, Tr
     return carry, tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), ys[0], *ys[1:])
 
 
-def _staged(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, Tree]:
+def _operator(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, Tree]:
     """Run a scan as one operator, whose body is traced once."""
-    first = map_tensors(lambda x: x.new_empty(x.shape[1:]), xs)
+    first = map_tensors(lambda x: x[0], xs)
     body = Lifted(f, (init, first))
     carry, y = pair_of(body.result, _BODY)
     check_carry(init, carry)
@@ -79,6 +112,6 @@ def _staged(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, 
     start, sequences, results = Packed(init), Packed(xs), Packed(y)
     flat = [*start.tensors, *sequences.tensors, *body.closed]
     last, ys = bind_scan(
-        body.flat(lambda result: result), len(start.tensors), len(sequences.tensors), n, reverse, flat
+        body.flat(), len(start.tensors), len(sequences.tensors), n, reverse, flat
     )
     return start.tree(last), results.tree(ys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from luxtorch.core import DTypeError, InputError, described, map_tensors, out_of_range, wrong_type
 from luxtorch.core._tree import TreeSpec, named_leaves, tree_flatten, tree_structure, tree_unflatten
 
-from ._closure import Flat, autocast_as_now, current, explored, replaced
+from ._closure import Flat, autocast_as_now, current, explored, rebound, replaced
 
 
 class Packed:
@@ -25,6 +26,12 @@ class Packed:
         leaves, self.spec = tree_flatten(tree)
         self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+
+    def without_tensors(self) -> Packed:
+        """Return the same without its tensors, which then can be freed."""
+        other = copy(self)
+        other.tensors = []
+        return other
 
     def tree(self, tensors: Sequence[Tensor]) -> Any:
         """Return the tree with other tensors."""
@@ -180,33 +187,35 @@ class Lifted:
 
     Attributes:
         result: What it returned for these; the shapes count.
-        closed: The tensors that it closes over, as they are to be passed.
+        originals: The tensors that it closes over.
+        closed: What is to be passed for them.
     """
 
     def __init__(self, f: Callable[..., Any], args: Sequence[Any]) -> None:
-        self._f = f
-        self.arguments = Packed(tuple(args))
+        self._arguments = Packed(tuple(args))
         self.result, pairs = explored(f, *args)
         self.originals = [original for original, _ in pairs]
         self.closed = [here for _, here in pairs]
-        tensors = [*self.arguments.tensors, *self.closed]
+        # A copy with cells of its own: what its variables are later must not matter.
+        self._f = rebound(f, {id(one): one for one in self.originals}, always=True)
+        tensors = [*self._arguments.tensors, *self.closed]
         self._autocast = autocast_as_now(tensors[0].device if tensors else torch.device("cpu"))
 
-    def flat(self, check: Callable[[Any], Any], closed: Sequence[Tensor] | None = None) -> Flat:
+    def flat(self, closed: Sequence[Tensor] | None = None) -> Flat:
         """Return the body as a function of flat tensors.
 
         Args:
-            check: Takes what the body returns to the tree whose tensors are the outputs.
             closed: The tensors that it closes over, in the order in which they are passed; those of the body if None.
         """
-        originals = self.originals if closed is None else closed
-        number = len(self.arguments.tensors)
+        # What it holds must have no part in what is computed of its results: that would never be freed.
+        f, originals, autocast = self._f, self.originals if closed is None else closed, self._autocast
+        number, tree = len(self._arguments.tensors), self._arguments.without_tensors()
 
         def call(*flat: Tensor) -> list[Tensor]:
-            args = self.arguments.tree(flat[:number])
-            with self._autocast():
-                result = replaced(self._f, originals, flat[number:], args)
-            return Packed(check(result)).tensors
+            args = tree.tree(flat[:number])
+            with autocast():
+                result = replaced(f, originals, flat[number:], args)
+            return Packed(result).tensors
 
         return Flat(call)
 
