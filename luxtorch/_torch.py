@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.overrides import _get_current_function_mode_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,6 +66,10 @@ autocast_disabled = torch._C._DisableAutocast
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 current_autograd_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+
+# Operators of torch.compile for loops.
+torch_scan = scan
+torch_while_loop = while_loop
 
 # Memory.
 storage_users = torch._C._storage_Use_Count

@@ -171,14 +171,13 @@ def traced_body(function: Callable[..., Sequence[Tensor]], like: Sequence[Tensor
             return known.outputs([tensor.contiguous() for tensor in function(*tensors)])
 
     with _disable_current_modes(), torch.no_grad(), keeping(inner):
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in like]
         graph = record(contiguous, fakes, {})
-    constants = _lifted(graph)
-    outputs: Any = graph.graph.output_node().args[0]
-    if fakes and (mode := fakes[0].fake_mode):  # type: ignore[attr-defined]
+        constants = _lifted(graph)
         with mode:
             fakes += [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in constants]
+    outputs: Any = graph.graph.output_node().args[0]
     return body_of(graph, fakes, [node.meta["val"] for node in outputs], inner), constants
 
 

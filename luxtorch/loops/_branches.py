@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch._transforms import traced, vmap_levels
+from luxtorch._transforms import traced, transform_level, vmap_levels
 from luxtorch.core import DTypeError, InputError, described, out_of_range, wrong_type
 from luxtorch.core._tree import named_leaves
 
+from . import _compiler
 from ._closure import current, is_constant
 from ._primitive import bind
 from ._switched import Switch, selected
@@ -54,7 +55,7 @@ def check_condition(name: str, value: Any) -> None:
 
 def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
     if torch.compiler.is_compiling():
-        return _compiled(index, branches, names, operands)
+        return _compiled(index.to(torch.int64), branches, operands)
     index = current(index)
     if not vmap_levels(index) and (not traced() or is_constant(index)):
         return branches[min(max(int(index), 0), len(branches) - 1)](*operands)
@@ -73,8 +74,17 @@ def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operan
     return Packed(bodies[0].result).tree(bind(Switch(steps), flat))
 
 
-def _compiled(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
-    """Branch inside of torch.compile."""
+def _compiled(index: Tensor, branches: Sequence[Any], operands: tuple[Tree, ...]) -> Tree:
+    """Branch inside of torch.compile: by torch's own operator, or else run all branches and select."""
+    first, *others = branches
+    if len(branches) == 1:
+        return first(*operands)
+    if not transform_level():
+
+        def rest(*operands: Tree) -> Tree:
+            return _compiled(index - 1, others, operands) if len(others) > 1 else others[0](*operands)
+
+        return _compiler.cond(index <= 0, first, rest, operands)
     results = [Packed(branch(*operands)) for branch in branches]
     return results[0].tree(selected(index, [one.tensors for one in results]))
 

@@ -12,6 +12,7 @@ from luxtorch._transforms import traced
 from luxtorch.core import map_tensors, tensors
 from luxtorch.core._tree import tree_map
 
+from . import _compiler
 from ._scanned import bind_scan
 from ._trees import (
     Lifted,
@@ -40,14 +41,16 @@ def scan(
     unroll: int = 1,
     checkpoint: bool | int = False,
 ) -> tuple[Tree, Tree]:
+    if torch.compiler.is_compiling():
+        n = length if length is not None else tensors(xs)[0].shape[0]
+        found = _compiler.scan(f, init, xs, n, reverse)
+        return _loop(f, init, xs, n, reverse) if found is None else found
     check_function("f", f)
     check_number("unroll", unroll, 1)
     if not isinstance(checkpoint, bool):
         check_number("checkpoint", checkpoint, 1)
     n = length_of(xs, length)
     init, xs = as_passed(init), as_passed(xs)
-    if torch.compiler.is_compiling():
-        return _loop(f, init, xs, n, reverse)
     staged = traced()
     if (not staged and not checkpoint) or (isinstance(n, int) and n == 0):
         return _loop(f, init, xs, n, reverse)

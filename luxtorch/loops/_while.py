@@ -12,6 +12,7 @@ from torch import Tensor
 from luxtorch._transforms import traced, unwrapped, vmap_levels
 from luxtorch.core import tensors, wrong_type
 
+from . import _compiler
 from ._branches import check_condition, cond
 from ._primitive import bind
 from ._scan import scan
@@ -28,9 +29,9 @@ def while_loop(
     check_function("body", body)
     if max_steps is not None:
         check_number("max_steps", max_steps, 0)
-    init = as_passed(init)
     if torch.compiler.is_compiling():
-        return _compiled(cond, body, init, max_steps)
+        return _compiler.while_loop(cond, body, init) if max_steps is None else _limited(cond, body, init, max_steps)
+    init = as_passed(init)
     if not traced():
         return _loop(cond, body, init, max_steps)
     if max_steps is not None:
@@ -88,16 +89,17 @@ def _limited(condition: Any, body: Any, init: Tree, max_steps: int) -> Tree:
             check_carry(carry, after)
             return after
 
-        return (active, cond(active, checked, lambda carry: carry, carry)), None
+        if torch.compiler.is_compiling():  # torch's scan has no derivative where a branch is in it
+            after = checked(carry)
+            after = Packed(after).tree(selected(active, [Packed(carry).tensors, Packed(after).tensors]))
+        else:
+            after = cond(active, checked, lambda carry: carry, carry)
+        return (active, after), None
 
     given = tensors(init)
     start = torch.ones((), dtype=torch.bool, device=given[0].device if given else None)
     (_, carry), _ = scan(step, (start, init), None, max_steps, checkpoint=max(isqrt(max_steps), 1))
     return carry
-
-
-def _compiled(condition: Any, body: Any, init: Tree, max_steps: int | None) -> Tree:
-    raise NotImplementedError
 
 
 def fori_loop(lower: Any, upper: Any, body: Callable[[Tensor, Tree], Tree], init: Tree) -> Tree:
