@@ -7,7 +7,8 @@ Other modules take them from here. Those that live by the insides of one part of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +51,17 @@ all_transforms = torch._C._functorch.get_interpreter_stack
 def forward_level() -> int:
     """Return the level of forward-mode differentiation; -1 outside of it."""
     return forward_ad._current_level
+
+
+@contextmanager
+def no_tangents() -> Iterator[None]:
+    """Let forward-mode differentiation pause."""
+    before = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_fwd_grad_enabled(before)
 
 
 # Modes that see every operator.

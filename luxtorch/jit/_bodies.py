@@ -94,6 +94,17 @@ def keeping(kept: list[Any]) -> Iterator[None]:
         _KEEPERS.reset(token)
 
 
+def hold(operator: Any, bodies: Sequence[Body]) -> None:
+    """Let bodies live as long as the graph in which an operator that calls them was recorded just now."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    nodes = reversed(mode.tracer.graph.nodes) if mode is not None else ()
+    node = next((node for node in nodes if node.target is operator), None)
+    if node is not None:
+        node.meta["luxtorch_bodies"] = tuple(bodies)
+
+
 def body_named(name: str) -> Body:
     """Return the body of a name.
 
@@ -104,7 +115,7 @@ def body_named(name: str) -> Body:
     if body is None:
         raise LuxtorchError(
             "The body of a loop or branch is gone: a graph lives on that was traced with it.",
-            fix="Keep the module that torch's make_fx returned, or trace by lt.jit or torch.compile.",
+            fix="Keep what was traced first, or trace by lt.jit.",
         )
     return body
 
@@ -132,7 +143,9 @@ def with_bodies(graph: fx.GraphModule, change: Callable[[Body], Body]) -> list[B
     return list(found.values())
 
 
-def compiled_body(body: Body, compile_body: Callable[[Body], tuple[Program, bool]], settings: Mapping[str, Any]) -> Body:
+def compiled_body(
+    body: Body, compile_body: Callable[[Body], tuple[Program, bool]], settings: Mapping[str, Any]
+) -> Body:
     """Return a body that is run by a compiled program."""
     name = f"{body.name}-{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]}"
 

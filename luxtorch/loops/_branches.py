@@ -22,6 +22,41 @@ Tree = Any
 
 
 def cond(pred: bool | Tensor, true: Callable[..., Tree], false: Callable[..., Tree], *operands: Tree) -> Tree:
+    """Return what one of two functions returns, by the value of a boolean.
+
+    In eager code it is an `if`. Inside of `lt.jit` both are traced, and one is run at each call. In a batch of
+    predicates, under vmap, both are run and the results selected, so a derivative that is not finite in the one that is
+    not chosen makes that of both not finite.
+
+    Args:
+        pred: A bool, or a boolean tensor without dimensions.
+        true: Called with the operands if it is true. It may close over what it likes.
+        false: Called with the operands if it is false; it returns a tree of the same structure, shapes and dtypes.
+        operands: Any trees.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        DTypeError: If the predicate is no boolean scalar, or if both return other dtypes, where both are run or traced.
+        InputError: If both return other structures or shapes there.
+        TracingError: If a function writes into what it closes over, inside of `lt.jit`.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> halve = lambda x: lt.cond(x.sum() > 10, lambda x: x / 2, lambda x: x, x)
+        >>> lt.jit(halve, backend="replay")(torch.tensor([8.0, 4.0]))
+        tensor([4., 2.])
+        >>> torch.vmap(halve)(torch.tensor([[8.0, 4.0], [1.0, 2.0]]))
+        tensor([[4., 2.],
+                [1., 2.]])
+
+    Source: `jax.lax.cond`; `torch.cond`.
+    """
+    if torch.compiler.is_compiling():
+        if not isinstance(pred, Tensor):
+            return true(*operands) if pred else false(*operands)
+        return _compiled(pred.logical_not().to(torch.int64), (true, false), operands)
     check_function("true", true)
     check_function("false", false)
     if isinstance(pred, (bool, torch.SymBool)):
@@ -31,7 +66,34 @@ def cond(pred: bool | Tensor, true: Callable[..., Tree], false: Callable[..., Tr
 
 
 def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operands: Tree) -> Tree:
-    if isinstance(branches, Callable) or not branches:  # type: ignore[arg-type]
+    """Return what one of several functions returns, by a number.
+
+    It is `cond` for more than two: see there for what is run.
+
+    Args:
+        index: The number of the function, an int or a tensor of one; the first or the last if it is too small or large.
+        branches: The functions. They may close over what they like.
+        operands: What they are called with, any trees.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        DTypeError: If the index is no whole number, or if the functions return other dtypes, where all are run or traced.
+        InputError: If there is no function, or if they return other structures or shapes there.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.switch(torch.tensor(1), [torch.sin, torch.neg, torch.exp], torch.ones(2))
+        tensor([-1., -1.])
+
+    Source: `jax.lax.switch`.
+    """
+    if torch.compiler.is_compiling():
+        if not isinstance(index, Tensor):
+            return branches[min(max(index, 0), len(branches) - 1)](*operands)
+        return _compiled(index.to(torch.int64), branches, operands)
+    if callable(branches) or not branches:
         raise out_of_range("branches", branches, "a sequence of functions, at least one")
     for place, branch in enumerate(branches):
         check_function(f"branches[{place}]", branch)
@@ -54,8 +116,6 @@ def check_condition(name: str, value: Any) -> None:
 
 
 def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
-    if torch.compiler.is_compiling():
-        return _compiled(index.to(torch.int64), branches, operands)
     index = current(index)
     if not vmap_levels(index) and (not traced() or is_constant(index)):
         return branches[min(max(int(index), 0), len(branches) - 1)](*operands)

@@ -23,10 +23,11 @@ from luxtorch._torch import (
     is_batched,
     is_wrapped,
     level_of,
+    no_tangents,
     wrap_for_grad,
 )
 from luxtorch._transforms import traced, unwrapped
-from luxtorch.core import map_tensors, tensors
+from luxtorch.core import InputError, described, map_tensors, tensors
 from luxtorch.core._tree import is_node, tree_leaves, tree_map
 from luxtorch.jit._bodies import Body, traced_body
 from luxtorch.jit._purity import TracingError
@@ -83,12 +84,13 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    made = _Made()
-    with disable_proxy_modes_tracing(), made:
+    made, records = _Made(), torch.is_grad_enabled()
+    # Only shapes are asked for, so nothing is differentiated here.
+    with disable_proxy_modes_tracing(), made, torch.no_grad(), no_tangents():
         # An argument may be closed over as well, and these are different things.
         args = map_tensors(lambda tensor: tensor.view_as(tensor), args)
         arguments = {id(unwrapped(tensor)) for tensor in tensors(args)}
-        finder = _Finder(made)
+        finder = _Finder(made, records)
         with made.watching(arguments), finder:
             result = f(*args)
         for tensor in tensors(result):
@@ -220,9 +222,9 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Finder(TorchFunctionMode):
     """Find the tensors that a function uses, and that were not made inside of it."""
 
-    def __init__(self, made: _Made) -> None:
+    def __init__(self, made: _Made, records: bool) -> None:
         super().__init__()
-        self._made = made
+        self._made, self._records = made, records
         self._level = _level()
         self._depth = _DEPTH.get()
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -236,7 +238,16 @@ class _Finder(TorchFunctionMode):
     def look(self, tensor: Tensor) -> None:
         """Note a tensor if it is closed over."""
         here = current(tensor)
-        if here in self._made or (here is tensor and is_constant(tensor)):
+        if here in self._made:
+            return
+        if here is tensor and is_constant(tensor):
+            if self._records and tensor.requires_grad:
+                raise InputError(
+                    "The body of a loop or branch closes over a tensor that requires grad, which is a constant here.",
+                    got=described(tensor),
+                    fix="Pass it as an argument of the jitted function, or detach it.",
+                    where=user_line(),
+                )
             return
         while is_wrapped(here) and level_of(here) > self._level:
             here = get_unwrapped(here)
@@ -270,6 +281,7 @@ class Replaced(TorchFunctionMode):
         super().__init__()
         self._originals = list(originals)  # so that their ids stay theirs
         self._table = dict(zip(map(id, originals), values, strict=True))
+        self._values = set(map(id, values))  # which may be the originals in a wrapper
         self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}
         self.depth = _DEPTH.get()
 
@@ -282,7 +294,7 @@ class Replaced(TorchFunctionMode):
         """Return what stands in the place of a tensor."""
         if id(tensor) in self._table:
             return self._table[id(tensor)]
-        if not is_wrapped(tensor):
+        if not is_wrapped(tensor) or id(tensor) in self._values:
             return tensor
         if id(tensor) in self._wrapped:
             return self._wrapped[id(tensor)][1]

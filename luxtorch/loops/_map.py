@@ -18,6 +18,28 @@ Tree = Any
 
 
 def map(f: Callable[[Tree], Tree], xs: Tree, *, batch_size: int | None = None) -> Tree:
+    """Apply a function to each element of a sequence, one after another.
+
+    The result is that of vmap, with the memory of one call, or of one batch. It is a `scan` that carries nothing.
+
+    Args:
+        f: Takes one element to a tree of tensors.
+        xs: The tensors of this tree are sequences along their first dimension.
+        batch_size: How many elements are computed at once, by vmap; the last batch may be smaller.
+
+    Returns:
+        The results, stacked.
+
+    Raises:
+        InputError: If the sequences differ in length, or there is none. And what `scan` raises.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.map(lambda x: x.sum(), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), batch_size=2)
+        tensor([ 3.,  7., 11.])
+
+    Source: `jax.lax.map`.
+    """
     check_function("f", f)
     n = length_of(xs, None)
     if batch_size is None or batch_size == 1:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from luxtorch._torch import storage_id
-from luxtorch.jit._bodies import CALLERS, Body, body_named, keep
+from luxtorch.jit._bodies import CALLERS, Body, body_named, hold, keep
 
 Step = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -120,6 +121,20 @@ def switch(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> li
 def _(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> list[Tensor]:
     first, *_ = [_kept(body) for body in bodies.split()]
     return [index.new_empty(one.shape, dtype=one.dtype, device=one.device) for one in first.outputs]
+
+
+_DEFAULTS = {
+    scan: torch.ops.luxtorch.scan.default,
+    while_loop: torch.ops.luxtorch.while_loop.default,
+    switch: torch.ops.luxtorch.switch.default,
+}
+
+
+def called(operator: Callable[..., list[Tensor]], bodies: Sequence[Body], *args: Any) -> list[Tensor]:
+    """Call an operator, and let its bodies live as long as the graph that the call is recorded in."""
+    outputs = operator(*args)
+    hold(_DEFAULTS[operator], bodies)
+    return list(outputs)
 
 
 CALLERS[torch.ops.luxtorch.scan.default] = (0,)

@@ -41,6 +41,54 @@ def scan(
     unroll: int = 1,
     checkpoint: bool | int = False,
 ) -> tuple[Tree, Tree]:
+    """Carry something along a sequence, and stack what each step returns.
+
+    It is the loop below, with trees for tensors, and `f` may close over what it likes: parameters, states, keys.
+
+    ```python
+    carry, ys = init, []
+    for x in xs:
+        carry, y = f(carry, x)
+        ys.append(y)
+    return carry, torch.stack(ys)
+    ```
+
+    In eager code it is this loop: prints, breakpoints and the tape work as ever. Inside of `lt.jit` it is one operator,
+    whose body is traced and compiled once, however long the sequence is; so are its derivatives by reverse and forward
+    mode, and its batches. Reverse mode saves the carry before each step, and computes the step again from there. Inside
+    of torch.compile and torch.export it is torch's own `scan`; that has no rules for the transforms of torch.func, nor
+    derivatives with integers in the carry, so there the loop unrolls.
+
+    Args:
+        f: Takes the carry and the elements of one step to the next carry, of the same structure, shapes and dtypes, and
+            to the result of the step, tensors or None. Called with tensors that have no numbers inside of `lt.jit`.
+        init: The first carry.
+        xs: The tensors of this tree are scanned along their first dimension; other leaves are passed to each step.
+        length: How many steps; needed if there is no tensor in `xs`.
+        reverse: Whether to begin with the last element. The results stay in the order of the elements.
+        unroll: How many steps are one body of the operator: a larger body to compile, less to do between steps.
+        checkpoint: Less memory for reverse mode: by True, nothing but the carries is saved; by a number k, only each
+            k-th of them, and those in between are computed once more. Where this is False, eager code saves all.
+
+    Returns:
+        The last carry, and the results of all steps, stacked.
+
+    Raises:
+        InputError: If the carry changes its structure or shape, if sequences differ in length, or if there is no length.
+        DTypeError: If the carry changes its dtype, or if what changes in it is no tensor; if a result is no tensor.
+        TracingError: If the function writes into what it closes over, inside of `lt.jit`.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> total, sums = lt.scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.tensor([1, 2, 3]))
+        >>> total, sums
+        (tensor(6), tensor([1, 3, 6]))
+        >>> decay = lambda w: lt.scan(lambda c, _: (c * w, None), torch.ones(()), length=3)[0]
+        >>> lt.jit(torch.func.grad(decay), backend="replay")(torch.tensor(2.0))
+        tensor(12.)
+
+    Source: `jax.lax.scan`.
+    """
     if torch.compiler.is_compiling():
         n = length if length is not None else tensors(xs)[0].shape[0]
         found = _compiler.scan(f, init, xs, n, reverse)
@@ -114,7 +162,5 @@ def _operator(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree
     check_results(y)
     start, sequences, results = Packed(init), Packed(xs), Packed(y)
     flat = [*start.tensors, *sequences.tensors, *body.closed]
-    last, ys = bind_scan(
-        body.flat(), len(start.tensors), len(sequences.tensors), n, reverse, flat
-    )
+    last, ys = bind_scan(body.flat(), len(start.tensors), len(sequences.tensors), n, reverse, flat)
     return start.tree(last), results.tree(ys)

@@ -56,7 +56,7 @@ class Scan(Operator):
         carry, xs, constants = parts(flat, self.carries, self.scanned)
         body, more = self.step.traced([*carry, *[x.new_empty(x.shape[1:]) for x in xs], *constants])
         numbers = self.carries, self.scanned, self.length, self.reverse, self.before
-        return list(_ops.scan(body.name, *numbers, [*flat, *more]))
+        return _ops.called(_ops.scan, [body], body.name, *numbers, [*flat, *more])
 
     def _run_now(self, flat: Sequence[Tensor]) -> list[Tensor]:
         """Run the body itself; without numbers to trace there is nothing to gain by a graph."""
@@ -87,13 +87,14 @@ class Scan(Operator):
         of_last = [s for s, one in zip(of_last, carry, strict=True) if is_smooth(one)]
         of_ys = [s for s, known in zip(of_ys, ys, strict=True) if known]
 
-        n_before, n_y = len(of_befores), len(of_ys)  # what is closed over must not be tensors: they would never be freed
+        n_before, n_y = (
+            len(of_befores),
+            len(of_ys),
+        )  # what is closed over must not be tensors: they would never be freed
 
         def back(*flat: Tensor) -> list[Tensor]:
             # The carry: slopes of the carry, and the sums of those of the constants so far.
-            of_carry, sums, c, x, of_before, of_y, k = parts(
-                flat, n_carry, n_constant, *numbers, n_before, n_y
-            )
+            of_carry, sums, c, x, of_before, of_y, k = parts(flat, n_carry, n_constant, *numbers, n_before, n_y)
             found = pulled(step, [*c, *x, *k], [*of_carry, *of_y])
             by_carry, by_x, by_constant = parts(found, n_carry, len(found) - n_carry - n_constant)
             if of_before:
@@ -132,9 +133,7 @@ class Scan(Operator):
             at = numbers[1]
             return [*outputs[:n], *tangents[:at], *outputs[n:], *tangents[at:]]
 
-        pushed_on = Scan(
-            Flat(dual), n + len(dcarry), len(xs) + len(dxs), self.length, self.reverse, before=self.before
-        )
+        pushed_on = Scan(Flat(dual), n + len(dcarry), len(xs) + len(dxs), self.length, self.reverse, before=self.before)
         outputs = bind(pushed_on, [*carry, *dcarry, *xs, *dxs, *constants, *dconstants])
         last, befores, ys = parts(outputs, pushed_on.carries, pushed_on.carries if self.before else 0)
         found = spread(last[n:], carry)

@@ -35,7 +35,8 @@ class Switch(Operator):
         found = [step.traced(inputs) for step in self.steps]
         names = " ".join(body.name for body, _ in found)
         more = [one for _, constants in found for one in constants]
-        return list(_ops.switch(names, [len(constants) for _, constants in found], index, [*inputs, *more]))
+        own = [len(constants) for _, constants in found]
+        return _ops.called(_ops.switch, [body for body, _ in found], names, own, index, [*inputs, *more])
 
     def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
         index, *rest = inputs
@@ -107,7 +108,8 @@ class While(Operator):
     def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
         (test, of_test), (step, of_step) = self.test.traced(flat), self.step.traced(flat)
         own = [len(of_test), len(of_step)]
-        return list(_ops.while_loop(test.name, step.name, self.carries, own, [*flat, *of_test, *of_step]))
+        rest = [*flat, *of_test, *of_step]
+        return _ops.called(_ops.while_loop, [test, step], test.name, step.name, self.carries, own, rest)
 
     def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
         raise InputError(

@@ -25,6 +25,44 @@ Tree = Any
 def while_loop(
     cond: Callable[[Tree], Tensor], body: Callable[[Tree], Tree], init: Tree, *, max_steps: int | None = None
 ) -> Tree:
+    """Repeat a function while a condition holds.
+
+    It is the loop below. Under vmap it runs until no entry of the batch goes on, and those that are done stay as they are.
+
+    ```python
+    carry = init
+    while cond(carry):
+        carry = body(carry)
+    return carry
+    ```
+
+    Inside of `lt.jit` it is one operator. Forward mode and vmap always work; reverse mode does in eager code, and with
+    `max_steps`, where memory grows with the square root of that number.
+
+    Args:
+        cond: Takes the carry to a boolean tensor without dimensions. It may close over what it likes.
+        body: Takes the carry to the next one, of the same structure, shapes and dtypes.
+        init: The first carry.
+        max_steps: After how many steps the loop ends at the latest, even if the condition still holds.
+
+    Returns:
+        The last carry.
+
+    Raises:
+        DTypeError: If the condition is no boolean scalar, or if the carry changes its dtype.
+        InputError: If the carry changes its structure or shape; inside of `lt.jit`, if reverse mode asks for a derivative
+            without `max_steps`; inside of torch.compile, if a transform of torch.func is around it without `max_steps`.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> power = lambda x: lt.while_loop(lambda y: y < 100, lambda y: y * x, x)
+        >>> lt.jit(power, backend="replay")(torch.tensor(3.0))
+        tensor(243.)
+        >>> torch.vmap(power)(torch.tensor([3.0, 50.0, 200.0]))
+        tensor([ 243., 2500.,  200.])
+
+    Source: `jax.lax.while_loop`; `equinox.internal.while_loop` for `max_steps`.
+    """
     check_function("cond", cond)
     check_function("body", body)
     if max_steps is not None:
@@ -71,9 +109,7 @@ def _staged(condition: Any, body: Any, init: Tree) -> Tree:
     pairs = [*zip(test.originals, test.closed, strict=True), *zip(step.originals, step.closed, strict=True)]
     closed = {id(original): (original, here) for original, here in pairs}
     originals = [original for original, _ in closed.values()]
-    operator = While(
-        test.flat(originals), step.flat(originals), len(start.tensors)
-    )
+    operator = While(test.flat(originals), step.flat(originals), len(start.tensors))
     return start.tree(bind(operator, [*start.tensors, *[here for _, here in closed.values()]]))
 
 
@@ -103,6 +139,27 @@ def _limited(condition: Any, body: Any, init: Tree, max_steps: int) -> Tree:
 
 
 def fori_loop(lower: Any, upper: Any, body: Callable[[Tensor, Tree], Tree], init: Tree) -> Tree:
+    """Repeat a function for each whole number from one to below another.
+
+    Args:
+        lower: The first number, an int or a tensor of one.
+        upper: One more than the last. Where both are ints it is a `scan`, else a `while_loop`.
+        body: Takes the number, a tensor without dimensions, and the carry to the next carry.
+        init: The first carry.
+
+    Returns:
+        The last carry.
+
+    Raises:
+        DTypeError: If a bound is no whole number. And what `scan` and `while_loop` raise.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.fori_loop(1, 5, lambda i, c: c * i, torch.tensor(1))
+        tensor(24)
+
+    Source: `jax.lax.fori_loop`.
+    """
     check_function("body", body)
     given = tensors(init)
     device = given[0].device if given else None

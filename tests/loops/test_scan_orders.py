@@ -99,10 +99,6 @@ def theta(rng: torch.Generator) -> dict[str, Tensor]:
     return {name: 0.5 * torch.randn(shape, generator=rng, dtype=F64) for name, shape in shapes.items()}
 
 
-def python(f: Any, init: Any, xs: Any = None, **options: Any) -> Any:
-    return loop(lambda carry, x: f(carry, x), init, xs, **options)
-
-
 def _without_none(scan: Any) -> Any:
     """Let the loop of the tests return None for the results that are None."""
 
