@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -79,7 +79,7 @@ def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operan
         What the function returns.
 
     Raises:
-        DTypeError: If the index is no whole number, or if the functions return other dtypes, where all are run or traced.
+        DTypeError: If the index is no whole number, or if the functions return other dtypes where all are run or traced.
         InputError: If there is no function, or if they return other structures or shapes there.
 
     Example:

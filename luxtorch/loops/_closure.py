@@ -34,7 +34,6 @@ from luxtorch.jit._purity import TracingError
 from luxtorch.jit._where import user_line
 from luxtorch.jit._writes import tensors_in, written
 
-
 # How many bodies are being traced, one inside of the other: the modes below are for the tensors of one of them.
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
 

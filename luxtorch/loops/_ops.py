@@ -18,7 +18,7 @@ Step = Callable[[list[Tensor]], Sequence[Tensor]]
 def run_scan(
     step: Step, carries: int, scanned: int, length: int, reverse: bool, before: bool, flat: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Return the last carry, and for each step what is to be stacked: the carry before it if asked for, and the rest."""
+    """Return the last carry, and for each step what is to be stacked: if asked for the carry before it, and the rest."""
     carry, constants = list(flat[:carries]), flat[carries + scanned :]
     rows = [tensor.unbind(0) for tensor in flat[carries : carries + scanned]]
     columns: list[list[Tensor]] = []

@@ -74,7 +74,7 @@ def scan(
         The last carry, and the results of all steps, stacked.
 
     Raises:
-        InputError: If the carry changes its structure or shape, if sequences differ in length, or if there is no length.
+        InputError: If the carry changes its structure or shape, if lengths differ, or if there is none.
         DTypeError: If the carry changes its dtype, or if what changes in it is no tensor; if a result is no tensor.
         TracingError: If the function writes into what it closes over, inside of `lt.jit`.
 

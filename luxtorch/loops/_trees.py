@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, described, map_tensors, out_of_range, wrong_type
-from luxtorch.core._tree import TreeSpec, named_leaves, tree_flatten, tree_structure, tree_unflatten
+from luxtorch.core._tree import named_leaves, tree_flatten, tree_structure, tree_unflatten
 
 from ._closure import Flat, autocast_as_now, current, explored, rebound, replaced
 

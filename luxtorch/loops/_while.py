@@ -27,7 +27,7 @@ def while_loop(
 ) -> Tree:
     """Repeat a function while a condition holds.
 
-    It is the loop below. Under vmap it runs until no entry of the batch goes on, and those that are done stay as they are.
+    It is the loop below. Under vmap it runs until no entry of the batch goes on; those that are done stay as they are.
 
     ```python
     carry = init
@@ -50,8 +50,8 @@ def while_loop(
 
     Raises:
         DTypeError: If the condition is no boolean scalar, or if the carry changes its dtype.
-        InputError: If the carry changes its structure or shape; inside of `lt.jit`, if reverse mode asks for a derivative
-            without `max_steps`; inside of torch.compile, if a transform of torch.func is around it without `max_steps`.
+        InputError: If the carry changes its structure or shape; without `max_steps`, if reverse mode asks for a
+            derivative inside of `lt.jit`, or if a transform of torch.func is around it inside of torch.compile.
 
     Example:
         >>> import torch, luxtorch as lt

@@ -109,6 +109,7 @@ def test_a_module_of_make_fx_keeps_its_bodies(given):
 
 @pytest.mark.slow
 @compiled
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")  # by torch, for its hessian
 @pytest.mark.parametrize("name", ["value", "R", "VR", "RR"])
 @pytest.mark.parametrize("f", [total, limited, branch], ids=lambda f: f.__name__)
 def test_inductor(f, name, given):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.loops.words import loop
 
 import luxtorch as lt
 from luxtorch.errors import DTypeError, InputError, LuxtorchError, TracingError
+from tests.loops.words import loop
 
 F64 = torch.float64
 
@@ -185,15 +185,12 @@ def test_a_function_with_a_backward_of_its_own_keeps_it(how, rng):
             return 10 * g * w, 100 * g * x
 
     w = torch.tensor(2.0)
-    f = lambda w: lt.scan(
-        lambda c, _: (Double.apply(c, w).detach() + Double.apply(c, w), None), torch.ones(()), length=2
-    )[0]  # noqa: E731
-    got = how(torch.func.grad(f))(w)
-    assert got == torch.func.grad(
-        lambda w: _with_none(
-            lambda c, _: (Double.apply(c, w).detach() + Double.apply(c, w), None), torch.ones(()), [0, 0]
-        )[0]
-    )(w)
+
+    def step(w):
+        return lambda c, _: (Double.apply(c, w).detach() + Double.apply(c, w), None)
+
+    got = how(torch.func.grad(lambda w: lt.scan(step(w), torch.ones(()), length=2)[0]))(w)
+    assert got == torch.func.grad(lambda w: _with_none(step(w), torch.ones(()), [0, 0])[0])(w)
 
 
 @HOW

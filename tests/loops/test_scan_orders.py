@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.loops.words import WORDS, apply, loop
 from torch import Tensor
 
 import luxtorch as lt
-from luxtorch.core import tensors
-from luxtorch.core._tree import tree_map
+from tests.loops.words import WORDS, apply, loop
 
 F64 = torch.float64
 T = 4
