@@ -80,8 +80,9 @@ saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled
 current_autograd_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
 
 # Operators of torch.compile for loops.
-torch_scan = scan
-torch_while_loop = while_loop
+torch_cond: Callable[..., Any] = torch.cond
+torch_scan: Callable[..., Any] = scan
+torch_while_loop: Callable[..., Any] = while_loop
 
 # Memory.
 storage_users = torch._C._storage_Use_Count

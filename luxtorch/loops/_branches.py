@@ -79,7 +79,7 @@ def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operan
         What the function returns.
 
     Raises:
-        DTypeError: If the index is no whole number, or if the functions return other dtypes where all are run or traced.
+        DTypeError: If the index is no whole number, or if functions return other dtypes where all are run or traced.
         InputError: If there is no function, or if they return other structures or shapes there.
 
     Example:
@@ -98,7 +98,7 @@ def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operan
     for place, branch in enumerate(branches):
         check_function(f"branches[{place}]", branch)
     if is_index(index):
-        return branches[min(max(index, 0), len(branches) - 1)](*operands)  # type: ignore[type-var,index]
+        return branches[min(max(index, 0), len(branches) - 1)](*operands)  # type: ignore[index]
     if not isinstance(index, Tensor) or index.ndim or index.is_floating_point() or index.is_complex():
         raise wrong_type("index", index, "a whole number, or a tensor of one, without dimensions")
     return _branch(index, branches, [f"branches[{place}]" for place in range(len(branches))], operands)

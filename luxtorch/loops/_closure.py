@@ -31,6 +31,7 @@ from luxtorch.core import InputError, described, map_tensors, tensors
 from luxtorch.core._tree import is_node, tree_leaves, tree_map
 from luxtorch.jit._bodies import Body, traced_body
 from luxtorch.jit._purity import TracingError
+from luxtorch.jit._split import Split, split
 from luxtorch.jit._where import user_line
 from luxtorch.jit._writes import tensors_in, written
 
@@ -60,6 +61,14 @@ class Flat:
             finally:
                 _DEPTH.reset(token)
         return self._traced[key]
+
+    def split(self, joint: Callable[..., Any], like: Sequence[Any], *numbers: Any) -> Split | None:
+        """Return what `split` does, of a function that belongs to the body; see there."""
+        token = _DEPTH.set(_DEPTH.get() + 1)
+        try:
+            return split(joint, like, *numbers)
+        finally:
+            _DEPTH.reset(token)
 
 
 def _fixed(size: Any) -> int:
@@ -117,7 +126,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
 
     def change(value: Any) -> Any:
         if isinstance(value, (FunctionType, partial)):
-            return function(value)
+            return changed_function(value)
         if isinstance(value, Tensor):
             return table.get(id(value), value)
         return value
@@ -134,12 +143,12 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
     def affected(value: Any, new: Any) -> bool:
         return new is not value or (always and any(id(one) in table for one in tensors(value)))
 
-    def function(f: Any) -> Any:
+    def changed_function(f: Any) -> Any:
         if id(f) in known:
             return known[id(f)]
         known[id(f)] = f
         if isinstance(f, partial):
-            inner, args, kwargs = function(f.func), tree(f.args), tree(f.keywords)
+            inner, args, kwargs = changed_function(f.func), tree(f.args), tree(f.keywords)
             if inner is not f.func or args is not f.args or kwargs is not f.keywords:
                 known[id(f)] = partial(inner, *args, **kwargs)
             return known[id(f)]
@@ -166,7 +175,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
             known[id(f)] = new
         return known[id(f)]
 
-    return function(f) if table else f
+    return changed_function(f) if table else f
 
 
 def current(tensor: Tensor) -> Tensor:

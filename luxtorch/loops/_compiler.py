@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luxtorch._torch import compile_constant, torch_scan, torch_while_loop
+from luxtorch._torch import compile_constant, torch_cond, torch_scan, torch_while_loop
 from luxtorch._transforms import transform_level
 from luxtorch.core import InputError, map_tensors
 
@@ -75,4 +75,4 @@ def cond(pred: Tensor, true: Any, false: Any, operands: tuple[Tree, ...]) -> Tre
     def branch(f: Any) -> Any:
         return lambda *tensors: map_tensors(torch.clone, f(*given.tree(tensors)))
 
-    return torch.cond(pred, branch(true), branch(false), tuple(given.tensors))
+    return torch_cond(pred, branch(true), branch(false), tuple(given.tensors))

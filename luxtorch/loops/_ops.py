@@ -18,7 +18,7 @@ Step = Callable[[list[Tensor]], Sequence[Tensor]]
 def run_scan(
     step: Step, carries: int, scanned: int, length: int, reverse: bool, before: bool, flat: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Return the last carry, and for each step what is to be stacked: if asked for the carry before it, and the rest."""
+    """Return the last carry, and for each step what is to be stacked: the carry before it if asked for, the rest."""
     carry, constants = list(flat[:carries]), flat[carries + scanned :]
     rows = [tensor.unbind(0) for tensor in flat[carries : carries + scanned]]
     columns: list[list[Tensor]] = []
@@ -123,7 +123,7 @@ def _(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> list[Te
     return [index.new_empty(one.shape, dtype=one.dtype, device=one.device) for one in first.outputs]
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[Any, Any] = {
     scan: torch.ops.luxtorch.scan.default,
     while_loop: torch.ops.luxtorch.while_loop.default,
     switch: torch.ops.luxtorch.switch.default,

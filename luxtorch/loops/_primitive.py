@@ -44,7 +44,7 @@ class Operator:
 
 def bind(operator: Operator, flat: Sequence[Tensor]) -> list[Tensor]:
     """Call an operator under the transforms that there are."""
-    return list(_Rules.apply(operator, *flat))  # type: ignore[no-untyped-call]
+    return list(_Rules.apply(operator, *flat))
 
 
 class _Rules(torch.autograd.Function):
@@ -118,7 +118,8 @@ def pulled(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> li
             full[i] = tensor
         return tuple(smooth(step.call(*full)))
 
-    outputs, back = torch.func.vjp(part, *[inputs[i] for i in places])
+    transform: Any = torch.func.vjp
+    outputs, back = transform(part, *[inputs[i] for i in places])
     if not outputs:
         return [torch.zeros_like(inputs[i]) for i in places]
     return list(back(tuple(slopes)))
@@ -141,7 +142,8 @@ def pushed(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> tu
         kinds[:] = map(is_smooth, outputs)
         return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
 
-    found, tangents, rest = torch.func.jvp(part, tuple(inputs[i] for i in places), tuple(slopes), has_aux=True)
+    transform: Any = torch.func.jvp
+    found, tangents, rest = transform(part, tuple(inputs[i] for i in places), tuple(slopes), has_aux=True)
     values, others = iter(found), iter(rest)
     return [next(values) if kind else next(others) for kind in kinds], list(tangents)
 

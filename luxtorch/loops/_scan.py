@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from luxtorch.core import map_tensors, tensors
 from luxtorch.core._tree import tree_map
 
 from . import _compiler
-from ._scanned import bind_scan
+from ._scanned import Like, Scan, bind_scan
 from ._trees import (
     Lifted,
     Packed,
@@ -55,9 +56,11 @@ def scan(
 
     In eager code it is this loop: prints, breakpoints and the tape work as ever. Inside of `lt.jit` it is one operator,
     whose body is traced and compiled once, however long the sequence is; so are its derivatives by reverse and forward
-    mode, and its batches. Reverse mode saves the carry before each step, and computes the step again from there. Inside
-    of torch.compile and torch.export it is torch's own `scan`; that has no rules for the transforms of torch.func, nor
-    derivatives with integers in the carry, so there the loop unrolls.
+    mode, and its batches. One derivative by reverse mode saves what it needs of each step. Derivatives of derivatives
+    save the carry before each step, and compute the step again from there.
+
+    Inside of torch.compile and torch.export it is torch's own `scan`; that has no rules for the transforms of
+    torch.func, nor derivatives with integers in the carry, so there the loop unrolls.
 
     Args:
         f: Takes the carry and the elements of one step to the next carry, of the same structure, shapes and dtypes, and
@@ -67,8 +70,8 @@ def scan(
         length: How many steps; needed if there is no tensor in `xs`.
         reverse: Whether to begin with the last element. The results stay in the order of the elements.
         unroll: How many steps are one body of the operator: a larger body to compile, less to do between steps.
-        checkpoint: Less memory for reverse mode: by True, nothing but the carries is saved; by a number k, only each
-            k-th of them, and those in between are computed once more. Where this is False, eager code saves all.
+        checkpoint: Less memory for reverse mode: by True, nothing but the carries is saved, and each step is computed
+            again; by a number k, only each k-th of them, and k steps at once are computed again.
 
     Returns:
         The last carry, and the results of all steps, stacked.
@@ -104,10 +107,10 @@ def scan(
         return _loop(f, init, xs, n, reverse)
     known = isinstance(n, int)
     if unroll > 1 and staged and known:
-        return _in_groups(f, init, xs, n, reverse, unroll, _loop, _operator)
+        return _in_groups(f, init, xs, n, reverse, unroll, _loop, _carries_alone if checkpoint else _operator)
     if checkpoint > 1 and known:
-        return _in_groups(f, init, xs, n, reverse, int(checkpoint), _operator, _operator)
-    return _operator(f, init, xs, n, reverse)
+        return _in_groups(f, init, xs, n, reverse, int(checkpoint), _operator, _carries_alone)
+    return _operator(f, init, xs, n, reverse, save=not checkpoint)
 
 
 def _in_groups(
@@ -153,14 +156,18 @@ def _loop(f: Any, init: Tree, xs: Tree, n: int, reverse: bool) -> tuple[Tree, Tr
     return carry, tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), ys[0], *ys[1:])
 
 
-def _operator(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, Tree]:
-    """Run a scan as one operator, whose body is traced once."""
+def _operator(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool, save: bool = True) -> tuple[Tree, Tree]:
+    """Run a scan as one operator, whose body is traced once; `save` is whether reverse mode saves more than carries."""
     first = map_tensors(lambda x: x[0], xs)
     body = Lifted(f, (init, first))
     carry, y = pair_of(body.result, _BODY)
     check_carry(init, carry)
     check_results(y)
     start, sequences, results = Packed(init), Packed(xs), Packed(y)
-    flat = [*start.tensors, *sequences.tensors, *body.closed]
-    last, ys = bind_scan(body.flat(), len(start.tensors), len(sequences.tensors), n, reverse, flat)
-    return start.tree(last), results.tree(ys)
+    like = tuple(map(Like.of, results.tensors)) if save else None
+    scan = Scan(body.flat(), len(start.tensors), len(sequences.tensors), n, reverse, results=like)
+    outputs = bind_scan(scan, [*start.tensors, *sequences.tensors, *body.closed])
+    return start.tree(outputs[: scan.carries]), results.tree(outputs[scan.carries :])
+
+
+_carries_alone = partial(_operator, save=False)

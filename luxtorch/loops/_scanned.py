@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Scan(Operator):
         length: How many steps.
         reverse: Whether the last element comes first.
         before: Whether the carries before each step are outputs as well, after the last carry.
+        results: What the results of one step are like, if reverse mode is to save what it needs of each step, and not
+            the carry alone.
     """
 
     step: Flat
@@ -49,6 +51,7 @@ class Scan(Operator):
     length: Any
     reverse: bool
     before: bool = False
+    results: tuple[Like, ...] | None = None
 
     def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
         if not (traced() and flat):
@@ -151,19 +154,179 @@ class Scan(Operator):
         constants = [t if d is None else t.movedim(d, 0) for t, d in zip(constants, of_constants, strict=True)]
         inside = [None if d is None else 0 for d in (*of_xs, *of_constants)]
         step = mapped(self.step, [*[0] * self.carries, *inside], info)
+        results = (
+            None if self.results is None else tuple(one._replace(shape=(size, *one.shape)) for one in self.results)
+        )
+        scan = replace(self, step=step, results=results)
         flat = [*carry, *xs, *constants]
-        levels = Levels(flat)  # those that are left
-        before = self.before or (levels.reverse > 0 and levels.first != TransformType.Vmap)
-        outputs = bind(replace(self, step=step, before=before), flat)
-        if before and not self.before:
-            del outputs[self.carries : 2 * self.carries]
-        stacked = len(outputs) - self.carries
-        return outputs, [*[0] * self.carries, *[1] * stacked]
+        outputs = bind(scan, flat) if self.before else bind_scan(scan, flat)
+        return outputs, [*[0] * self.carries, *[1] * (len(outputs) - self.carries)]
 
 
-def bind_scan(step: Flat, carries: int, scanned: int, length: Any, reverse: bool, flat: Sequence[Tensor]) -> Any:
-    """Return the last carry and the results of a scan of flat tensors, under the transforms that there are."""
+class Like(NamedTuple):
+    """What a tensor is like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        """Return what a tensor is like."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether it can have a derivative."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+def bind_scan(scan: Scan, flat: Sequence[Tensor]) -> list[Tensor]:
+    """Return the last carry and the results of a scan, under the transforms that there are."""
     levels = Levels(flat)
-    before = levels.reverse > 0 and levels.first != TransformType.Vmap
-    outputs = bind(Scan(step, carries, scanned, length, reverse, before), flat)
-    return outputs[:carries], outputs[2 * carries if before else carries :]
+    if not levels.reverse or levels.first == TransformType.Vmap:
+        return bind(scan, flat)
+    if scan.results is not None and traced() and levels.reverse == 1 and not levels.forward:
+        saving = saving_scan(scan, flat)
+        if saving is not None:
+            return bind(saving, [*flat, *saving.parts.constants])[: scan.carries + len(scan.results)]
+    outputs = bind(replace(scan, before=True), flat)
+    return [*outputs[: scan.carries], *outputs[2 * scan.carries :]]
+
+
+# Scans whose backward pass has all that it needs.
+
+
+@dataclass(frozen=True, eq=False)
+class Saving(Scan):
+    """A scan that also returns what its derivative needs of each step; that is right for one derivative.
+
+    Attributes:
+        parts: The body, and its derivative.
+        plain: The scan itself.
+    """
+
+    parts: Any = None
+    plain: Any = None
+
+    def saved(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return outputs[self.carries + len(self.plain.results) :]
+
+    def constant_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        first = outputs[: self.carries + len(self.plain.results)]
+        return [*super().constant_outputs(first), *self.saved(outputs)]
+
+    def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
+        flat, more = (
+            inputs[: len(inputs) - len(self.parts.constants)],
+            inputs[len(inputs) - len(self.parts.constants) :],
+        )
+        carry, xs, constants = parts(flat, self.carries, self.scanned)
+        last, ys, _ = parts(slopes, self.carries, len(self.plain.results))
+        of_last = [slope for slope, one in zip(last, carry, strict=True) if is_smooth(one)]
+        of_ys = [slope for slope, one in zip(ys, self.plain.results, strict=True) if one.smooth]
+        at = self.carries, self.carries + self.scanned
+        xs_again = [flat[i] for i in self.parts.again if i < at[1]]
+        constants_again = [flat[i] for i in self.parts.again if i >= at[1]]
+        sums = [torch.zeros_like(one) for one in smooth(constants)]
+        numbers = len(of_last), len(sums), len(saved), len(xs_again), len(of_ys)
+        backward = self.parts.backward
+
+        def back(*flat: Tensor) -> list[Tensor]:
+            of_carry, sums, kept, x, of_y, k = parts(flat, *numbers)
+            found = backward(*of_carry, *of_y, *kept, *x, *k)
+            by_carry, by_x, by_constant = parts(found, numbers[0], len(found) - numbers[0] - numbers[1])
+            return [*by_carry, *[one + other for one, other in zip(sums, by_constant, strict=True)], *by_x]
+
+        sequences = [*saved, *xs_again, *of_ys]
+        operands = [*of_last, *sums, *sequences, *constants_again, *more]
+        scan = Scan(Flat(back), numbers[0] + numbers[1], len(sequences), self.length, not self.reverse)
+        outputs = bind(Backward(scan, self.plain, numbers, len(operands)), [*operands, *flat])
+        by_carry, by_constant, by_x = parts(outputs, numbers[0], numbers[1])
+        return [*spread(by_carry, carry), *spread(by_x, xs), *spread(by_constant, constants), *[None] * len(more)]
+
+    def batched(self, info: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        return Scan(self.step, self.carries, self.scanned, self.length, self.reverse).batched(info, dims, inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Backward(Operator):
+    """The backward pass of a scan that has saved what it needs; it is differentiated again as that of one that has not.
+
+    Attributes:
+        scan: The backward pass.
+        plain: The scan of which it is the derivative.
+        numbers: How many tensors are the slopes of the carry, the sums, what was saved, the sequences, the slopes of
+            the results.
+        operands: How many tensors the backward pass takes; after these come those that the scan took.
+    """
+
+    scan: Scan
+    plain: Scan
+    numbers: tuple[int, ...]
+    operands: int
+
+    def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        return self.scan.run(flat[: self.operands])
+
+    def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
+        operands, flat = inputs[: self.operands], inputs[self.operands :]
+        of_carry, sums, kept, x, of_y, rest = parts(operands, *self.numbers)
+        plain, carries = self.plain, self.plain.carries
+        number = len(of_carry)
+
+        def again(*args: Tensor) -> list[Tensor]:
+            last, ys, flat = parts(args, number, len(of_y))
+            results = plain.results or ()
+            of_ys = iter(ys)
+            of_outputs = [*spread(last, flat[:carries]), *[next(of_ys) if one.smooth else None for one in results]]
+            by_carry, by_x, by_constant = parts(plain.pullback(flat, [], of_outputs), carries, plain.scanned)
+            return [one for one in (*by_carry, *by_constant, *by_x) if one is not None]
+
+        found = pulled(Flat(again), [*of_carry, *of_y, *flat], smooth(slopes))
+        first, then, last = parts(found, number, len(of_y))
+        unused = [None] * (len(kept) + len(x))
+        return [*first, *[None] * len(sums), *unused, *then, *[None] * len(rest), *spread(last, flat)]
+
+    def pushforward(self, inputs: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        # It is not under forward mode that something was saved, so that has no tangents.
+        return self.scan.pushforward(inputs[: self.operands], slopes[: self.operands])
+
+    def batched(self, info: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        return self.scan.batched(info, dims[: self.operands], inputs[: self.operands])
+
+
+def saving_scan(scan: Scan, flat: Sequence[Tensor]) -> Saving | None:
+    """Return the scan that saves what its derivative needs; None if there is none."""
+    n, results = len(flat), scan.results or ()
+    carry, xs, constants = parts(flat, scan.carries, scan.scanned)
+    like = [*carry, *[Like(tuple(x.shape[1:]), x.dtype, x.device) for x in xs], *constants]
+    of_results = [*[Like.of(one) for one in smooth(carry)], *[one for one in results if one.smooth]]
+    places = [i for i, tensor in enumerate(flat) if is_smooth(tensor)]
+    if not places or not of_results:
+        return None
+    step = scan.step
+
+    def joint(*tensors: Tensor) -> list[Tensor]:
+        inputs, slopes = tensors[:n], tensors[n:]
+        kinds: list[bool] = []
+
+        def part(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            full = list(inputs)
+            for i, tensor in zip(places, some, strict=True):
+                full[i] = tensor
+            outputs = step.call(*full)
+            kinds[:] = map(is_smooth, outputs)
+            return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
+
+        transform: Any = torch.func.vjp
+        found, back, rest = transform(part, *[inputs[i] for i in places], has_aux=True)
+        values, others = iter(found), iter(rest)
+        return [*[next(values) if kind else next(others) for kind in kinds], *back(tuple(slopes))]
+
+    found = scan.step.split(joint, [*like, *of_results], n, scan.carries + len(results), range(scan.carries, n))
+    if found is None:
+        return None
+    forward = found.forward
+    saving = Flat(lambda *flat: forward(*flat))
+    return Saving(saving, scan.carries, scan.scanned, scan.length, scan.reverse, parts=found, plain=scan)

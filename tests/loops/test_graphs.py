@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import luxtorch as lt
 from luxtorch.errors import LuxtorchError
 from luxtorch.jit import _bodies
 from luxtorch.jit._inductor import has_compiler
+from tests.loops.words import loop
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
@@ -152,3 +154,49 @@ def test_donation(given):
     state = {"c": torch.ones(3)}
     expected = f(f(state, given[1]), given[1])
     torch.testing.assert_close(jitted(jitted({"c": torch.ones(3)}, given[1]), given[1]), expected)
+
+
+def test_the_backward_pass_computes_no_step_again(given):
+    """What the derivative of a step needs is saved, so that `exp` and `tanh` are in the forward body alone."""
+
+    def operators(**options):
+        def g(w, xs):
+            step = lambda c, x: (torch.tanh(torch.exp(c @ w) + x), None)  # noqa: E731
+            return lt.scan(step, torch.zeros(3), xs, **options)[0].sum()
+
+        jitted = lt.jit(torch.func.grad(g), backend="replay")
+        names = re.findall(r"scan\.default\('(\w+)'", jitted.lower(*given).graph)
+        bodies = [_bodies.body_named(name).graph.code for name in names]
+        return [body.count("aten.tanh.default") for body in bodies]
+
+    assert operators() == [1, 0]
+    assert operators(checkpoint=True) == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["tape in grad", "pullback later", "jvp of a pullback"])
+def test_a_derivative_that_comes_later_is_right(how, given):
+    """Where nobody could know that there will be a second derivative, what was saved for the first is not enough."""
+    w, xs = given[0].double(), given[1].double()
+
+    def f(scan):
+        def loss(w):
+            h, ys = scan(lambda c, x: (torch.tanh(c @ w + x), c * c), torch.zeros(3, dtype=w.dtype), xs)
+            return h.square().sum() + ys.sum()
+
+        def taped(w):
+            (slope,) = torch.autograd.grad(loss(w), w, create_graph=True)
+            return (slope * slope.cos()).sum()
+
+        def later(w):
+            _, pull = torch.func.vjp(loss, w)
+            return torch.func.grad(lambda u: (pull(u)[0] ** 2).sum())(torch.ones((), dtype=w.dtype))
+
+        def tangent(w):
+            _, pull = torch.func.vjp(loss, w)
+            one = torch.ones((), dtype=w.dtype)
+            return torch.func.jvp(lambda u: (pull(u)[0] ** 2).sum(), (one,), (one,))[1]
+
+        return {"tape in grad": torch.func.grad(taped), "pullback later": later, "jvp of a pullback": tangent}[how]
+
+    got = lt.jit(f(lt.scan), backend="replay")(w)
+    torch.testing.assert_close(got, f(loop)(w))
