@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +19,13 @@ from luxtorch.core import (
     States,
     described,
     out_of_range,
+    tree_flatten,
     tree_map,
+    tree_unflatten,
     wrong_shape,
     wrong_type,
 )
+from luxtorch.loops import scan
 
 
 @dataclass(frozen=True)
@@ -183,15 +188,18 @@ class Cell(Layer):
             st: The states.
         """
         carry, st = self._start(xs, carry, ps, st)
-        outputs = []
-        for x in xs.unbind():
-            (y, carry), st = self.step(x, carry, ps, st)
-            outputs.append(y)
-        if not outputs:
+        if not xs.shape[0]:
             # Only a step shows the shape of an output.
             (y, _), _ = self.step(_first(xs), carry, ps, st)
             return (tree_map(lambda leaf: leaf[None][:0], y), carry), st
-        return (tree_map(lambda *leaves: torch.stack(leaves), *outputs), carry), st
+
+        def step(before: Any, x: Tensor) -> tuple[Any, Any]:
+            carry, st = before
+            (y, carry), st = self.step(x, carry, ps, st)
+            return (carry, st), y
+
+        (carry, st), ys = over_steps(step, (carry, st), xs)
+        return (ys, carry), st
 
     def scan_lengths(
         self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
@@ -208,13 +216,39 @@ class Cell(Layer):
             st: The states.
         """
         carry, st = self._start(xs, carry, ps, st)
-        outputs = []
-        for x, running in zip(xs.unbind(), running_steps(lengths, xs.shape[0]).unbind(), strict=True):
+
+        def step(before: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+            (carry, st), (x, running) = before, x
             (y, after), st = self.step(x, carry, ps, st)
-            carry = where_running(running, after, carry)
-            outputs.append(y)
-        ys = tree_map(lambda *leaves: zero_padding(lengths, torch.stack(leaves)), *outputs)
-        return (ys, carry), st
+            return (where_running(running, after, carry), st), y
+
+        (carry, st), ys = over_steps(step, (carry, st), (xs, running_steps(lengths, xs.shape[0])))
+        return (tree_map(partial(zero_padding, lengths), ys), carry), st
+
+
+UNROLLED = 16
+"""How many steps a graph may have one by one, which is faster; more are one operator, compiled in the time of one."""
+
+
+def over_steps(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """Return the last carry and all outputs, stacked, of `carry, y = step(carry, x)` for each step of the inputs.
+
+    Inside of `lt.jit` many steps are one operator, also under transforms.
+    """
+    leaves, structure = tree_flatten(xs)
+    outputs = []
+    if traced() and not torch.compiler.is_compiling() and leaves[0].shape[0] > UNROLLED:
+        if not torch.is_autocast_enabled(leaves[0].device.type):
+            return scan(step, carry, xs)
+        # After the first step the carry has the dtype that all others return.
+        carry, y = step(carry, tree_map(lambda leaf: leaf[0], xs))
+        carry, ys = scan(step, carry, tree_map(lambda leaf: leaf[1:], xs))
+        return carry, tree_map(lambda first, others: torch.cat((first[None], others)), y, ys)
+    # Indexing step by step would take time quadratic in the length when differentiated.
+    for x in zip(*(leaf.unbind() for leaf in leaves), strict=True):
+        carry, y = step(carry, tree_unflatten(x, structure))
+        outputs.append(y)
+    return carry, tree_map(lambda *leaves: torch.stack(leaves), *outputs)
 
 
 def _first(xs: Tensor) -> Tensor:
