@@ -124,6 +124,7 @@ from .layers import RMSNorm as RMSNorm
 from .layers import RNNCell as RNNCell
 from .layers import RotaryPositionalEmbedding as RotaryPositionalEmbedding
 from .layers import Scale as Scale
+from .layers import ScannedChain as ScannedChain
 from .layers import SelectDim as SelectDim
 from .layers import SinusoidalPositionalEmbedding as SinusoidalPositionalEmbedding
 from .layers import SkipConnection as SkipConnection

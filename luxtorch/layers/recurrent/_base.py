@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +18,11 @@ from luxtorch.core import (
     States,
     described,
     out_of_range,
-    tree_flatten,
     tree_map,
-    tree_unflatten,
     wrong_shape,
     wrong_type,
 )
-from luxtorch.loops import scan
+from luxtorch.layers._shared import over_steps
 
 
 @dataclass(frozen=True)
@@ -224,31 +221,6 @@ class Cell(Layer):
 
         (carry, st), ys = over_steps(step, (carry, st), (xs, running_steps(lengths, xs.shape[0])))
         return (tree_map(partial(zero_padding, lengths), ys), carry), st
-
-
-UNROLLED = 16
-"""How many steps a graph may have one by one, which is faster; more are one operator, compiled in the time of one."""
-
-
-def over_steps(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """Return the last carry and all outputs, stacked, of `carry, y = step(carry, x)` for each step of the inputs.
-
-    Inside of `lt.jit` many steps are one operator, also under transforms.
-    """
-    leaves, structure = tree_flatten(xs)
-    outputs = []
-    if traced() and not torch.compiler.is_compiling() and leaves[0].shape[0] > UNROLLED:
-        if not torch.is_autocast_enabled(leaves[0].device.type):
-            return scan(step, carry, xs)
-        # After the first step the carry has the dtype that all others return.
-        carry, y = step(carry, tree_map(lambda leaf: leaf[0], xs))
-        carry, ys = scan(step, carry, tree_map(lambda leaf: leaf[1:], xs))
-        return carry, tree_map(lambda first, others: torch.cat((first[None], others)), y, ys)
-    # Indexing step by step would take time quadratic in the length when differentiated.
-    for x in zip(*(leaf.unbind() for leaf in leaves), strict=True):
-        carry, y = step(carry, tree_unflatten(x, structure))
-        outputs.append(y)
-    return carry, tree_map(lambda *leaves: torch.stack(leaves), *outputs)
 
 
 def _first(xs: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
-
-from ._base import over_steps
+from luxtorch.layers._shared import over_steps
 
 Carry: TypeAlias = tuple[Tensor, ...]
 
