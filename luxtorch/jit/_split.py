@@ -48,8 +48,8 @@ class Split:
         constants: What both take after all else.
     """
 
-    forward: Callable[..., Sequence[Tensor]]
-    backward: Callable[..., Sequence[Tensor]]
+    forward: Any
+    backward: Any
     again: list[int]
     saved: int
     constants: list[Tensor]
@@ -68,13 +68,17 @@ def split(
         kept: Arguments that are there for the slopes without being saved.
 
     Returns:
-        The parts, or None if the function cannot be split, since it writes into what it has made.
+        The parts, or None if the function cannot be split, since it writes into memory.
     """
     with temporarily_clear_interpreter_stack():
         body, constants = traced_body(joint, like)
+        if _writes(body.graph):
+            first = body  # with what its operators call
+            functional = torch.func.functionalize(lambda *tensors: list(first.graph(*tensors)))
+            body, _ = traced_body(functional, [*like, *constants])
+            if _writes(body.graph):
+                return None
     graph = body.graph.graph
-    if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes):
-        return None
     placeholders = graph.find_nodes(op="placeholder")
     arguments, slopes, rest = placeholders[:inputs], placeholders[inputs : len(like)], placeholders[len(like) :]
     results: Any = graph.output_node().args[0]
@@ -116,8 +120,15 @@ def split(
     forward, _ = _part(body.graph, [*arguments, *rest], [*results[:outputs], *saved])
     there_too = [arguments[i] for i in kept]
     backward, used = _part(body.graph, [*slopes, *saved, *there_too, *rest], results[outputs:], there_too)
+    forward.meta["luxtorch_bodies"] = backward.meta["luxtorch_bodies"] = (body,)  # and so those that it calls
     again = [i for i in kept if arguments[i] in used]
     return Split(forward, backward, again, len(saved), constants)
+
+
+def _writes(graph: fx.GraphModule) -> bool:
+    """Tell whether an operator of a graph writes into what another has made, as `squeeze_` in a product does."""
+    operators = (node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(operator._schema.is_mutable for operator in operators)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -86,7 +86,7 @@ def while_loop(condition: str, body: str, carries: int, own: list[int], flat: li
     """
     test, step = body_named(condition).program, body_named(body).program
     flat = [tensor.contiguous() for tensor in flat]
-    carry, (of_test, of_step) = flat[:carries], _shares(flat[carries:], own)
+    carry, (of_test, of_step) = flat[:carries], shares(flat[carries:], own)
     with _threads(body_named(body)):
         while test([*carry, *of_test])[0].item():
             carry = list(step([*carry, *of_step]))
@@ -114,7 +114,7 @@ def switch(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> li
     chosen = body_named(names[at])
     flat = [tensor.contiguous() for tensor in flat]
     with _threads(chosen):
-        return _own(list(chosen.program(list(_shares(flat, own)[at]))), flat)
+        return _own(list(chosen.program(list(shares(flat, own)[at]))), flat)
 
 
 @switch.register_fake
@@ -142,7 +142,7 @@ CALLERS[torch.ops.luxtorch.while_loop.default] = (0, 1)
 CALLERS[torch.ops.luxtorch.switch.default] = (0,)
 
 
-def _shares(flat: list[Tensor], own: list[int]) -> list[list[Tensor]]:
+def shares(flat: list[Tensor], own: Sequence[int]) -> list[list[Tensor]]:
     """Return what each of several bodies takes: what all take, and its own."""
     at = len(flat) - sum(own)
     common, shares = flat[:at], []

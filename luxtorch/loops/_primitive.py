@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from luxtorch._torch import TransformType, all_transforms, forward_level
 from luxtorch._transforms import unwrapped
@@ -73,6 +73,20 @@ class _Rules(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, operator: Operator, *flat: Tensor) -> Any:
         outputs, dims = operator.batched(info, in_dims[1:], flat)
         return tuple(outputs), tuple(dims)
+
+
+REBUILT: dict[Any, Callable[..., list[Tensor]]] = {}
+"""What does the same as the operators in graphs, with rules for transforms."""
+
+
+def interpreted(graph: fx.GraphModule) -> Callable[..., list[Tensor]]:
+    """Return a graph as a function that can be transformed, also where there are loops and branches in it."""
+
+    class Interpreter(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return REBUILT[target](*args) if target in REBUILT else super().call_function(target, args, kwargs)
+
+    return lambda *flat: list(Interpreter(graph).run(*flat))
 
 
 def is_smooth(tensor: Tensor) -> bool:

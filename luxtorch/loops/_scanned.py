@@ -11,13 +11,16 @@ from torch import Tensor
 
 from luxtorch._torch import TransformType
 from luxtorch._transforms import traced
+from luxtorch.jit._bodies import body_named
 
 from . import _ops
 from ._closure import Flat
 from ._primitive import (
+    REBUILT,
     Levels,
     Operator,
     bind,
+    interpreted,
     is_smooth,
     mapped,
     parts,
@@ -327,6 +330,15 @@ def saving_scan(scan: Scan, flat: Sequence[Tensor]) -> Saving | None:
     found = scan.step.split(joint, [*like, *of_results], n, scan.carries + len(results), range(scan.carries, n))
     if found is None:
         return None
-    forward = found.forward
-    saving = Flat(lambda *flat: forward(*flat))
-    return Saving(saving, scan.carries, scan.scanned, scan.length, scan.reverse, parts=found, plain=scan)
+    found = replace(found, forward=interpreted(found.forward), backward=interpreted(found.backward))
+    return Saving(Flat(found.forward), scan.carries, scan.scanned, scan.length, scan.reverse, parts=found, plain=scan)
+
+
+def _rebuilt(
+    body: str, carries: int, scanned: int, length: Any, reverse: bool, before: bool, flat: Sequence[Tensor]
+) -> list[Tensor]:
+    step = Flat(interpreted(body_named(body).graph))
+    return bind(Scan(step, carries, scanned, length, reverse, before), flat)
+
+
+REBUILT[torch.ops.luxtorch.scan.default] = _rebuilt

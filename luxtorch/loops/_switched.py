@@ -11,10 +11,25 @@ from torch import Tensor
 
 from luxtorch._transforms import traced
 from luxtorch.core import InputError
+from luxtorch.jit._bodies import body_named
 
 from . import _ops
 from ._closure import Flat
-from ._primitive import Operator, bind, is_smooth, mapped, parts, pulled, pushed, smooth, spread, with_batch, zeros_for
+from ._primitive import (
+    REBUILT,
+    Operator,
+    bind,
+    interpreted,
+    is_smooth,
+    mapped,
+    parts,
+    pulled,
+    pushed,
+    smooth,
+    spread,
+    with_batch,
+    zeros_for,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,3 +173,26 @@ class While(Operator):
         active = test.call(*carry, *constants)[0]
         outputs = bind(While(Flat(any_goes_on), Flat(all_go_on), n + 1), [*carry, active, *constants])
         return outputs[:n], [0] * n
+
+
+def _share(body: str, place: int, own: Sequence[int]) -> Flat:
+    """Return a body that takes, of the tensors that all bodies take, its own."""
+    call = interpreted(body_named(body).graph)
+
+    def of_all(*flat: Tensor) -> list[Tensor]:
+        return call(*_ops.shares(list(flat), own)[place])
+
+    return Flat(of_all)
+
+
+def _rebuilt_switch(bodies: str, own: Sequence[int], index: Tensor, flat: Sequence[Tensor]) -> list[Tensor]:
+    steps = tuple(_share(body, place, own) for place, body in enumerate(bodies.split()))
+    return bind(Switch(steps), [index, *flat])
+
+
+def _rebuilt_while(condition: str, body: str, carries: int, own: Sequence[int], flat: Sequence[Tensor]) -> list[Tensor]:
+    return bind(While(_share(condition, 0, own), _share(body, 1, own), carries), flat)
+
+
+REBUILT[torch.ops.luxtorch.switch.default] = _rebuilt_switch
+REBUILT[torch.ops.luxtorch.while_loop.default] = _rebuilt_while
