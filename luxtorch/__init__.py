@@ -124,6 +124,7 @@ from .layers import RMSNorm as RMSNorm
 from .layers import RNNCell as RNNCell
 from .layers import RotaryPositionalEmbedding as RotaryPositionalEmbedding
 from .layers import Scale as Scale
+from .layers import ScannedChain as ScannedChain
 from .layers import SelectDim as SelectDim
 from .layers import SinusoidalPositionalEmbedding as SinusoidalPositionalEmbedding
 from .layers import SkipConnection as SkipConnection
@@ -146,8 +147,14 @@ from .layers import intermediate_gradients as intermediate_gradients
 from .layers import non_trainable as non_trainable
 from .layers import scaled_dot_product_attention as scaled_dot_product_attention
 from .loops import associative_scan as associative_scan
+from .loops import cond as cond
 from .loops import custom_root as custom_root
 from .loops import fixed_point as fixed_point
+from .loops import fori_loop as fori_loop
+from .loops import map as map
+from .loops import scan as scan
+from .loops import switch as switch
+from .loops import while_loop as while_loop
 from .losses import Aggregation as Aggregation
 from .losses import BinaryCrossEntropyLoss as BinaryCrossEntropyLoss
 from .losses import BinaryFocalLoss as BinaryFocalLoss

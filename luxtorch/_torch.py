@@ -1,18 +1,21 @@
 """Private names of torch that luxtorch uses, in one place: a new release of torch shows here what it has changed.
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
-`autodiff/_torch_func.py` (levels of torch.func), `jit/` (tracing, Inductor, guards), `random/_philox.py` and
-`layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is there.
+`autodiff/_torch_func.py` (levels of torch.func), `jit/` and `loops/_closure.py` (tracing, Inductor, guards),
+`random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 
@@ -36,6 +39,9 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 is_batched = torch._C._functorch.is_batchedtensor
 get_unwrapped = torch._C._functorch.get_unwrapped
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
+wrap_for_grad = torch._C._functorch._wrap_for_grad
+add_batch_dim = torch._C._functorch._add_batch_dim
+get_batch_dim = torch._C._functorch.maybe_get_bdim
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 level_of = torch._C._functorch.maybe_get_level
 current_level = torch._C._functorch.maybe_current_level
@@ -76,6 +82,18 @@ def forward_level() -> int:
 
 set_forward_mode = forward_ad._set_fwd_grad_enabled
 
+
+@contextmanager
+def no_tangents() -> Iterator[None]:
+    """Let forward-mode differentiation pause."""
+    before = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_fwd_grad_enabled(before)
+
+
 # Modes that see every operator.
 get_dispatch_mode = torch._C._get_dispatch_mode
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -90,6 +108,11 @@ autocast_disabled = torch._C._DisableAutocast
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 saved_tensors_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 current_autograd_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+
+# Operators of torch.compile for loops.
+torch_cond: Callable[..., Any] = torch.cond
+torch_scan: Callable[..., Any] = scan
+torch_while_loop: Callable[..., Any] = while_loop
 
 # Memory.
 storage_users = torch._C._storage_Use_Count

@@ -21,6 +21,7 @@ LIVE_BY_THE_INSIDES = {
     "core/_tree.py": "torch.utils._pytree",
     "interop/pure/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
+    "loops/_closure.py": "tracing",
     "layers/recurrent/_kernels.py": "kernels of recurrent layers",
     "optim/": "torch._foreach_*",
     "random/_philox.py": "kernels of random numbers",

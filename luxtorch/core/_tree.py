@@ -23,6 +23,7 @@ _GLOBAL_NAMESPACE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 _SINGLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {}
 
 _CONSTANTS: set[type] = set()
+_NODES: set[type] = set()
 
 
 def register_node(
@@ -58,6 +59,7 @@ def register_node(
         lambda static, children: unflatten(children, static),  # type: ignore[arg-type,return-value]
         namespace=_GLOBAL_NAMESPACE,
     )
+    _NODES.add(cls)
     if single is not None:
         _SINGLE[cls] = single
 
@@ -82,6 +84,11 @@ def register_constant(cls: type[Any]) -> None:
         namespace=_GLOBAL_NAMESPACE,
     )
     _CONSTANTS.add(cls)
+
+
+def is_node(value: Any) -> bool:
+    """Tell whether a value is of a class that is registered as a node, with the tensors in it as leaves."""
+    return type(value) in _NODES
 
 
 def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from luxtorch.core import DTypeError
 
+from ._bodies import keeping
 from ._donate import AliasGuard, Donated, Pair, mark_donated, pairs, raise_donated
 from ._flatten import Spec
 from ._options import Backend, Options
@@ -43,6 +44,19 @@ class Compiled:
     """
 
     def __init__(
+        self,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        spec: Spec,
+        donated: Collection[int],
+        dynamic: Mapping[int, Collection[int]],
+        options: Options,
+    ) -> None:
+        self._bodies: list[Any] = []  # what the operators of the program call
+        with keeping(self._bodies):
+            self._make(fn, leaves, spec, donated, dynamic, options)
+
+    def _make(
         self,
         fn: Callable[..., Any],
         leaves: list[Any],
@@ -173,7 +187,7 @@ class Compiled:
         as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
         # A CUDA graph has memory of its own, so it cannot write into donated tensors.
         chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
-        with _COMPILING:
+        with _COMPILING, keeping(self._bodies):
             program, self.code = compile_trace(self.trace, chosen, options)
         self._use(CudaGraph(program) if as_graph else program, chosen)
 

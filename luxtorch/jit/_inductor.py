@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from luxtorch.core import tensors
 
+from ._bodies import Body, compiled_body, keeping, with_bodies
 from ._donate import Pair
 from ._purity import ConstantFolding
 from ._replay import Program, replay
@@ -178,6 +179,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
 
     transpose_products(graph)
     _keys_as_rows(graph)
+    _compile_bodies(graph)
     return compile_fx_inner(
         graph,
         fakes,
@@ -187,6 +189,37 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
         is_backward=backward,
         cpp_wrapper=_cpp_wrapper(),
     )
+
+
+def _compile_bodies(graph: fx.GraphModule) -> None:
+    """Let the operators of a graph call compiled bodies, in place in the graph."""
+    from torch._inductor import config
+
+    settings = {"inductor": config.get_hash().hex()}
+    with_bodies(graph, lambda body: compiled_body(body, _compile_body, settings) if body.fakes else body)
+
+
+def _compile_body(body: Body) -> tuple[Program, bool]:
+    """Return the compiled program of a body, and whether it is for one thread."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
+    def function(*tensors: Any) -> list[Any]:
+        return list(body.graph(*tensors))
+
+    graph = record(torch.func.functionalize(function), body.fakes, select_decomp_table())
+    outputs: Any = graph.graph.output_node()
+    outputs.meta["user_visible_output_idxs"] = [*range(len(outputs.args[0]))]  # in the strides of the next step
+    small = is_small(graph)
+    mode: Any = body.fakes[0].fake_mode  # type: ignore[attr-defined]
+    options = options_for(graph) if small else {}
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        _recursive_joint_graph_passes(graph)
+        code = compile_graph(graph, body.fakes)
+    return getattr(code, "current_callable", None) or code, small
 
 
 def _keys_as_rows(graph: fx.GraphModule) -> None:
@@ -284,6 +317,8 @@ def compile_differentiable(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
+    bodies: list[Any] = []
+
     def forward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         return replay(gm) if backend == "replay" else compile_graph(gm, example_inputs, inference=False)
 
@@ -292,7 +327,7 @@ def compile_differentiable(
             return replay(gm)
         # It is compiled at the first backward pass, outside of the settings below. Its inputs were saved by another
         # program, so sizes and strides are checked here.
-        with torch.no_grad(), settings(trace, {"size_asserts": True, **options}):
+        with torch.no_grad(), keeping(bodies), settings(trace, {"size_asserts": True, **options}):
             return compile_graph(gm, example_inputs, inference=False, backward=True)
 
     # As in the first trace, closed-over tensors can be read; the backward pass may use them too.

@@ -177,6 +177,8 @@ class FunctionCheck(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            _check_loop(func)
         if func in _LAYOUT:
             self.strides |= called_by_user()
         elif func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
@@ -224,6 +226,8 @@ class TraceCheck(ConstantFolding):  # type: ignore[no-untyped-call]
 
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Raise if an operator draws random numbers, or would lose a derivative."""
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            _check_loop(func)
         if isinstance(func, torch._ops.OpOverload) and _is_random(func, args, kwargs):
             headline = f"A jitted function must not draw from a generator of torch, as {func} does."
             fix = "Pass a key and draw with luxtorch.random, whose draws are functions of it."
@@ -378,11 +382,30 @@ def _is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
+# Operators of torch with bodies, which have no rules for transforms, and here are wrong or fail.
+_LOOPS = {
+    "cond": "lt.cond",
+    "while_loop": "lt.while_loop",
+    "while_loop_stack_output": "lt.while_loop",
+    "scan": "lt.scan",
+    "map_impl": "lt.map or torch.vmap",
+}
+
+
+def _check_loop(func: Any) -> None:
+    if func.name() in _LOOPS:
+        raise TracingError(
+            f"A jitted function calls torch's own operator '{func.name()}'.",
+            fix=f"Use {_LOOPS[func.name()]}, which works under every transform.",
+            where=user_line(),
+        )
+
+
 def _value_needed(func: Any, where: str = "") -> TracingError:
     return TracingError(
         f"A jitted function must not depend on the value of a tensor, as by {func}: a traced tensor has none.",
         expected="the same operators for all values: no `if`, `float(...)`, `.item()` or `x[mask]` on a traced tensor",
-        fix="Use torch.where, or pass the number as a separate argument: each value has a graph of its own.",
+        fix="Use torch.where, lt.cond or lt.while_loop, or pass the number as an argument: each value has its own graph.",
         where=where or user_line(),
     )
 

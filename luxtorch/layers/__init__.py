@@ -56,6 +56,7 @@ from ._repeated import AlternatePrecision as AlternatePrecision
 from ._repeated import Ensemble as Ensemble
 from ._repeated import Maxout as Maxout
 from ._repeated import RepeatedLayer as RepeatedLayer
+from ._repeated import ScannedChain as ScannedChain
 from ._transformer import TransformerDecoder as TransformerDecoder
 from ._transformer import TransformerDecoderLayer as TransformerDecoderLayer
 from ._transformer import TransformerEncoder as TransformerEncoder

@@ -1,4 +1,4 @@
-"""Layers called many times or in another precision: `Maxout`, `RepeatedLayer`, `Ensemble`, `AlternatePrecision`."""
+"""Layers called many times: `Maxout`, `RepeatedLayer`, `ScannedChain`, `Ensemble`; and in another precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from luxtorch.core._meta import META_KEY
 from luxtorch.random import split
 
 from ._containers import EXTRA_INPUTS, LayerLike, NamedLayers, as_layer, extra_input, some_layers
-from ._shared import require_size
+from ._shared import over_steps, require_size
 
 
 class Maxout(NamedLayers):
@@ -130,10 +130,18 @@ class RepeatedLayer(WrapperLayer):
                 got=f"one with it, and {self.repeats} calls",
                 fix="Write a layer that passes it to the one inside each time.",
             )
-        y = x
-        for _ in range(self.repeats):
-            y, st = self.layer((y, x) if self.input_injection else y, ps, st)
-        return y, st
+
+        def call(before: tuple[Any, States], _: Any) -> tuple[tuple[Any, States], tuple[()]]:
+            y, st = before
+            return self.layer((y, x) if self.input_injection else y, ps, st), ()
+
+        # The first call may take another dtype or shape than the others, which take what it returns.
+        first, _ = call((x, st), None)
+        if self.repeats == 1:
+            return first
+        last: tuple[Any, States]
+        last, _ = over_steps(call, first, torch.arange(self.repeats - 1))
+        return last
 
     def extra_repr(self) -> str:
         """Return for instance `repeats=3`."""
@@ -216,7 +224,46 @@ def _all_cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda leaf: _cast(leaf, dtype), tree)
 
 
-class Ensemble(WrapperLayer):
+class _Stacked(WrapperLayer):
+    """A layer n times, each time with other parameters and states: its trees are those of the layer, stacked."""
+
+    layer: Layer
+    n: int
+
+    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
+        """Return n initial parameters of the layer, stacked, each drawn from a key of its own."""
+        return _members(self.layer.initial_parameters, key, self.n)
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return n initial states of the layer, stacked, each drawn from a key of its own."""
+        return _members(self.layer.initial_states, key, self.n)
+
+    def _unstacked(self, ps: Parameters, st: States) -> LuxtorchError | None:
+        """Return the error for a tensor in the trees that is not a stack of n; None if there is no such tensor."""
+        for kind, tree, initial in (
+            ("parameter", nested_dicts(ps), self.initial_parameters),
+            ("state", st, self.initial_states),
+        ):
+            wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(META_KEY))}
+            for path, leaf in named_leaves(tree):
+                shape = tuple(getattr(leaf, "shape", ()))
+                if shape[:1] == (self.n,):
+                    continue
+                if path in wanted:
+                    return InputError(
+                        f"The {kind} '{path}' must be a stack of {self.n}.",
+                        expected=f"a tensor of shape {wanted[path]}",
+                        got=f"a tensor of shape {shape}",
+                        fix=f"Use what lt.setup makes, or stack the trees of {self.n} layers with lt.stack.",
+                    )
+                *inside, name = path.split(".")
+                error = KeyNameError(f"The layer has no {kind} '{name}'.", fix="Use the trees that lt.setup makes.")
+                error.inside = tuple(inside)
+                return error
+        return None
+
+
+class Ensemble(_Stacked):
     """Call n models of the same architecture at once (vmap), each with its own parameters, states and random numbers.
 
     The members are what `lt.setup` makes of n keys, and their trees are those of the layer, stacked: `lt.unstack(ps)`
@@ -257,22 +304,12 @@ class Ensemble(WrapperLayer):
     Source: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles", 2017.
     """
 
-    layer: Layer
-    n: int
     _: KW_ONLY
     same_input: bool = True
 
     def __post_init__(self) -> None:
         self._set(layer=as_layer(self.layer))
         require_size("n", self.n, fix="The order is lt.Ensemble(layer, 8).")
-
-    def initial_parameters(self, key: Tensor) -> dict[str, Any]:
-        """Return the members' parameters, drawn from keys of their own."""
-        return _members(self.layer.initial_parameters, key, self.n)
-
-    def initial_states(self, key: Tensor) -> dict[str, Any]:
-        """Return the members' states, drawn from keys of their own."""
-        return _members(self.layer.initial_states, key, self.n)
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the members' outputs and states, stacked."""
@@ -294,30 +331,6 @@ class Ensemble(WrapperLayer):
             raise unstacked from error
         return result
 
-    def _unstacked(self, ps: Parameters, st: States) -> LuxtorchError | None:
-        """Return the error for a tensor in the trees that is not a stack of n; None if there is no such tensor."""
-        for kind, tree, initial in (
-            ("parameter", nested_dicts(ps), self.initial_parameters),
-            ("state", st, self.initial_states),
-        ):
-            wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(initial(META_KEY))}
-            for path, leaf in named_leaves(tree):
-                shape = tuple(getattr(leaf, "shape", ()))
-                if shape[:1] == (self.n,):
-                    continue
-                if path in wanted:
-                    return InputError(
-                        f"The {kind} '{path}' must be a stack of {self.n}, one for each member.",
-                        expected=f"a tensor of shape {wanted[path]}",
-                        got=f"a tensor of shape {shape}",
-                        fix=f"Set the ensemble up with lt.setup, or stack the trees of {self.n} models with lt.stack.",
-                    )
-                *inside, name = path.split(".")
-                error = KeyNameError(f"The layer has no {kind} '{name}'.", fix="Use the trees that lt.setup makes.")
-                error.inside = tuple(inside)
-                return error
-        return None
-
     def expected_input(self) -> str:
         """Say that the input is a stack, if it is one."""
         return "" if self.same_input else f"a stack of {self.n} inputs, one for each member: tensors ({self.n}, ...)"
@@ -325,6 +338,62 @@ class Ensemble(WrapperLayer):
     def extra_repr(self) -> str:
         """Return for instance `n=16`."""
         return f"n={self.n}" + ("" if self.same_input else ", same_input=False")
+
+
+class ScannedChain(_Stacked):
+    """Call n layers of the same architecture one after another, as `Chain` does, with their parameters stacked.
+
+    Inside of `lt.jit` the layer is traced and compiled once for all n, and so are its derivatives; in a `Chain` each
+    layer is. The trees are those of the layers of a `Chain`, stacked: `lt.unstack(ps)` lists them, and `lt.stack` makes
+    them out of trees of single layers.
+
+    Args:
+        layer: A layer or a plain function. Its output has the structure, shapes and dtypes of its input.
+        n: The number of layers.
+
+    Parameters:
+        Those of the layer, not nested, each with a first dimension of n.
+
+    States:
+        Likewise.
+
+    Shape:
+        What the layer takes to the same.
+
+    Raises:
+        InputError: If there is not at least one layer.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> model = lt.ScannedChain(lt.SkipConnection(lt.Dense(4, 4, "gelu"), torch.add), 100)
+        >>> ps, st = lt.setup(0, model)
+        >>> ps["weight"].shape
+        torch.Size([100, 4, 4])
+        >>> y, st = model(torch.ones(2, 4), ps, st)
+        >>> y.shape
+        torch.Size([2, 4])
+
+    Source: `jax.lax.scan` over stacked layers, as in `equinox` and MaxText.
+    """
+
+    def __post_init__(self) -> None:
+        self._set(layer=as_layer(self.layer))
+        require_size("n", self.n, fix="The order is lt.ScannedChain(layer, 8).")
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        """Return the last layer's output, and all states, stacked."""
+
+        def call(x: Any, own: tuple[Tensor, Parameters, States]) -> tuple[Any, States]:
+            return self.layer(x, own[1], own[2])
+
+        trees = nested_dicts(ps), st
+        if any(leaf.shape[:1] != (self.n,) for leaf in tree_leaves(trees)):
+            raise self._unstacked(ps, st) or InputError("The trees must be stacks.")
+        return over_steps(call, x, (torch.arange(self.n), *trees), unrolled=1)
+
+    def extra_repr(self) -> str:
+        """Return for instance `n=16`."""
+        return f"n={self.n}"
 
 
 def _members(initial: Any, key: Tensor, number: int) -> dict[str, Any]:

@@ -1,14 +1,26 @@
-"""Helpers for layers of several families: checks, initial parameters, printed arguments, half precision."""
+"""Helpers for layers of several families: checks, initial parameters, printed arguments, half precision, loops."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, Layer, described, out_of_range, show_value
+from luxtorch._transforms import traced
+from luxtorch.core import (
+    InputError,
+    Layer,
+    described,
+    out_of_range,
+    show_value,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from luxtorch.loops import scan
 from luxtorch.random import fold_in
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -69,3 +81,30 @@ def _short(value: Any) -> Any:
         return value
     inner = [entry[0] if isinstance(entry, tuple) and len(set(entry)) == 1 else entry for entry in value]
     return inner[0] if len(set(inner)) == 1 and isinstance(inner[0], int) else tuple(inner)
+
+
+UNROLLED = 16
+"""How many steps a graph may have one by one, which is faster; more are one operator, compiled in the time of one."""
+
+
+def over_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, unrolled: int = UNROLLED
+) -> tuple[Any, Any]:
+    """Return the last carry and all outputs, stacked, of `carry, y = step(carry, x)` for each step of the inputs.
+
+    Inside of `lt.jit` more than `unrolled` steps are one operator, also under transforms.
+    """
+    leaves, structure = tree_flatten(xs)
+    outputs = []
+    if traced() and not torch.compiler.is_compiling() and leaves[0].shape[0] > unrolled:
+        if not torch.is_autocast_enabled(leaves[0].device.type):
+            return scan(step, carry, xs)
+        # After the first step the carry has the dtype that all others return.
+        carry, y = step(carry, tree_map(lambda leaf: leaf[0], xs))
+        carry, ys = scan(step, carry, tree_map(lambda leaf: leaf[1:], xs))
+        return carry, tree_map(lambda first, others: torch.cat((first[None], others)), y, ys)
+    # Indexing step by step would take time quadratic in the length when differentiated.
+    for x in zip(*(leaf.unbind() for leaf in leaves), strict=True):
+        carry, y = step(carry, tree_unflatten(x, structure))
+        outputs.append(y)
+    return carry, tree_map(lambda *leaves: torch.stack(leaves), *outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from luxtorch.core import (
     wrong_shape,
     wrong_type,
 )
+from luxtorch.layers._shared import over_steps
 
 
 @dataclass(frozen=True)
@@ -183,15 +185,18 @@ class Cell(Layer):
             st: The states.
         """
         carry, st = self._start(xs, carry, ps, st)
-        outputs = []
-        for x in xs.unbind():
-            (y, carry), st = self.step(x, carry, ps, st)
-            outputs.append(y)
-        if not outputs:
+        if not xs.shape[0]:
             # Only a step shows the shape of an output.
             (y, _), _ = self.step(_first(xs), carry, ps, st)
             return (tree_map(lambda leaf: leaf[None][:0], y), carry), st
-        return (tree_map(lambda *leaves: torch.stack(leaves), *outputs), carry), st
+
+        def step(before: Any, x: Tensor) -> tuple[Any, Any]:
+            carry, st = before
+            (y, carry), st = self.step(x, carry, ps, st)
+            return (carry, st), y
+
+        (carry, st), ys = over_steps(step, (carry, st), xs)
+        return (ys, carry), st
 
     def scan_lengths(
         self, xs: Tensor, lengths: Tensor, carry: Any, ps: Parameters, st: States
@@ -208,13 +213,14 @@ class Cell(Layer):
             st: The states.
         """
         carry, st = self._start(xs, carry, ps, st)
-        outputs = []
-        for x, running in zip(xs.unbind(), running_steps(lengths, xs.shape[0]).unbind(), strict=True):
+
+        def step(before: Any, inputs: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+            (carry, st), (x, running) = before, inputs
             (y, after), st = self.step(x, carry, ps, st)
-            carry = where_running(running, after, carry)
-            outputs.append(y)
-        ys = tree_map(lambda *leaves: zero_padding(lengths, torch.stack(leaves)), *outputs)
-        return (ys, carry), st
+            return (where_running(running, after, carry), st), y
+
+        (carry, st), ys = over_steps(step, (carry, st), (xs, running_steps(lengths, xs.shape[0])))
+        return (tree_map(partial(zero_padding, lengths), ys), carry), st
 
 
 def _first(xs: Tensor) -> Tensor:

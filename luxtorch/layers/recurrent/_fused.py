@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
+from luxtorch.layers._shared import over_steps
 
 Carry: TypeAlias = tuple[Tensor, ...]
 
@@ -121,12 +122,13 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
     projected = cell.project(xs, weights)
     if not xs.shape[0]:
         return projected[..., : carry[0].shape[-1]], carry
-    ys = []
-    # Indexing step by step would take time quadratic in the length when differentiated.
-    for step in projected.unbind():
-        carry = cell.advance(step, carry, weights)
-        ys.append(carry[0])
-    return torch.stack(ys), carry
+
+    def step(carry: Carry, x: Tensor) -> tuple[Carry, Tensor]:
+        carry = cell.advance(x, carry, weights)
+        return carry, carry[0]
+
+    carry, ys = over_steps(step, carry, projected)
+    return ys, carry
 
 
 def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:

@@ -1,0 +1,174 @@
+"""`cond` and `switch`: one of some functions, by the value of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch._transforms import traced, transform_level, vmap_levels
+from luxtorch.core import DTypeError, InputError, described, out_of_range, wrong_type
+from luxtorch.core._tree import named_leaves
+
+from . import _compiler
+from ._closure import current, is_constant
+from ._primitive import bind
+from ._switched import Switch, selected
+from ._trees import Lifted, Packed, as_passed, check_function, is_index
+
+Tree = Any
+
+
+def cond(pred: bool | Tensor, true: Callable[..., Tree], false: Callable[..., Tree], *operands: Tree) -> Tree:
+    """Return what one of two functions returns, by the value of a boolean.
+
+    In eager code it is an `if`. Inside of `lt.jit` both are traced, and one is run at each call. In a batch of
+    predicates, under vmap, both are run and the results selected, so a derivative that is not finite in the one that is
+    not chosen makes that of both not finite.
+
+    Args:
+        pred: A bool, or a boolean tensor without dimensions.
+        true: Called with the operands if it is true. It may close over what it likes.
+        false: Called with the operands if it is false; it returns a tree of the same structure, shapes and dtypes.
+        operands: Any trees.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        DTypeError: If the predicate is no boolean scalar, or if both return other dtypes, where both are run or traced.
+        InputError: If both return other structures or shapes there.
+        TracingError: If a function writes into what it closes over, inside of `lt.jit`.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> halve = lambda x: lt.cond(x.sum() > 10, lambda x: x / 2, lambda x: x, x)
+        >>> lt.jit(halve, backend="replay")(torch.tensor([8.0, 4.0]))
+        tensor([4., 2.])
+        >>> torch.vmap(halve)(torch.tensor([[8.0, 4.0], [1.0, 2.0]]))
+        tensor([[4., 2.],
+                [1., 2.]])
+
+    Source: `jax.lax.cond`; `torch.cond`.
+    """
+    if torch.compiler.is_compiling():
+        if not isinstance(pred, Tensor):
+            return true(*operands) if pred else false(*operands)
+        return _compiled(pred.logical_not().to(torch.int64), (true, false), operands)
+    check_function("true", true)
+    check_function("false", false)
+    if isinstance(pred, (bool, torch.SymBool)):
+        return true(*operands) if pred else false(*operands)
+    check_condition("pred", pred)
+    return _branch(pred, (false, true), ("false", "true"), operands)
+
+
+def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operands: Tree) -> Tree:
+    """Return what one of several functions returns, by a number.
+
+    It is `cond` for more than two: see there for what is run.
+
+    Args:
+        index: The number of the function, an int or a tensor of one; the first or the last if it is too small or large.
+        branches: The functions. They may close over what they like.
+        operands: What they are called with, any trees.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        DTypeError: If the index is no whole number, or if functions return other dtypes where all are run or traced.
+        InputError: If there is no function, or if they return other structures or shapes there.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.switch(torch.tensor(1), [torch.sin, torch.neg, torch.exp], torch.ones(2))
+        tensor([-1., -1.])
+
+    Source: `jax.lax.switch`.
+    """
+    if torch.compiler.is_compiling():
+        if not isinstance(index, Tensor):
+            return branches[min(max(index, 0), len(branches) - 1)](*operands)
+        return _compiled(index.to(torch.int64), branches, operands)
+    if callable(branches) or not branches:
+        raise out_of_range("branches", branches, "a sequence of functions, at least one")
+    for place, branch in enumerate(branches):
+        check_function(f"branches[{place}]", branch)
+    if is_index(index):
+        return branches[min(max(index, 0), len(branches) - 1)](*operands)  # type: ignore[index]
+    if not isinstance(index, Tensor) or index.ndim or index.is_floating_point() or index.is_complex():
+        raise wrong_type("index", index, "a whole number, or a tensor of one, without dimensions")
+    return _branch(index, branches, [f"branches[{place}]" for place in range(len(branches))], operands)
+
+
+def check_condition(name: str, value: Any) -> None:
+    """Raise if a value is not a boolean tensor without dimensions."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim:
+        raise wrong_type(
+            name,
+            value,
+            "a boolean scalar, such as x.sum() > 0",
+            fix="Reduce it by .all() or .any(); for one choice for each element there is torch.where.",
+        )
+
+
+def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
+    index = current(index)
+    if not vmap_levels(index) and (not traced() or is_constant(index)):
+        return branches[min(max(int(index), 0), len(branches) - 1)](*operands)
+    operands = as_passed(operands)
+    if not traced():
+        results = [branch(*operands) for branch in branches]
+        check_results(results, names)
+        packed = [Packed(result) for result in results]
+        return packed[0].tree(selected(index, [one.tensors for one in packed]))
+    bodies = [Lifted(branch, operands) for branch in branches]
+    check_results([body.result for body in bodies], names)
+    closed = {id(o): (o, here) for body in bodies for o, here in zip(body.originals, body.closed, strict=True)}
+    originals = [original for original, _ in closed.values()]
+    steps = tuple(body.flat(originals) for body in bodies)
+    flat = [index, *Packed(operands).tensors, *[here for _, here in closed.values()]]
+    return Packed(bodies[0].result).tree(bind(Switch(steps), flat))
+
+
+def _compiled(index: Tensor, branches: Sequence[Any], operands: tuple[Tree, ...]) -> Tree:
+    """Branch inside of torch.compile: by torch's own operator, or else run all branches and select."""
+    first, *others = branches
+    if len(branches) == 1:
+        return first(*operands)
+    if not transform_level():
+
+        def rest(*operands: Tree) -> Tree:
+            return _compiled(index - 1, others, operands) if len(others) > 1 else others[0](*operands)
+
+        return _compiler.cond(index <= 0, first, rest, operands)
+    results = [Packed(branch(*operands)) for branch in branches]
+    return results[0].tree(selected(index, [one.tensors for one in results]))
+
+
+def check_results(results: Sequence[Tree], names: Sequence[str]) -> None:
+    """Raise, with the leaf's name, if branches return other structures, shapes or dtypes."""
+    first = Packed(results[0])
+    for result, name in zip(results[1:], names[1:], strict=True):
+        if Packed(result).spec != first.spec:
+            raise InputError(
+                "All branches must return one structure.",
+                expected=f"{described(results[0])}, as {names[0]} returns",
+                got=f"{described(result)} from {name}",
+            )
+        for (leaf, one), (_, other) in zip(named_leaves(results[0]), named_leaves(result), strict=True):
+            place = f"result.{leaf}" if leaf else "result"
+            if isinstance(one, Tensor) and isinstance(other, Tensor):
+                agree = one.shape == other.shape and one.dtype == other.dtype
+            else:
+                agree = type(one) is type(other) and bool(one == other)
+            if not agree:
+                error = DTypeError if isinstance(one, Tensor) and one.shape == other.shape else InputError
+                raise error(
+                    "All branches must return tensors of one shape and dtype, and else the same.",
+                    expected=f"{described(one)} for {place}, as {names[0]} returns",
+                    got=f"{described(other)} from {name}",
+                )

@@ -1,0 +1,210 @@
+"""Operators with bodies as differentiable functions: their rules are such operators again, of derived bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from luxtorch._torch import TransformType, all_transforms, forward_level
+from luxtorch._transforms import unwrapped
+
+from ._closure import Flat
+
+
+class Operator:
+    """A call of an operator with bodies: which bodies, and everything but the tensors."""
+
+    def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """Call it, outside of all transforms."""
+        raise NotImplementedError
+
+    def saved(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return those outputs that the pullback needs."""
+        return []
+
+    def constant_outputs(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs that have no derivative."""
+        return [output for output in outputs if not is_smooth(output)]
+
+    def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
+        """Return the gradients by the inputs."""
+        raise NotImplementedError
+
+    def pushforward(self, inputs: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return the tangents of the outputs."""
+        raise NotImplementedError
+
+    def batched(self, info: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Return the outputs for a batch, and their batch dimensions."""
+        raise NotImplementedError
+
+
+def bind(operator: Operator, flat: Sequence[Tensor]) -> list[Tensor]:
+    """Call an operator under the transforms that there are."""
+    return list(_Rules.apply(operator, *flat))
+
+
+class _Rules(torch.autograd.Function):
+    @staticmethod
+    def forward(operator: Operator, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(operator.run(flat))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.operator, *flat = inputs
+        ctx.inputs = len(flat)
+        ctx.save_for_backward(*flat, *ctx.operator.saved(output))
+        ctx.save_for_forward(*flat)
+        ctx.mark_non_differentiable(*ctx.operator.constant_outputs(output))
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        saved = ctx.saved_tensors
+        return None, *ctx.operator.pullback(saved[: ctx.inputs], saved[ctx.inputs :], slopes)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *slopes: Any) -> Any:
+        return tuple(ctx.operator.pushforward(ctx.saved_tensors, slopes))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, operator: Operator, *flat: Tensor) -> Any:
+        outputs, dims = operator.batched(info, in_dims[1:], flat)
+        return tuple(outputs), tuple(dims)
+
+
+REBUILT: dict[Any, Callable[..., list[Tensor]]] = {}
+"""What does the same as the operators in graphs, with rules for transforms."""
+
+
+def interpreted(graph: fx.GraphModule) -> Callable[..., list[Tensor]]:
+    """Return a graph as a function that can be transformed, also where there are loops and branches in it."""
+
+    class Interpreter(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return REBUILT[target](*args) if target in REBUILT else super().call_function(target, args, kwargs)
+
+    return lambda *flat: list(Interpreter(graph).run(*flat))
+
+
+def is_smooth(tensor: Tensor) -> bool:
+    """Tell whether a tensor can have a derivative."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def smooth(tensors: Iterable[Any]) -> list[Any]:
+    """Return those that can have a derivative."""
+    return [tensor for tensor in tensors if is_smooth(tensor)]
+
+
+def zeros_for(tensors: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return slopes for those tensors that can have a derivative, zeros where there are none."""
+    pairs = zip(tensors, slopes, strict=True)
+    return [torch.zeros_like(t) if s is None else s for t, s in pairs if is_smooth(t)]
+
+
+def spread(values: Iterable[Any], like: Sequence[Tensor]) -> list[Any]:
+    """Return a value for each tensor that can have a derivative, in its place, and None for the others."""
+    it = iter(values)
+    return [next(it) if is_smooth(tensor) else None for tensor in like]
+
+
+def parts(values: Sequence[Any], *sizes: int) -> Iterator[list[Any]]:
+    """Yield a sequence in parts of these sizes, and what remains."""
+    at = 0
+    for size in sizes:
+        yield list(values[at : at + size])
+        at += size
+    yield list(values[at:])
+
+
+def pulled(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of a body by those inputs that can have one, from slopes of its outputs that can."""
+    places = [i for i, tensor in enumerate(inputs) if is_smooth(tensor)]
+    if not places:
+        return []
+
+    def part(*some: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, tensor in zip(places, some, strict=True):
+            full[i] = tensor
+        return tuple(smooth(step.call(*full)))
+
+    transform: Any = torch.func.vjp
+    outputs, back = transform(part, *[inputs[i] for i in places])
+    if not outputs:
+        return [torch.zeros_like(inputs[i]) for i in places]
+    return list(back(tuple(slopes)))
+
+
+def pushed(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs of a body, and tangents of those outputs that can have one."""
+    places = [i for i, tensor in enumerate(inputs) if is_smooth(tensor)]
+    if not places:
+        outputs = list(step.call(*inputs))
+        return outputs, [torch.zeros_like(one) for one in smooth(outputs)]
+
+    kinds: list[bool] = []
+
+    def part(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        full = list(inputs)
+        for i, tensor in zip(places, some, strict=True):
+            full[i] = tensor
+        outputs = step.call(*full)
+        kinds[:] = map(is_smooth, outputs)
+        return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
+
+    transform: Any = torch.func.jvp
+    found, tangents, rest = transform(part, tuple(inputs[i] for i in places), tuple(slopes), has_aux=True)
+    values, others = iter(found), iter(rest)
+    return [next(values) if kind else next(others) for kind in kinds], list(tangents)
+
+
+def mapped(step: Flat, dims: Sequence[int | None], info: Any) -> Flat:
+    """Return a body for a batch; its outputs have the batch in front."""
+    key = "batch", tuple(dims), info.batch_size, info.randomness
+    if key not in step.derived:
+        if all(dim is None for dim in dims):  # no input has a batch, so it is made for the outputs
+
+            def call(*flat: Tensor) -> list[Tensor]:
+                return [one.expand(info.batch_size, *one.shape) for one in step.call(*flat)]
+
+        else:
+
+            def call(*flat: Tensor) -> list[Tensor]:
+                batched = torch.vmap(lambda *a: tuple(step.call(*a)), tuple(dims), randomness=info.randomness)
+                return list(batched(*flat))
+
+        step.derived[key] = Flat(call)
+    return step.derived[key]  # type: ignore[no-any-return]
+
+
+def with_batch(tensor: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
+    """Return a tensor with its batch dimension moved, or expanded to a batch."""
+    if dim is not None:
+        return tensor.movedim(dim, at)
+    return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+
+
+class Levels:
+    """What differentiates at the moment.
+
+    Args:
+        flat: What is computed from.
+
+    Attributes:
+        reverse: How often in reverse mode.
+        forward: How often in forward mode.
+        first: The kind of the innermost transform; None if there is none.
+    """
+
+    def __init__(self, flat: Sequence[Tensor]) -> None:
+        kinds = [level.key() for level in all_transforms() or ()]
+        kinds = [kind for kind in kinds if kind != TransformType.Functionalize]
+        taped = torch.is_grad_enabled() and any(unwrapped(tensor).requires_grad for tensor in flat)
+        self.reverse = kinds.count(TransformType.Grad) + taped
+        self.forward = kinds.count(TransformType.Jvp)
+        self.forward = max(self.forward, int(forward_level() >= 0))
+        self.first = kinds[-1] if kinds else None

@@ -1,0 +1,202 @@
+"""The operators that loops compile to: how many, that their bodies are freed, by every backend."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import luxtorch as lt
+from luxtorch.errors import LuxtorchError
+from luxtorch.jit import _bodies
+from luxtorch.jit._inductor import has_compiler
+from tests.loops.words import loop
+
+compiled = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+
+
+def total(w, xs):
+    carry, ys = lt.scan(lambda c, x: (torch.tanh(c @ w + x), c), torch.zeros(3), xs)
+    return carry.sum() + ys.square().sum()
+
+
+def power(w, xs):
+    return lt.while_loop(lambda c: c.sum() < 100, lambda c: c * w.exp().sum(), xs.sum().abs() + 1)
+
+
+def limited(w, xs):
+    return lt.while_loop(lambda c: c.sum() < 100, lambda c: c * w.exp().sum(), xs.sum().abs() + 1, max_steps=9)
+
+
+def branch(w, xs):
+    return lt.cond(xs.sum() > 0, lambda a: (a @ w).sum(), lambda a: a.sin().sum() * w.sum(), xs)
+
+
+@pytest.fixture
+def given(rng):
+    return torch.randn(3, 3, generator=rng) * 0.5, torch.randn(4, 3, generator=rng)
+
+
+def calls(graph):
+    return sum(graph.count(f"luxtorch.{name}.default(") for name in ("scan", "while_loop", "switch"))
+
+
+def forward(f):
+    return lambda w, xs: torch.func.jvp(f, (w, xs), (w.cos(), xs.cos()))[1]
+
+
+TRANSFORMS = {
+    "value": (lambda f: f, 1),
+    "R": (torch.func.grad, 2),
+    "F": (forward, 2),
+    "V": (lambda f: lambda w, xs: torch.vmap(f, (0, None))(torch.stack([w, -w]), xs), 1),
+    "VR": (lambda f: lambda w, xs: torch.vmap(torch.func.grad(f), (0, None))(torch.stack([w, -w]), xs), 2),
+    "RR": (torch.func.hessian, 4),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_number_of_operators_does_not_depend_on_the_length(name, given):
+    transform, most = TRANSFORMS[name]
+    f = lt.jit(transform(total), backend="replay")
+    short, long = (f.lower(given[0], torch.zeros(n, 3)).graph for n in (2, 50))
+    assert 1 <= calls(short) == calls(long) <= most
+    assert short.count("\n") == long.count("\n")
+
+
+@pytest.mark.parametrize("f", [total, limited, branch], ids=lambda f: f.__name__)
+def test_bodies_are_freed_with_the_function(f, given):
+    gc.collect()
+    before = _bodies.in_table()
+    jitted = lt.jit(torch.func.grad(f), backend="replay")
+    jitted(*given)
+    assert _bodies.in_table() > before
+    for _ in range(3):
+        jitted(*given)
+    during = _bodies.in_table()
+    jitted.cache_clear()
+    jitted(*given)
+    gc.collect()
+    assert _bodies.in_table() == during
+    del jitted
+    gc.collect()
+    assert _bodies.in_table() == before
+
+
+def test_a_function_is_traced_a_few_times_whatever_the_length(given):
+    count = 0
+
+    def step(c, x):
+        nonlocal count
+        count += 1
+        return torch.tanh(c @ given[0] + x), None
+
+    jitted = lt.jit(torch.func.grad(lambda xs: lt.scan(step, xs[0], xs)[0].sum()), backend="replay")
+    jitted(torch.zeros(40, 3))
+    assert count <= 4
+    jitted(torch.zeros(40, 3))
+    assert count <= 4
+
+
+def test_a_module_of_make_fx_keeps_its_bodies(given):
+    module = make_fx(total, tracing_mode="fake")(*given)
+    gc.collect()
+    torch.testing.assert_close(module(*given), total(*given))
+    with pytest.raises(LuxtorchError, match="gone"):
+        _bodies.body_named("nothing")
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")  # by torch, for its hessian
+@pytest.mark.parametrize("name", ["value", "R", "VR", "RR"])
+@pytest.mark.parametrize("f", [total, limited, branch], ids=lambda f: f.__name__)
+def test_inductor(f, name, given):
+    transform, _ = TRANSFORMS[name]
+    got = lt.jit(transform(f), backend="inductor")(*given)
+    torch.testing.assert_close(got, transform(f)(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("name", ["value", "F", "V"])
+def test_inductor_runs_a_loop_of_unknown_length(name, given):
+    transform, _ = TRANSFORMS[name]
+    got = lt.jit(transform(power), backend="inductor")(*given)
+    torch.testing.assert_close(got, transform(power)(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@compiled
+def test_inductor_on_the_tape(given):
+    w = given[0].requires_grad_()
+    (got,) = torch.autograd.grad(lt.jit(total)(w, given[1]), w)
+    (expected,) = torch.autograd.grad(total(w, given[1]), w)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dynamic_length_has_one_graph(given):
+    jitted = lt.jit(torch.func.grad(total), backend="replay", dynamic={"xs": (0,)})
+    for n in (3, 4, 7):
+        xs = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+        torch.testing.assert_close(jitted(given[0], xs), torch.func.grad(total)(given[0], xs))
+    assert jitted.cache_info().misses == 1
+
+
+def test_donation(given):
+    def f(state, xs):
+        return {"c": lt.scan(lambda c, x: (torch.tanh(c + x), None), state["c"], xs)[0]}
+
+    jitted = lt.jit(f, backend="replay", donate="state")
+    state = {"c": torch.ones(3)}
+    expected = f(f(state, given[1]), given[1])
+    torch.testing.assert_close(jitted(jitted({"c": torch.ones(3)}, given[1]), given[1]), expected)
+
+
+def test_the_backward_pass_computes_no_step_again(given):
+    """What the derivative of a step needs is saved, so that `exp` and `tanh` are in the forward body alone."""
+
+    def operators(**options):
+        def g(w, xs):
+            step = lambda c, x: (torch.tanh(torch.exp(c @ w) + x), None)  # noqa: E731
+            return lt.scan(step, torch.zeros(3), xs, **options)[0].sum()
+
+        jitted = lt.jit(torch.func.grad(g), backend="replay")
+        names = re.findall(r"scan\.default\('(\w+)'", jitted.lower(*given).graph)
+        bodies = [_bodies.body_named(name).graph.code for name in names]
+        return [body.count("aten.tanh.default") for body in bodies]
+
+    assert operators() == [1, 0]
+    assert operators(checkpoint=True) == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["tape in grad", "pullback later", "jvp of a pullback"])
+def test_a_derivative_that_comes_later_is_right(how, given):
+    """Where nobody could know that there will be a second derivative, what was saved for the first is not enough."""
+    w, xs = given[0].double(), given[1].double()
+
+    def f(scan):
+        def loss(w):
+            h, ys = scan(lambda c, x: (torch.tanh(c @ w + x), c * c), torch.zeros(3, dtype=w.dtype), xs)
+            return h.square().sum() + ys.sum()
+
+        def taped(w):
+            (slope,) = torch.autograd.grad(loss(w), w, create_graph=True)
+            return (slope * slope.cos()).sum()
+
+        def later(w):
+            _, pull = torch.func.vjp(loss, w)
+            return torch.func.grad(lambda u: (pull(u)[0] ** 2).sum())(torch.ones((), dtype=w.dtype))
+
+        def tangent(w):
+            _, pull = torch.func.vjp(loss, w)
+            one = torch.ones((), dtype=w.dtype)
+            return torch.func.jvp(lambda u: (pull(u)[0] ** 2).sum(), (one,), (one,))[1]
+
+        return {"tape in grad": torch.func.grad(taped), "pullback later": later, "jvp of a pullback": tangent}[how]
+
+    got = lt.jit(f(lt.scan), backend="replay")(w)
+    torch.testing.assert_close(got, f(loop)(w))

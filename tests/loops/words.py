@@ -1,0 +1,67 @@
+"""Words of transforms on functions of one tree, and the loop of Python that everything is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import tensors
+from luxtorch.core._tree import tree_map
+
+WORDS = ["".join(word) for length in (1, 2, 3) for word in product("RFV", repeat=length)]
+"""All words of reverse mode, forward mode and vmap, the outermost first."""
+SCALES = torch.tensor([1.0, 0.7, -0.4], dtype=torch.float64)
+
+
+def apply(word: str, f: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Return the function of one number that a word of transforms makes of one."""
+    for place, letter in enumerate(reversed(word)):
+        f = LETTERS[letter](f, place)
+    return f
+
+
+def direction(like: Tensor, place: int) -> Tensor:
+    return torch.cos(torch.arange(like.numel(), dtype=like.dtype) + place + 1).reshape(like.shape)
+
+
+def _reverse(f: Any, place: int) -> Any:
+    def along(theta: Any) -> Tensor:
+        slopes = torch.func.grad(f)(theta)
+        return sum((s * direction(s, place)).sum() for s in tensors(slopes))  # type: ignore[return-value]
+
+    return along
+
+
+def _forward(f: Any, place: int) -> Any:
+    def along(theta: Any) -> Tensor:
+        tangents = tree_map(lambda x: direction(x, place).expand_as(x), theta)
+        return torch.func.jvp(f, (theta,), (tangents,))[1]
+
+    return along
+
+
+def _batch(f: Any, place: int) -> Any:
+    def many(theta: Any) -> Tensor:
+        batch = tree_map(lambda x: torch.stack([x * s for s in SCALES]), theta)
+        return (torch.vmap(f)(batch) * (SCALES + place)).sum()
+
+    return many
+
+
+LETTERS: dict[str, Any] = {"R": _reverse, "F": _forward, "V": _batch}
+
+
+def loop(f: Any, init: Any, xs: Any = None, length: int | None = None, *, reverse: bool = False) -> Any:
+    """Scan by a loop of Python."""
+    n = length if length is not None else tensors(xs)[0].shape[0]
+    carry, ys = init, []
+    for i in reversed(range(n)) if reverse else range(n):
+        carry, y = f(carry, tree_map(lambda x: x[i], xs))  # noqa: B023
+        ys.append(y)
+    if reverse:
+        ys.reverse()
+    return carry, tree_map(lambda *leaves: torch.stack(leaves), ys[0], *ys[1:])
