@@ -1,5 +1,5 @@
 """A deep equilibrium model that completes digits
-=============================================
+==============================================
 
 Half of the pixels of a digit are hidden, and a network says what they were. Its layer is called again and again, until
 its output does not change any more: as deep as each batch needs, with the parameters of one layer. `lt.fixed_point`

@@ -41,7 +41,6 @@ get_unwrapped = torch._C._functorch.get_unwrapped
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 wrap_for_grad = torch._C._functorch._wrap_for_grad
 add_batch_dim = torch._C._functorch._add_batch_dim
-get_batch_dim = torch._C._functorch.maybe_get_bdim
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 level_of = torch._C._functorch.maybe_get_level
 current_level = torch._C._functorch.maybe_current_level

@@ -7,6 +7,7 @@ import textwrap
 
 SECTION = re.compile(r"^(Args|Attributes|Parameters|States|Shape|Returns|Yields|Raises|Example|Source):$")
 ITEM = re.compile(r"^`?([*\w.]+(?:(?:, | and )[*\w.]+)*)`?: (.*)$")
+VERBATIM = re.compile(r"(^ *>>> .*\n(?:.*\S.*\n)*|^ *```python\n(?:.*\n)*? *```\n)", re.M)
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -54,9 +55,17 @@ def items(body: list[str]) -> list[str]:
 
 
 def marked(lines: list[str]) -> list[str]:
-    """Escape the stars of plain text, and give backquoted text its role; sessions of Python stay as they are."""
-    chunks = re.split(r"((?:^ *>>> .*\n(?:.*\S.*\n)*))", "".join(f"{line}\n" for line in lines), flags=re.M)
-    return "".join(chunk if i % 2 else plain(chunk) for i, chunk in enumerate(chunks)).splitlines()
+    """Escape the stars of plain text, and give backquoted text its role; code stays as it is."""
+    chunks = VERBATIM.split("".join(f"{line}\n" for line in lines))
+    return "".join(fenced(chunk) if i % 2 else plain(chunk) for i, chunk in enumerate(chunks)).splitlines()
+
+
+def fenced(chunk: str) -> str:
+    """Make a directive of a block of Python between fences; return a session of Python as it is."""
+    if chunk.lstrip().startswith(">>>"):
+        return chunk
+    indent, code = re.findall(r"^ *", chunk)[0], "".join(chunk.splitlines(True)[1:-1])
+    return f"{indent}.. code-block:: python\n\n{textwrap.indent(code, '    ')}\n"
 
 
 def plain(text: str) -> str:

@@ -405,7 +405,7 @@ def _value_needed(func: Any, where: str = "") -> TracingError:
     return TracingError(
         f"A jitted function must not depend on the value of a tensor, as by {func}: a traced tensor has none.",
         expected="the same operators for all values: no `if`, `float(...)`, `.item()` or `x[mask]` on a traced tensor",
-        fix="Use torch.where, lt.cond or lt.while_loop, or pass the number as an argument: each value has its own graph.",
+        fix="Use torch.where, lt.cond or lt.while_loop, or pass the number as an argument: each value has a graph.",
         where=where or user_line(),
     )
 

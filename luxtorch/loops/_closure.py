@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from luxtorch._torch import (
     add_batch_dim,
+    batch_dim_of,
     current_level,
     function_modes,
-    get_batch_dim,
     get_unwrapped,
     is_batched,
     is_wrapped,
@@ -311,10 +311,7 @@ class Replaced(TorchFunctionMode):
         if value is inner:
             return tensor
         level = level_of(tensor)
-        if is_batched(tensor):
-            again = add_batch_dim(value, get_batch_dim(tensor), level)
-        else:
-            again = wrap_for_grad(value, level)
+        again = add_batch_dim(value, batch_dim_of(tensor), level) if is_batched(tensor) else wrap_for_grad(value, level)
         self._wrapped[id(tensor)] = tensor, again
         return again
 
