@@ -31,6 +31,9 @@ FEATURES = {
     "checkpoint": "Parameters and optimizer saved without pickle, and loaded again",
     "modules": "Takes a `torch.nn` module with its weights",
     "loop": "A loop over a sequence, compiled without unrolling it, under `grad`, `vmap` and `jvp`",
+    "condition": "A loop until a condition holds, compiled, under `vmap` and `jvp`",
+    "branch": "A branch on the value of a tensor, compiled, under `grad`, `vmap` and `jvp`",
+    "ragged": "A recurrent layer over sequences of different lengths, compiled, under `vmap` and `grad`",
 }
 
 

@@ -173,7 +173,25 @@ def loop():
     jax.vmap(f)(jnp.stack([X, 2 * X]))
 
 
+def compiled(f):
+    """Check a function of a sample under transforms that are compiled."""
+    jax.jit(jax.vmap(f))(jnp.stack([X, 2 * X]))
+    return jax.jit(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1])(X)
+
+
+def condition():
+    compiled(lambda x: jax.lax.while_loop(lambda c: (c**2).sum() < 99, lambda c: c * 1.5, x).sum())
+
+
+def branch():
+    def f(x):
+        return jax.lax.cond(x.sum() > -1, lambda x: x**2, lambda x: 3 * x, x + 0.1).sum()
+
+    close(jax.jit(jax.grad(f))(X).sum(), compiled(f), 1e-3)
+
+
 MISSING = {
+    "ragged": "the cells are there, but no layer that runs them over a sequence",
     "flat": "ravel_pytree has no names: the vector has to be taken apart first",
     "modules": "torch's modules and tensors are not JAX's",
 }

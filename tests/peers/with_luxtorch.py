@@ -7,7 +7,6 @@ import tempfile
 
 import torch
 from probing import close, main
-from with_torch_func import loop as loop  # luxtorch has no other
 
 import luxtorch as lt
 from luxtorch import optim, training
@@ -176,6 +175,49 @@ def modules():
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
     layer, ps, st = lt.from_torch(module)
     close(layer(X, ps, st)[0], module(X).detach())
+
+
+def compiled(f):
+    """Check a function of a sample under transforms that are compiled; by jvp and vmap, and by grad if it has one."""
+    batch = torch.stack([X, 2 * X])
+    close(lt.jit(torch.vmap(f), backend="replay")(batch), torch.stack([f(X), f(2 * X)]))
+    forward = lt.jit(lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1], backend="replay")
+    close(forward(X), (f(X + 1e-2) - f(X - 1e-2)) / 2e-2, 1e-2)
+    return forward(X)
+
+
+def loop():
+    def total(x):
+        return lt.scan(lambda c, x: (c * 0.5 + x, c), torch.zeros(3), x)[0].square().sum()
+
+    slope = compiled(total)
+    grad = lt.jit(torch.func.grad(total), backend="replay")
+    close(grad(X).sum(), slope, 1e-3)
+    long = torch.linspace(-1, 1, 3000).reshape(1000, 3)
+    assert grad.lower(X).graph.count("torch.ops.") == grad.lower(long).graph.count("torch.ops.")
+
+
+def condition():
+    compiled(lambda x: lt.while_loop(lambda c: c.square().sum() < 99, lambda c: c * 1.5, x).sum())
+
+
+def branch():
+    def f(x):
+        return lt.cond(x.sum() > -1, lambda x: x.square(), lambda x: 3 * x, x + 0.1).sum()
+
+    close(lt.jit(torch.func.grad(f), backend="replay")(X).sum(), compiled(f), 1e-3)
+
+
+def ragged():
+    model = lt.Recurrence(lt.LSTMCell(3, 2))
+    ps, st = lt.setup(0, model)
+
+    def f(ps, x, lengths):
+        return model((x, None, lengths), ps, st)[0].square().sum()
+
+    x, lengths = torch.stack([X, 2 * X])[:, None], torch.tensor([[4], [2]])
+    many = lt.jit(torch.vmap(torch.func.grad(f), (None, 0, 0)), backend="replay")(ps, x, lengths)
+    close(many["weight_ih"][1], torch.func.grad(f)(ps, x[1, :, :2], torch.tensor([2]))["weight_ih"])
 
 
 MISSING: dict[str, str] = {}

@@ -159,6 +159,33 @@ def loop():
     torch.func.jvp(torch.compile(total), (X,), (X,))
 
 
+def condition():
+    from torch._higher_order_ops import while_loop
+
+    def f(x):
+        return while_loop(lambda c: c.square().sum() < 99, lambda c: (c * 1.5,), (x,))[0].sum()
+
+    torch.compile(torch.vmap(f), fullgraph=True)(torch.stack([X, 2 * X]))
+
+
+def branch():
+    def f(x):
+        return torch.cond(x.sum() > -1, lambda x: x.square(), lambda x: 3 * x, (x,)).sum()
+
+    torch.compile(lambda x: torch.func.jvp(f, (x,), (x,)), fullgraph=True)(X)
+
+
+def ragged():
+    module = nn.LSTM(3, 2, batch_first=True)
+
+    def f(ps, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return functional_call(module, ps, (packed,))[1][0].square().sum()
+
+    x, lengths = torch.stack([X, 2 * X])[:, None], torch.tensor([[4], [2]])
+    torch.vmap(torch.func.grad(f), (None, 0, 0))(trees(module)[0], x, lengths)
+
+
 MISSING = {
     "dropout_keys": "torch.vmap(randomness=...) draws from the global generator; nothing takes a key",
     "per_sample": "torch.vmap(randomness=...) draws from the global generator; nothing takes a key",
