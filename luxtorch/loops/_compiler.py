@@ -22,7 +22,7 @@ def scan(f: Any, init: Tree, xs: Tree, n: Any, reverse: bool) -> tuple[Tree, Tre
     start, sequences = Packed(init), Packed(xs)
     if transform_level() or not start.tensors or n == 0:
         return None
-    if torch.is_grad_enabled() and not all(map(is_smooth, start.tensors)):
+    if torch.is_grad_enabled() and not all(map(is_smooth, [*start.tensors, *sequences.tensors])):
         return None  # torch's has no derivative then
 
     def step(carry: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], Tree]:

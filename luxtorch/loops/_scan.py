@@ -60,7 +60,8 @@ def scan(
     save the carry before each step, and compute the step again from there.
 
     Inside of torch.compile and torch.export it is torch's own `scan`; that has no rules for the transforms of
-    torch.func, nor derivatives with integers in the carry, so there the loop unrolls.
+    torch.func, nor derivatives with integers in the carry or the sequence, so there, and where gradients could be
+    recorded of such, the loop unrolls.
 
     Args:
         f: Takes the carry and the elements of one step to the next carry, of the same structure, shapes and dtypes, and
