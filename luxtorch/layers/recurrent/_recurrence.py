@@ -31,10 +31,10 @@ from ._base import Cell, StepMask, at_last_step, running_steps
 class Recurrence(WrapperLayer):
     """Run a cell over a sequence, and return its last output, or all of them.
 
-    The cells of luxtorch run in torch's fused kernels, also inside a gradient of torch.func; in a compiled function these
-    are one operator. Any other cell, and inside of other transforms (vmap, forward mode, a gradient of a gradient) any
-    cell, runs step by step: in `lt.jit` by `lt.scan`, so that a long sequence is one operator too, which compiles in the
-    time of a step; in `torch.compile` it is unrolled. All give the same numbers.
+    The cells of luxtorch run in torch's fused kernels, also inside a gradient of torch.func; in a compiled function
+    these are one operator. Any other cell, and inside of other transforms (vmap, forward mode, a gradient of a
+    gradient) any cell, runs step by step: in `lt.jit` by `lt.scan`, so that a long sequence is one operator too, which
+    compiles in the time of a step; in `torch.compile` it is unrolled. All give the same numbers.
 
     Args:
         cell: The cell.
