@@ -82,6 +82,17 @@ def test_long_sequences(make_key, cell, transform, lengths):
     assert counts[0] == counts[1] < 200
 
 
+def test_one_graph_serves_all_long_sequences(make_key):
+    model = lt.Recurrence(CELLS["custom"])
+    ps, st = lt.setup(make_key(), model)
+    function = grad(lambda ps, x: model(x, ps, st)[0].square().sum())
+    jitted = lt.jit(function, dynamic={"x": 1}, backend="replay")
+    for time in (LONG, 2 * LONG, LONG + 1):
+        x = lt.random.normal(make_key(), (2, time, 3))
+        torch.testing.assert_close(jitted(ps, x), function(ps, x), rtol=1e-4, atol=1e-5)
+    assert jitted.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_the_carry_has_the_dtype_of_the_first_output(make_key, dtype):
     model = lt.Recurrence(CELLS["custom"])
