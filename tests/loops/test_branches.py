@@ -58,9 +58,12 @@ def theta(request, rng):
     return {"x": x, "v": torch.rand(3, generator=rng, dtype=F64), "w": torch.randn(3, 3, generator=rng, dtype=F64)}
 
 
+FIRST, *OTHERS = BODIES
+
+
 @HOW
 @pytest.mark.parametrize("word", ["", *LONG])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [FIRST, *(pytest.param(body, marks=pytest.mark.slow) for body in OTHERS)])
 def test_every_word(how, body, word, theta):
     expected = apply(word, lambda t: BODIES[body](chosen, t))(theta)
     got = how(apply(word, lambda t: BODIES[body](lt.cond, t)))(theta)

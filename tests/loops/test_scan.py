@@ -29,7 +29,9 @@ HOW = pytest.mark.parametrize("how", [eager, replayed])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"unroll": 2}, {"checkpoint": True}, {"checkpoint": 2}, {"unroll": 7}])
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.complex64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), F64, torch.complex64, torch.bfloat16]
+)
 def test_values_and_gradients(how, n, reverse, options, dtype, rng):
     xs, w = torch.randn(n, 3, generator=rng).to(dtype), torch.randn(3, 3, generator=rng).to(dtype)
 

@@ -117,6 +117,9 @@ def _without_none(scan: Any) -> Any:
 PYTHON = _without_none(loop)
 
 
+FIRST, *OTHERS = BODIES
+
+
 @pytest.mark.parametrize("word", ["", *LONG])
 @pytest.mark.parametrize("body", BODIES)
 def test_eager(body: str, word: str, theta: Any) -> None:
@@ -126,7 +129,7 @@ def test_eager(body: str, word: str, theta: Any) -> None:
 
 
 @pytest.mark.parametrize("word", ["", *LONG])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [FIRST, *(pytest.param(body, marks=pytest.mark.slow) for body in OTHERS)])
 def test_replayed(body: str, word: str, theta: Any) -> None:
     expected = apply(word, lambda t: BODIES[body](PYTHON, t))(theta)
     got = lt.jit(apply(word, lambda t: BODIES[body](lt.scan, t)), backend="replay")(theta)
