@@ -22,11 +22,17 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take only a share of the slow tests where `SHARE` asks for that: `SHARE=2/3` is the second of three."""
-    which, number = map(int, os.environ.get("SHARE", "1/1").split("/"))
-    out = {
-        item for item in items if item.get_closest_marker("slow") and _number(item.nodeid) % number != which % number
-    }
+    """Take only a share of the slow tests where `SHARE` asks for that: `SHARE=2/3` is the second of three.
+
+    `FAST_SHARE` does the same for the others.
+    """
+    shares = {slow: os.environ.get(name, "1/1").split("/") for slow, name in ((True, "SHARE"), (False, "FAST_SHARE"))}
+
+    def taken(item: pytest.Item) -> bool:
+        which, number = map(int, shares[item.get_closest_marker("slow") is not None])
+        return _number(item.nodeid) % number == which % number
+
+    out = {item for item in items if not taken(item)}
     config.hook.pytest_deselected(items=[*out])
     items[:] = [item for item in items if item not in out]
 
