@@ -395,7 +395,7 @@ _LOOPS = {
 def _check_loop(func: Any) -> None:
     if func.name() in _LOOPS:
         raise TracingError(
-            f"A jitted function calls torch's own operator '{func.name()}'.",
+            f"A jitted function must not call torch's own operator '{func.name()}'.",
             fix=f"Use {_LOOPS[func.name()]}, which works under every transform.",
             where=user_line(),
         )

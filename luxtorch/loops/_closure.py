@@ -215,9 +215,9 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 base = tensor if tensor._base is None else tensor._base
                 argument = id(tensor) in self._arguments or id(base) in self._arguments
                 if argument or id(tensor) not in self._made:
+                    what = "an argument" if argument else "what it closes over"
                     raise TracingError(
-                        f"The body of a loop or branch changes {'an argument' if argument else 'what it closes over'} "
-                        f"in place, by {func}.",
+                        f"The body of a loop or branch must not change {what} in place, as {func} does.",
                         fix="Compute a new tensor, and return it as a part of the carry.",
                         where=user_line(),
                     )
@@ -251,7 +251,7 @@ class _Finder(TorchFunctionMode):
         if here is tensor and is_constant(tensor):
             if self._records and tensor.requires_grad:
                 raise InputError(
-                    "The body of a loop or branch closes over a tensor that requires grad, which is a constant here.",
+                    "The body of a loop or branch must not close over a tensor that requires grad: here it is fixed.",
                     got=described(tensor),
                     fix="Pass it as an argument of the jitted function, or detach it.",
                     where=user_line(),
