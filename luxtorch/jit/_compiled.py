@@ -54,44 +54,34 @@ class Compiled:
     ) -> None:
         self._bodies: list[Any] = []  # what the operators of the program call
         with keeping(self._bodies):
-            self._make(fn, leaves, spec, donated, dynamic, options)
-
-    def _make(
-        self,
-        fn: Callable[..., Any],
-        leaves: list[Any],
-        spec: Spec,
-        donated: Collection[int],
-        dynamic: Mapping[int, Collection[int]],
-        options: Options,
-    ) -> None:
-        with _COMPILING:
-            self.trace = trace(fn, leaves, spec, dynamic)
-            self.stable_strides = stable_strides(self.trace)
-            if self.stable_strides:
-                leaves = self._restrided(leaves, self.stable_strides)
+            with _COMPILING:
                 self.trace = trace(fn, leaves, spec, dynamic)
-        backend = options.backend
-        self.signature = self.trace.signature
-        self.code = ""
-        self._unflatten = self.trace.out_spec.unflatten
-        self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in _COMPUTED]
-        self._statics = None if any(kind != "static" for kind, _ in self._fixed) else [one for _, one in self._fixed]
-        self._autocast = torch._C._is_any_autocast_enabled()
-        self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
-        tensors = self.signature.tensors(leaves)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            self._donated = []  # autograd saves tensors, which cannot be overwritten
-            self._use(self._compile_recorded(tensors, backend, options.inductor), [])
-        elif backend == "inductor" and options.background:
-            self._use(replay(self.trace.graph), [])
-            Thread(target=self._compile_later, args=(options.inductor,), daemon=True).start()
-        elif backend == "inductor":
-            self._compile(options.inductor)
-        elif backend == "replay":
-            self._use(replay(self.trace.graph), [])
-        else:
-            self._use(_by_backend(backend, self.trace), [])
+                self.stable_strides = stable_strides(self.trace)
+                if self.stable_strides:
+                    leaves = self._restrided(leaves, self.stable_strides)
+                    self.trace = trace(fn, leaves, spec, dynamic)
+            backend = options.backend
+            self.signature = self.trace.signature
+            self.code = ""
+            self._unflatten = self.trace.out_spec.unflatten
+            self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in _COMPUTED]
+            static = all(kind == "static" for kind, _ in self._fixed)
+            self._statics = [value for _, value in self._fixed] if static else None
+            self._autocast = torch._C._is_any_autocast_enabled()
+            self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
+            tensors = self.signature.tensors(leaves)
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                self._donated = []  # autograd saves tensors, which cannot be overwritten
+                self._use(self._compile_recorded(tensors, backend, options.inductor), [])
+            elif backend == "inductor" and options.background:
+                self._use(replay(self.trace.graph), [])
+                Thread(target=self._compile_later, args=(options.inductor,), daemon=True).start()
+            elif backend == "inductor":
+                self._compile(options.inductor)
+            elif backend == "replay":
+                self._use(replay(self.trace.graph), [])
+            else:
+                self._use(_by_backend(backend, self.trace), [])
 
     def __call__(self, leaves: list[Any]) -> Any:
         """Return the result of a call whose leaves fit the signature."""

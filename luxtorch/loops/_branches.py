@@ -14,9 +14,10 @@ from luxtorch.core._tree import named_leaves
 
 from . import _compiler
 from ._closure import current, is_constant
+from ._ops import nearest
 from ._primitive import bind
 from ._switched import Switch, selected
-from ._trees import Lifted, Packed, as_passed, check_function, is_index
+from ._trees import Lifted, Packed, as_passed, check_function, closed_over, is_index
 
 Tree = Any
 
@@ -91,14 +92,14 @@ def switch(index: int | Tensor, branches: Sequence[Callable[..., Tree]], *operan
     """
     if torch.compiler.is_compiling():
         if not isinstance(index, Tensor):
-            return branches[min(max(index, 0), len(branches) - 1)](*operands)
+            return branches[nearest(index, len(branches))](*operands)
         return _compiled(index.to(torch.int64), branches, operands)
     if callable(branches) or not branches:
         raise out_of_range("branches", branches, "a sequence of functions, at least one")
     for place, branch in enumerate(branches):
         check_function(f"branches[{place}]", branch)
     if is_index(index):
-        return branches[min(max(index, 0), len(branches) - 1)](*operands)  # type: ignore[index]
+        return branches[nearest(index, len(branches))](*operands)
     if not isinstance(index, Tensor) or index.ndim or index.is_floating_point() or index.is_complex():
         raise wrong_type("index", index, "a whole number, or a tensor of one, without dimensions")
     return _branch(index, branches, [f"branches[{place}]" for place in range(len(branches))], operands)
@@ -118,7 +119,7 @@ def check_condition(name: str, value: Any) -> None:
 def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
     index = current(index)
     if not vmap_levels(index) and (not traced() or is_constant(index)):
-        return branches[min(max(int(index), 0), len(branches) - 1)](*operands)
+        return branches[nearest(index, len(branches))](*operands)
     operands = as_passed(operands)
     if not traced():
         results = [branch(*operands) for branch in branches]
@@ -127,10 +128,9 @@ def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operan
         return packed[0].tree(selected(index, [one.tensors for one in packed]))
     bodies = [Lifted(branch, operands) for branch in branches]
     check_results([body.result for body in bodies], names)
-    closed = {id(o): (o, here) for body in bodies for o, here in zip(body.originals, body.closed, strict=True)}
-    originals = [original for original, _ in closed.values()]
+    originals, closed = closed_over(bodies)
     steps = tuple(body.flat(originals) for body in bodies)
-    flat = [index, *Packed(operands).tensors, *[here for _, here in closed.values()]]
+    flat = [index, *Packed(operands).tensors, *closed]
     return Packed(bodies[0].result).tree(bind(Switch(steps), flat))
 
 

@@ -36,7 +36,9 @@ from luxtorch.core import (
     wrong_type,
 )
 
+from ._primitive import is_smooth, with_some
 from ._solvers import SOLVERS, ConvergenceError, Map, distance, everywhere, gmres, iterate, largest
+from ._trees import Packed
 
 Z = TypeVar("Z")
 Residual: TypeAlias = Callable[..., Tensor]
@@ -46,7 +48,6 @@ LinearSolver = Literal["auto", "dense", "gmres"]
 
 DENSE = 512
 """Up to how many numbers the whole Jacobian is computed by default."""
-_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _ON_TAPE = 2
 """How many derivatives of what has the whole Jacobian an autograd tape may take."""
 
@@ -150,12 +151,12 @@ def fixed_point(
             z, gap = iterate(moved, start, SOLVERS[solver](moving), tol, max_steps)
         if gap is not None and tol is not None and not everywhere(gap <= tol):
             _complain(largest(gap), tol, max_steps, unconverged)
-    tensors, rebuilt = _parts(operands)
+    packed = Packed(operands)
 
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
-        return form.ravel(image(form.unravel(v), *rebuilt(tensors))) - v
+        return form.ravel(image(form.unravel(v), *packed.tree(tensors))) - v
 
-    return form.unravel(_differentiable(residual, z, tensors, linear_solver))  # type: ignore[no-any-return]
+    return form.unravel(_differentiable(residual, z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
 
 
 def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear_solver: LinearSolver = "auto") -> Z:
@@ -211,12 +212,12 @@ def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear
     with _aside():
         fixed = map_tensors(Tensor.detach, operands)
         z = _by_hand(form, solve, lambda z: value(z, *fixed), z0, "solve")
-    tensors, rebuilt = _parts(operands)
+    packed = Packed(operands)
 
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
-        return form.ravel(value(form.unravel(v), *rebuilt(tensors)))
+        return form.ravel(value(form.unravel(v), *packed.tree(tensors)))
 
-    return form.unravel(_differentiable(residual, z, tensors, linear_solver))  # type: ignore[no-any-return]
+    return form.unravel(_differentiable(residual, z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
 
 
 class Form:
@@ -241,9 +242,10 @@ class Form:
                 raise wrong_type(place, leaf, "a floating point or complex tensor", fix="Pass the rest as operands.")
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
+        self.real_dtypes = [leaf.real.dtype for leaf in leaves]
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
         # Linear algebra has no half precision.
-        self.dtype = reduce(torch.promote_types, [_REAL.get(dtype, dtype) for dtype in self.dtypes], torch.float32)
+        self.dtype = reduce(torch.promote_types, self.real_dtypes, torch.float32)
         self.device = leaves[0].device
 
     def ravel(self, tree: Any) -> Tensor:
@@ -257,8 +259,9 @@ class Form:
     def unravel(self, vector: Tensor) -> Any:
         """Return the tree that has these numbers."""
         leaves = []
-        for part, shape, dtype in zip(torch.split(vector, self.sizes), self.shapes, self.dtypes, strict=True):
-            part = part.to(_REAL.get(dtype, dtype))
+        parts = torch.split(vector, self.sizes)
+        for part, shape, dtype, real in zip(parts, self.shapes, self.dtypes, self.real_dtypes, strict=True):
+            part = part.to(real)
             if dtype.is_complex:
                 part = torch.complex(*part.reshape(*shape, 2).unbind(-1))
             leaves.append(part.reshape(shape))
@@ -400,7 +403,7 @@ class _Root(torch.autograd.Function):
         w = _linear(_transposed, residual, cotangent, z, tensors)
         places = [i for i, need in enumerate(needed) if need]
         some = tuple(tensors[i] for i in places)
-        _, back, _ = vjp(lambda *some: (residual(z, *_with(tensors, places, some)), ()), some)
+        _, back, _ = vjp(lambda *some: (residual(z, *with_some(tensors, places, some)), ()), some)
         slopes = dict(zip(places, back(-w), strict=True))
         return None, None, *(slopes.get(i) for i in range(len(tensors)))
 
@@ -411,11 +414,13 @@ class _Root(torch.autograd.Function):
             z, *tensors = map(primal_of, ctx.saved_tensors)
             residual = ctx.residual
             z = _Root.apply(residual, z, *tensors)  # as derivatives outside of this one know it
-            given = {i: u for i, u in enumerate(tangents) if u is not None and _continuous(tensors[i])}
+            given = {i: u for i, u in enumerate(tangents) if u is not None and is_smooth(tensors[i])}
             if not given:
                 return torch.zeros_like(z)
             places, some = [*given], tuple(tensors[i] for i in given)
-            _, change, _ = jvp(lambda *some: (residual(z, *_with(tensors, places, some)), ()), some, [*given.values()])
+            _, change, _ = jvp(
+                lambda *some: (residual(z, *with_some(tensors, places, some)), ()), some, [*given.values()]
+            )
             return _linear(_straight, residual, -change, z, tensors)
 
     @staticmethod
@@ -448,16 +453,6 @@ def _transposed(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map
     """Return what multiplies by the transposed Jacobian."""
     _, back, _ = vjp(lambda z: (residual(z, *tensors), ()), (z,))
     return lambda w: back(w)[0]
-
-
-def _with(tensors: Sequence[Tensor], places: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with those at some places replaced."""
-    new = dict(zip(places, some, strict=True))
-    return [new.get(i, tensor) for i, tensor in enumerate(tensors)]
-
-
-def _continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _check_operands(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -504,13 +499,6 @@ def _by_hand(form: Form, solve: Solve, f: Callable[[Any], Any], z0: Any, name: s
     """Return what a user's solver finds."""
     found = form.checked(solve(f, map_tensors(Tensor.detach, z0)), f"what {name} returns")
     return form.ravel(found).detach()
-
-
-def _parts(operands: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Return the tensors among the operands, and what puts others into their places."""
-    leaves, structure = tree_flatten(operands)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    return [leaves[i] for i in places], lambda tensors: tree_unflatten(_with(leaves, places, tensors), structure)
 
 
 def _complain(gap: float, tol: float, max_steps: int, unconverged: str) -> None:

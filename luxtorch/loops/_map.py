@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import map_tensors
-from luxtorch.core._tree import tree_map
 
 from ._scan import scan
-from ._trees import Packed, check_function, check_number, length_of
+from ._trees import Packed, check_function, check_number, joined, length_of
 
 Tree = Any
 
@@ -52,7 +51,7 @@ def map(f: Callable[[Tree], Tree], xs: Tree, *, batch_size: int | None = None) -
     if whole == n:
         return found
     rest = batched(map_tensors(lambda x: x[whole:], xs))
-    return tree_map(lambda *ys: None if ys[0] is None else torch.cat(ys), found, rest)
+    return joined(found, rest)
 
 
 def _one_by_one(f: Callable[[Tree], Tree], xs: Tree) -> Tree:

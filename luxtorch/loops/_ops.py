@@ -110,7 +110,7 @@ def switch(bodies: str, own: list[int], index: Tensor, flat: list[Tensor]) -> li
         flat: What they take.
     """
     names = bodies.split()
-    at = min(max(int(index.item()), 0), len(names) - 1)
+    at = nearest(index, len(names))
     chosen = body_named(names[at])
     flat = [tensor.contiguous() for tensor in flat]
     with _threads(chosen):
@@ -140,6 +140,11 @@ def called(operator: Callable[..., list[Tensor]], bodies: Sequence[Body], *args:
 CALLERS[torch.ops.luxtorch.scan.default] = (0,)
 CALLERS[torch.ops.luxtorch.while_loop.default] = (0, 1)
 CALLERS[torch.ops.luxtorch.switch.default] = (0,)
+
+
+def nearest(index: int | Tensor, number: int) -> int:
+    """Return which of a number of things an index means: the first or last where it is too small or too large."""
+    return min(max(int(index), 0), number - 1)
 
 
 def shares(flat: list[Tensor], own: Sequence[int]) -> list[list[Tensor]]:

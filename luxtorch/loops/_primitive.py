@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,12 +15,12 @@ from luxtorch._transforms import unwrapped
 from ._closure import Flat
 
 
-class Operator:
+class Operator(ABC):
     """A call of an operator with bodies: which bodies, and everything but the tensors."""
 
+    @abstractmethod
     def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
         """Call it, outside of all transforms."""
-        raise NotImplementedError
 
     def saved(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return those outputs that the pullback needs."""
@@ -29,17 +30,17 @@ class Operator:
         """Return the outputs that have no derivative."""
         return [output for output in outputs if not is_smooth(output)]
 
+    @abstractmethod
     def pullback(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], slopes: Any) -> Sequence[Tensor | None]:
         """Return the gradients by the inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pushforward(self, inputs: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the tangents of the outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batched(self, info: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
         """Return the outputs for a batch, and their batch dimensions."""
-        raise NotImplementedError
 
 
 def bind(operator: Operator, flat: Sequence[Tensor]) -> list[Tensor]:
@@ -120,46 +121,62 @@ def parts(values: Sequence[Any], *sizes: int) -> Iterator[list[Any]]:
     yield list(values[at:])
 
 
+def with_some(tensors: Sequence[Tensor], places: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with those at some places replaced."""
+    new = dict(zip(places, some, strict=True))
+    return [new.get(i, tensor) for i, tensor in enumerate(tensors)]
+
+
+class SmoothPart:
+    """A body as a function of those inputs that can have a derivative; the others stay as they are.
+
+    Args:
+        step: The body.
+        inputs: All inputs.
+
+    Attributes:
+        inputs: Those that can have a derivative.
+    """
+
+    def __init__(self, step: Flat, inputs: Sequence[Tensor]) -> None:
+        self._step, self._all = step, inputs
+        self._places = [i for i, tensor in enumerate(inputs) if is_smooth(tensor)]
+        self.inputs = smooth(inputs)
+        self._kinds: list[bool] = []
+
+    def __call__(self, *some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the outputs that can have a derivative, and the others."""
+        outputs = self._step.call(*with_some(self._all, self._places, some))
+        self._kinds = [is_smooth(one) for one in outputs]
+        return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
+
+    def joined(self, smooth_ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of the last call in their order."""
+        first, second = iter(smooth_ones), iter(others)
+        return [next(first) if kind else next(second) for kind in self._kinds]
+
+
 def pulled(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of a body by those inputs that can have one, from slopes of its outputs that can."""
-    places = [i for i, tensor in enumerate(inputs) if is_smooth(tensor)]
-    if not places:
+    part = SmoothPart(step, inputs)
+    if not part.inputs:
         return []
-
-    def part(*some: Tensor) -> tuple[Tensor, ...]:
-        full = list(inputs)
-        for i, tensor in zip(places, some, strict=True):
-            full[i] = tensor
-        return tuple(smooth(step.call(*full)))
-
     transform: Any = torch.func.vjp
-    outputs, back = transform(part, *[inputs[i] for i in places])
+    outputs, back = transform(lambda *some: part(*some)[0], *part.inputs)
     if not outputs:
-        return [torch.zeros_like(inputs[i]) for i in places]
+        return [torch.zeros_like(one) for one in part.inputs]
     return list(back(tuple(slopes)))
 
 
 def pushed(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the outputs of a body, and tangents of those outputs that can have one."""
-    places = [i for i, tensor in enumerate(inputs) if is_smooth(tensor)]
-    if not places:
+    part = SmoothPart(step, inputs)
+    if not part.inputs:
         outputs = list(step.call(*inputs))
         return outputs, [torch.zeros_like(one) for one in smooth(outputs)]
-
-    kinds: list[bool] = []
-
-    def part(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        full = list(inputs)
-        for i, tensor in zip(places, some, strict=True):
-            full[i] = tensor
-        outputs = step.call(*full)
-        kinds[:] = map(is_smooth, outputs)
-        return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
-
     transform: Any = torch.func.jvp
-    found, tangents, rest = transform(part, tuple(inputs[i] for i in places), tuple(slopes), has_aux=True)
-    values, others = iter(found), iter(rest)
-    return [next(values) if kind else next(others) for kind in kinds], list(tangents)
+    found, tangents, rest = transform(part, tuple(part.inputs), tuple(slopes), has_aux=True)
+    return part.joined(found, rest), list(tangents)
 
 
 def mapped(step: Flat, dims: Sequence[int | None], info: Any) -> Flat:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from luxtorch._transforms import traced
 from luxtorch.core import map_tensors, tensors
@@ -23,6 +22,7 @@ from ._trees import (
     check_function,
     check_number,
     check_results,
+    joined,
     length_of,
     pair_of,
 )
@@ -131,11 +131,7 @@ def _in_groups(
             found.append(map_tensors(lambda y: y.flatten(0, 1), ys))
     if reverse:
         found.reverse()
-    return carry, found[0] if len(found) == 1 else tree_map(_joined, *found)
-
-
-def _joined(*ys: Tensor | None) -> Tensor | None:
-    return torch.cat([y for y in ys if y is not None]) if ys[0] is not None else None
+    return carry, found[0] if len(found) == 1 else joined(*found)
 
 
 def _loop(f: Any, init: Tree, xs: Tree, n: int, reverse: bool) -> tuple[Tree, Tree]:

@@ -19,6 +19,7 @@ from ._primitive import (
     REBUILT,
     Levels,
     Operator,
+    SmoothPart,
     bind,
     interpreted,
     is_smooth,
@@ -305,27 +306,15 @@ def saving_scan(scan: Scan, flat: Sequence[Tensor]) -> Saving | None:
     carry, xs, constants = parts(flat, scan.carries, scan.scanned)
     like = [*carry, *[Like(tuple(x.shape[1:]), x.dtype, x.device) for x in xs], *constants]
     of_results = [*[Like.of(one) for one in smooth(carry)], *[one for one in results if one.smooth]]
-    places = [i for i, tensor in enumerate(flat) if is_smooth(tensor)]
-    if not places or not of_results:
+    if not smooth(flat) or not of_results:
         return None
     step = scan.step
 
     def joint(*tensors: Tensor) -> list[Tensor]:
-        inputs, slopes = tensors[:n], tensors[n:]
-        kinds: list[bool] = []
-
-        def part(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            full = list(inputs)
-            for i, tensor in zip(places, some, strict=True):
-                full[i] = tensor
-            outputs = step.call(*full)
-            kinds[:] = map(is_smooth, outputs)
-            return tuple(smooth(outputs)), tuple(one for one in outputs if not is_smooth(one))
-
+        part = SmoothPart(step, tensors[:n])
         transform: Any = torch.func.vjp
-        found, back, rest = transform(part, *[inputs[i] for i in places], has_aux=True)
-        values, others = iter(found), iter(rest)
-        return [*[next(values) if kind else next(others) for kind in kinds], *back(tuple(slopes))]
+        found, back, rest = transform(part, *part.inputs, has_aux=True)
+        return [*part.joined(found, rest), *back(tuple(tensors[n:]))]
 
     found = scan.step.split(joint, [*like, *of_results], n, scan.carries + len(results), range(scan.carries, n))
     if found is None:

@@ -45,7 +45,7 @@ class Switch(Operator):
     def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
         index, *inputs = flat
         if not traced():
-            chosen = self.steps[min(max(int(index.item()), 0), len(self.steps) - 1)]
+            chosen = self.steps[_ops.nearest(index, len(self.steps))]
             return [one.clone() for one in chosen.call(*inputs)]
         found = [step.traced(inputs) for step in self.steps]
         names = " ".join(body.name for body, _ in found)

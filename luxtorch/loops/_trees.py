@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import DTypeError, InputError, described, map_tensors, out_of_range, wrong_type
-from luxtorch.core._tree import named_leaves, tree_flatten, tree_structure, tree_unflatten
+from luxtorch.core._tree import named_leaves, tree_flatten, tree_map, tree_unflatten
 
 from ._closure import Flat, autocast_as_now, current, explored, rebound, replaced
 
@@ -225,6 +225,13 @@ def as_passed(tree: Any) -> Any:
     return map_tensors(current, tree)
 
 
-def same_structure(one: Any, other: Any) -> bool:
-    """Tell whether two trees have one structure."""
-    return bool(tree_structure(one) == tree_structure(other))
+def closed_over(bodies: Sequence[Lifted]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that several bodies close over, each once, and what is to be passed for them."""
+    pairs = (pair for body in bodies for pair in zip(body.originals, body.closed, strict=True))
+    closed = {id(original): (original, here) for original, here in pairs}
+    return [original for original, _ in closed.values()], [here for _, here in closed.values()]
+
+
+def joined(*trees: Any) -> Any:
+    """Return trees of sequences as one, the first tree's first; where there is None, None."""
+    return tree_map(lambda *ys: None if ys[0] is None else torch.cat(ys), *trees)

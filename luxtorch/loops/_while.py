@@ -17,7 +17,7 @@ from ._branches import check_condition, cond
 from ._primitive import bind
 from ._scan import scan
 from ._switched import While, selected
-from ._trees import Lifted, Packed, as_passed, check_carry, check_function, check_number, is_index
+from ._trees import Lifted, Packed, as_passed, check_carry, check_function, check_number, closed_over, is_index
 
 Tree = Any
 
@@ -106,11 +106,9 @@ def _staged(condition: Any, body: Any, init: Tree) -> Tree:
     _checked(test.result)
     check_carry(init, step.result)
     start = Packed(init)
-    pairs = [*zip(test.originals, test.closed, strict=True), *zip(step.originals, step.closed, strict=True)]
-    closed = {id(original): (original, here) for original, here in pairs}
-    originals = [original for original, _ in closed.values()]
+    originals, closed = closed_over([test, step])
     operator = While(test.flat(originals), step.flat(originals), len(start.tensors))
-    return start.tree(bind(operator, [*start.tensors, *[here for _, here in closed.values()]]))
+    return start.tree(bind(operator, [*start.tensors, *closed]))
 
 
 def _limited(condition: Any, body: Any, init: Tree, max_steps: int) -> Tree:

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import luxtorch as lt
 from luxtorch.errors import DTypeError, InputError, LuxtorchError, TracingError
-from tests.loops.words import loop
-
-F64 = torch.float64
-
-
-def eager(f: Any) -> Any:
-    return f
-
-
-def replayed(f: Any) -> Any:
-    return lt.jit(f, backend="replay")
-
-
-HOW = pytest.mark.parametrize("how", [eager, replayed])
+from tests.loops.words import F64, HOW, eager, loop
 
 
 @HOW

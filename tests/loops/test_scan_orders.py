@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import luxtorch as lt
-from tests.loops.words import WORDS, apply, loop
+from tests.loops.words import F64, LONG, apply, loop
 
-F64 = torch.float64
 T = 4
 
 
@@ -88,7 +87,6 @@ def nested(scan: Any, theta: Any) -> Tensor:
 
 
 BODIES = {body.__name__: body for body in (gru, integers, dropout, vector, nested)}
-LONG = [pytest.param(word, marks=pytest.mark.slow) if len(word) > 2 else word for word in WORDS]
 
 
 @pytest.fixture

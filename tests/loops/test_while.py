@@ -9,21 +9,7 @@ import torch
 
 import luxtorch as lt
 from luxtorch.errors import DTypeError, InputError
-from tests.loops.words import WORDS, apply
-
-F64 = torch.float64
-
-
-def eager(f: Any) -> Any:
-    return f
-
-
-def replayed(f: Any) -> Any:
-    return lt.jit(f, backend="replay")
-
-
-HOW = pytest.mark.parametrize("how", [eager, replayed])
-LONG = [pytest.param(word, marks=pytest.mark.slow) if len(word) > 2 else word for word in WORDS]
+from tests.loops.words import F64, HOW, LONG, WORDS, apply
 
 
 def grow(theta: Any, **options: Any) -> Any:

@@ -6,14 +6,32 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import luxtorch as lt
 from luxtorch.core import tensors
 from luxtorch.core._tree import tree_map
 
+F64 = torch.float64
+
+
+def eager(f: Any) -> Any:
+    """Return the function itself."""
+    return f
+
+
+def replayed(f: Any) -> Any:
+    """Return the function, traced and replayed."""
+    return lt.jit(f, backend="replay")
+
+
+HOW = pytest.mark.parametrize("how", [eager, replayed])
 WORDS = ["".join(word) for length in (1, 2, 3) for word in product("RFV", repeat=length)]
 """All words of reverse mode, forward mode and vmap, the outermost first."""
+LONG = [pytest.param(word, marks=pytest.mark.slow) if len(word) > 2 else word for word in WORDS]
+"""The same, those of three letters for the slow tests."""
 SCALES = torch.tensor([1.0, 0.7, -0.4], dtype=torch.float64)
 
 
