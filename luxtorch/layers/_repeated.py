@@ -125,7 +125,7 @@ class RepeatedLayer(WrapperLayer):
             raise InputError(
                 "A repeated layer must not hold a StatefulRecurrentCell, whose carry passes no derivative on.",
                 expected="calls whose outputs depend on the ones before by their inputs alone",
-                fix="Call the cell itself, and pass its carry in the input: lt.RepeatedLayer(cell, n)((x, carry), ps, st).",
+                fix="Repeat the cell, with its carry in the input: lt.RepeatedLayer(cell, n)((x, carry), ps, st).",
             )
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:

@@ -227,6 +227,10 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+_GRAPH_READERS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+"""What asks how their first argument was computed."""
+
+
 class _Finder(TorchFunctionMode):
     """Find the tensors that a function uses, and that were not made inside of it."""
 
@@ -239,6 +243,13 @@ class _Finder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._depth == _DEPTH.get():
+            if func in _GRAPH_READERS and any(current(y) not in self._made for y in tensors(args[:1])):
+                raise InputError(
+                    "The body of a loop or branch must not differentiate what was computed outside of it.",
+                    got=f"{func.__name__} of what it closes over, as by a function that torch.func.vjp returned",
+                    fix="Take the derivative inside: call torch.func.vjp in the body.",
+                    where=user_line(),
+                )
             for tensor in tensors((args, kwargs)):
                 self.look(tensor)
         return func(*args, **(kwargs or {}))

@@ -85,7 +85,7 @@ def fixed_point(
             not quite hold there, neither do the derivatives. Inside of `lt.jit`, where nothing is known of numbers, the
             result is NaN instead of an error, and there is no warning.
         linear_solver: How to solve the linear equations of a derivative. `"dense"` computes the Jacobian of f by z, and
-            solves by its LU decomposition. On an autograd tape (not by transforms) no more than two derivatives may be
+            its inverse. On an autograd tape (not by transforms) no more than two derivatives may be
             taken. `"gmres"` needs products with the Jacobian alone, and keeps no more in memory than z and the
             operands; all that is differentiated or vmapped must be an operand, which is checked. `"auto"` is
             `"dense"` for up to 512 numbers in z (of one sample, under vmap), then `"gmres"`.
@@ -296,7 +296,7 @@ class Form:
 def _differentiable(residual: Residual, z: Tensor, tensors: list[Tensor], linear_solver: LinearSolver) -> Tensor:
     """Return a solution, which no derivative knows, with the derivatives that the equation gives it."""
     if linear_solver == "dense" or (linear_solver == "auto" and z.numel() <= DENSE):
-        return _by_steps(lambda v: residual(v, *tensors), z)
+        return _by_steps(residual, z, tensors)
     if not (torch.is_grad_enabled() or derivatives()):
         return z
     if torch.compiler.is_compiling():
@@ -310,11 +310,11 @@ def _differentiable(residual: Residual, z: Tensor, tensors: list[Tensor], linear
 # With the whole Jacobian.
 
 
-def _by_steps(residual: Map, z: Tensor) -> Tensor:
+def _by_steps(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return z with its derivatives, by as many steps as there are derivatives to be taken."""
     if not (torch.is_grad_enabled() or derivatives()):
         return z
-    value = residual(z)
+    value = residual(z, *tensors)
     if torch.compiler.is_compiling():
         orders, guarded = derivatives() + (derivatives() > 0 or value.requires_grad), False
     else:
@@ -324,17 +324,18 @@ def _by_steps(residual: Map, z: Tensor) -> Tensor:
     if not orders:
         return z
     with _aside():
-        slopes: Tensor = torch.func.jacrev(residual)(z).detach()
+        inverse = _inverse(torch.func.jacrev(residual)(z, *map(Tensor.detach, tensors)).detach())
     solution = z
     for order in range(orders):
-        step = _solved(slopes, value if order == 0 else residual(solution))
+        step = inverse @ (value if order == 0 else residual(solution, *tensors))
         solution = solution - (step - step.detach())
     return solution + _Zeros.apply(orders, solution) if guarded else solution
 
 
-def _solved(matrix: Tensor, b: Tensor) -> Tensor:
+def _inverse(matrix: Tensor) -> Tensor:
+    # Not a factorization: where operators are recorded, torch fails at forward over reverse mode of the solution.
     try:
-        return torch.linalg.solve(matrix, b)  # type: ignore[no-any-return]
+        return torch.linalg.inv(matrix)  # type: ignore[no-any-return]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             "The Jacobian of the equation must be invertible at the solution.",
@@ -448,7 +449,13 @@ def _straight(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
 
 def _transposed(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
     """Return what multiplies by the transposed Jacobian."""
-    _, back, _ = vjp(lambda z: (residual(z, *tensors), ()), (z,))
+
+    def pullback() -> Callable[..., Any]:
+        return vjp(lambda z: (residual(z, *tensors), ()), (z,))[1]
+
+    if traced():  # where GMRES is an operator, whose body must take its derivatives itself
+        return lambda w: pullback()(w)[0]
+    back = pullback()
     return lambda w: back(w)[0]
 
 

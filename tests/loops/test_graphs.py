@@ -13,7 +13,7 @@ import luxtorch as lt
 from luxtorch.errors import LuxtorchError
 from luxtorch.jit import _bodies
 from luxtorch.jit._inductor import has_compiler
-from tests.loops.words import loop
+from tests.loops.words import loop, replayed
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
@@ -200,3 +200,44 @@ def test_a_derivative_that_comes_later_is_right(how, given):
 
     got = lt.jit(f(lt.scan), backend="replay")(w)
     torch.testing.assert_close(got, f(loop)(w))
+
+
+LOOPS = {
+    "scan": lambda f, x: lt.scan(lambda c, _: (f(c), None), x, length=3)[0],
+    "fori_loop": lambda f, x: lt.fori_loop(0, 3, lambda i, c: f(c), x),
+    "while_loop": lambda f, x: lt.while_loop(lambda c: c.sum() < 1e9, f, x, max_steps=3),
+    "cond": lambda f, x: lt.cond(x.sum() > 0, f, lambda c: c, x),
+    "switch": lambda f, x: lt.switch((x.sum() > 0).long(), [f, f], x),
+    "map": lambda f, x: lt.map(f, torch.stack([x, 2 * x])),
+}
+TRANSFORMED = {
+    "value": lambda f: f,
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum()),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+    "vmap": lambda f: lambda x: torch.vmap(f)(torch.stack([x, x + 1])),
+}
+
+
+def recorded(f, x):
+    """A derivative by a graph that is recorded now."""
+    _, back = torch.func.vjp(f, x)
+    return lambda c: back(c)[0]
+
+
+def inside(f, x):
+    """The same, recorded in each call."""
+    return lambda c: torch.func.vjp(f, x)[1](c)[0]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_a_graph_from_outside_is_refused_and_one_from_inside_is_right(loop, transform, rng):
+    w, x = (torch.rand(shape, generator=rng, dtype=torch.float64) for shape in ((3, 3), (3,)))
+
+    def run(derivative):
+        return TRANSFORMED[transform](lambda x: LOOPS[loop](derivative(lambda x: torch.tanh(w @ x) * x, x), x))
+
+    torch.testing.assert_close(replayed(run(inside))(x), run(inside)(x))
+    torch.testing.assert_close(run(recorded)(x), run(inside)(x))
+    with pytest.raises(lt.InputError, match="must not differentiate what was computed outside"):
+        replayed(run(recorded))(x)

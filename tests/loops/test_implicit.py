@@ -617,7 +617,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("word", COMPILED)
 @pytest.mark.parametrize("linear_solver", LINEAR)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver", ["iteration", *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS[::2])]
+)
 def test_jitted_it_stops_as_elsewhere(make_key, solver, linear_solver, word):
     w, x = matrix(make_key(), 4), normal(make_key(), 4)
     run = COMPILED[word](partial(few, solver=solver, linear_solver=linear_solver))
