@@ -16,15 +16,19 @@ from luxtorch import optim, training
 from ..problems import LR, Data, Problem
 from . import Build, Step
 from .hand_written import adam, sgd, update, views
+from .loop_models import Looping
 from .lux_steps import lux_steps
 from .models import LOSSES, inputs, lux_model, torch_model
 
 
-def torch_nn(compiled: bool = False, **options: bool) -> Build:
-    """Train a module by torch.optim, in place."""
+def torch_nn(compiled: bool = False, scans: bool = False, **options: bool) -> Build:
+    """Train a module by torch.optim, in place; with `scans`, loops in it are torch's scan."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         module, loss_of = torch_model(problem, data, device), LOSSES[problem.loss][0]
+        for part in module.modules():
+            if isinstance(part, Looping):
+                part.scans = scans
         x, y = inputs(data, device)
         optimizer = getattr(torch.optim, problem.optimizer)(module.parameters(), lr=LR, **options)
 
