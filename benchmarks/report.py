@@ -52,7 +52,7 @@ def changes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row.candidate in before and row.seconds and before[row.candidate].seconds:
-            pairs = zip(row.seconds, before[row.candidate].seconds, strict=True)
+            pairs = zip(row.seconds, before[row.candidate].seconds, strict=False)  # a slower one has fewer turns
             low, middle, high = statistics.quantiles([now / then for now, then in pairs], n=4)
             lines.append(f"{row.candidate}: {middle:.3f} of before ({low:.3f} to {high:.3f})")
     return lines
