@@ -7,7 +7,7 @@ from . import Build, Step, training
 from .lux_steps import lux_steps
 
 UNROLLED = 100
-"""How many bodies torch.compile is given: of the GRU's, 100 take minutes and 1,000 take an hour."""
+"""How many bodies torch.compile is given, which unrolls a loop of Python: the GRU's 100 take minutes already."""
 
 
 def unrolled(build: Build) -> Build:
