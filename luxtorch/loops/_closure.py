@@ -92,6 +92,7 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+    f = rebound(f, {}, afresh=True)  # what a vector keeps of its components is not to be what is made here
     made, records = _Made(), torch.is_grad_enabled()
     # Only shapes are asked for, so nothing is differentiated here.
     with disable_proxy_modes_tracing(), made, torch.no_grad(), no_tangents():
@@ -114,13 +115,14 @@ def replaced(f: Callable[..., Any], originals: Sequence[Tensor], values: Sequenc
     return map_tensors(mode.value, result)
 
 
-def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any:
+def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, afresh: bool = False) -> Any:
     """Return a function with other tensors in the variables that it closes over, and in its defaults.
 
     Args:
         f: The function.
         table: The new tensors, by the ids of the old ones.
         always: Whether variables with one of these get cells of their own even if nothing changes.
+        afresh: Whether trees with vectors in them are made anew even if nothing changes.
     """
     known: dict[int, Any] = {}
 
@@ -138,7 +140,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
             return value
         new = tree_map(change, value)
         same = all(one is other for one, other in zip(tree_leaves(value), tree_leaves(new), strict=True))
-        return value if same else new
+        return value if same and not (afresh and any(map(is_node, tree_leaves(value, is_leaf=is_node)))) else new
 
     def affected(value: Any, new: Any) -> bool:
         return new is not value or (always and any(id(one) in table for one in tensors(value)))
@@ -175,7 +177,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
             known[id(f)] = new
         return known[id(f)]
 
-    return changed_function(f) if table else f
+    return changed_function(f) if table or afresh else f
 
 
 def current(tensor: Tensor) -> Tensor:

@@ -241,3 +241,33 @@ def test_a_graph_from_outside_is_refused_and_one_from_inside_is_right(loop, tran
     torch.testing.assert_close(run(recorded)(x), run(inside)(x))
     with pytest.raises(lt.InputError, match="must not differentiate what was computed outside"):
         replayed(run(recorded))(x)
+
+
+def by_scan(p):
+    return lt.scan(lambda h, x: (torch.tanh(h * p()["a"]["w"] + p()["b"]), None), torch.ones(3), torch.ones(4, 3))[0]
+
+
+def by_while_loop(p):
+    start = torch.tensor(0), torch.ones(3)
+    body = lambda c: (c[0] + 1, torch.tanh(c[1] * p()["a"]["w"] + p()["b"]))  # noqa: E731
+    return lt.while_loop(lambda c: c[0] < 4, body, start, max_steps=4)[1]
+
+
+def by_cond(p):
+    return lt.cond(torch.tensor(True), lambda: p()["a"]["w"] * p()["b"], lambda: p()["b"])
+
+
+@pytest.mark.parametrize("loop", [by_scan, by_while_loop, by_cond])
+@pytest.mark.parametrize("group", ["whole", "group", "group in a dict"])
+def test_a_body_may_close_over_a_vector_and_its_groups_which_are_used_again_after_it(loop, group):
+    """A vector keeps its components: those that a body has read are not to be found outside of it, nor the reverse."""
+
+    def f(v):
+        p = {"whole": v, "group": v["p"], "group in a dict": {"p": v["p"]}}[group]
+        parts = (lambda: p) if group == "group" else (lambda: p["p"])
+        return (loop(parts) * parts()["a"]["w"]).sum() + loop(parts).sum() + parts()["b"].sum()
+
+    v = lt.ComponentVector({"p": {"a": {"w": torch.tensor([0.5, 1.0, -2.0])}, "b": torch.ones(3)}, "q": torch.ones(2)})
+    torch.testing.assert_close(lt.jit(f, backend="replay")(v), f(v))
+    grad = torch.func.grad(f)
+    torch.testing.assert_close(lt.jit(grad, backend="replay")(v).flat, grad(v).flat)
