@@ -149,7 +149,7 @@ def with_bodies(graph: fx.GraphModule, change: Callable[[Body, Form | None], Bod
 def compiled_body(
     body: Body,
     form: Form | None,
-    compile_body: Callable[[Body, Form | None], tuple[Program, bool]],
+    compile_body: Callable[[Body, Form | None], tuple[Program, Form | None, bool]],
     settings: Mapping[str, Any],
 ) -> Body:
     """Return a body that is run by a compiled program."""
@@ -159,8 +159,8 @@ def compiled_body(
         made = Body(name, body.graph, body.fakes, body.outputs)
         inner: list[Body] = []
         with keeping(inner):
-            made.program, made.small = compile_body(body, form)
-        made.form, made.inner = form, inner
+            made.program, made.form, made.small = compile_body(body, form)
+        made.inner = inner
         return made
 
     return _entered(name, make)

@@ -199,8 +199,8 @@ def _compile_bodies(graph: fx.GraphModule) -> None:
     with_bodies(graph, lambda body, form: compiled_body(body, form, _compile_body, settings) if body.fakes else body)
 
 
-def _compile_body(body: Body, form: Form | None) -> tuple[Program, bool]:
-    """Return the compiled program of a body in a form, and whether it is for one thread."""
+def _compile_body(body: Body, form: Form | None) -> tuple[Program, Form | None, bool]:
+    """Return the compiled program of a body, the form that it has, and whether it is for one thread."""
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
     from torch._inductor.decomposition import select_decomp_table
@@ -215,6 +215,8 @@ def _compile_body(body: Body, form: Form | None) -> tuple[Program, bool]:
     with torch.no_grad(), config.patch({**options, "size_asserts": False}):
         with _mode_of(inputs):
             _recursive_joint_graph_passes(graph)
+        if _cpp_wrapper():
+            form = None  # from Python to C++ each tensor takes time: with 20 layers of width 16, 42 us instead of 36
         if form is not None:
             graph = record(*form(body, graph), {}, symbolic=True)
             inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
@@ -222,7 +224,7 @@ def _compile_body(body: Body, form: Form | None) -> tuple[Program, bool]:
         outputs.meta["user_visible_output_idxs"] = [*range(len(outputs.args[0]))]  # in the strides of the next step
         with _mode_of(inputs):
             code = compile_graph(graph, inputs)
-    return getattr(code, "current_callable", None) or code, small
+    return getattr(code, "current_callable", None) or code, form, small
 
 
 def _keys_as_rows(graph: fx.GraphModule) -> None:
