@@ -33,9 +33,9 @@ CALLERS: dict[Any, tuple[int, ...]] = {}
 """Operators that call bodies, and which of their arguments are names, several with spaces between."""
 
 Form: TypeAlias = "Callable[[Body, fx.GraphModule], tuple[Callable[..., Sequence[Tensor]], list[Any]]]"
-"""Takes a body and its graph to the function that is compiled for it, and the fake tensors and numbers that this takes.
+"""Takes a body and its graph to the function that is compiled for it, and the tensors and numbers that this takes.
 
-Its `repr` tells it from others."""
+It is called where new tensors are fake ones, and its `repr` tells it from others."""
 
 FORMS: dict[Any, Callable[[Sequence[Any]], Form]] = {}
 """Operators that call compiled bodies otherwise than the body itself, and the form by the operator's arguments."""

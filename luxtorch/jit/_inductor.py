@@ -204,6 +204,8 @@ def _compile_body(body: Body, form: Form | None) -> tuple[Program, Form | None, 
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def function(*tensors: Any) -> list[Any]:
         return list(body.graph(*tensors))
@@ -218,7 +220,9 @@ def _compile_body(body: Body, form: Form | None) -> tuple[Program, Form | None, 
         if _cpp_wrapper():
             form = None  # from Python to C++ each tensor takes time: with 20 layers of width 16, 42 us instead of 36
         if form is not None:
-            graph = record(*form(body, graph), {}, symbolic=True)
+            with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+                function_of_form, given = form(body, graph)
+            graph = record(function_of_form, given, {}, symbolic=True)
             inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
         outputs: Any = graph.graph.output_node()
         outputs.meta["user_visible_output_idxs"] = [*range(len(outputs.args[0]))]  # in the strides of the next step

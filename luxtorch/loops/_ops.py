@@ -51,9 +51,6 @@ class ByNumber:
     before: bool
 
     def __call__(self, body: Body, graph: fx.GraphModule) -> tuple[Callable[..., list[Tensor]], list[Any]]:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
         n, many = self.carries, _stacked(body.outputs, self.carries, self.before)
 
         def step(number: int, *flat: Tensor) -> list[Tensor]:
@@ -64,14 +61,13 @@ class ByNumber:
             return list(out[:n])
 
         carry, xs, constants = parts(body.fakes, n, self.scanned)
-        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-            like = [torch.empty(())]
-            flat = [
-                *(_new(like, one) for one in carry),
-                *(_new(like, one, _LONG) for one in xs),
-                *(_new(like, one) for one in constants),
-                *(_new(like, one, _LONG) for one in many),
-            ]
+        like = [torch.empty(())]
+        flat = [
+            *(_new(like, one) for one in carry),
+            *(_new(like, one, _LONG) for one in xs),
+            *(_new(like, one) for one in constants),
+            *(_new(like, one, _LONG) for one in many),
+        ]
         return step, [_NUMBER, *flat]
 
 
