@@ -129,6 +129,32 @@ def test_inductor_runs_a_loop_of_unknown_length(name, given):
     torch.testing.assert_close(got, transform(power)(*given), rtol=1e-4, atol=1e-5)
 
 
+BODIES = {
+    "exchanged": lambda c, x: ((c[1], c[0] + x), c[0]),
+    "the element": lambda c, x: ((x, x.flip(0)), {"x": x, "c": c}),
+    "a product": lambda c, x: (c, torch.outer(c[0], x) @ c[1]),
+    "views": lambda c, x: ((c[1], x[:1].expand(3)), (x[1:], c[0].expand(2, 3).t())),
+    "other dtypes": lambda c, x: ((c[0], c[0]), (x * 1j, x.bfloat16(), x > 0, torch.argsort(c[0] * x))),
+}
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+def test_inductor_reads_and_writes_sequences_in_place(given):
+    """What a step takes and returns may be one another, or parts of one another; the length and direction are any."""
+    w, xs = given
+
+    def f(w, xs):
+        return {
+            (name, n, reverse): lt.scan(body, (w[0], w[1]), xs[:n], reverse=reverse)
+            for name, body in BODIES.items()
+            for n, reverse in ((0, False), (1, True), (4, False), (4, True))
+        }
+
+    torch.testing.assert_close(lt.jit(f, backend="inductor")(w, xs), f(w, xs))
+
+
 @pytest.mark.slow
 @compiled
 def test_inductor_on_the_tape(given):
