@@ -221,8 +221,8 @@ def _compile_body(body: Body, form: Form | None) -> tuple[Program, Form | None, 
             form = None  # from Python to C++ each tensor takes time: with 20 layers of width 16, 42 us instead of 36
         if form is not None:
             with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-                function_of_form, given = form(body, graph)
-            graph = record(function_of_form, given, {}, symbolic=True)
+                call, given = form(body, graph)
+            graph = record(call, given, {}, symbolic=True)
             inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
         outputs: Any = graph.graph.output_node()
         outputs.meta["user_visible_output_idxs"] = [*range(len(outputs.args[0]))]  # in the strides of the next step
