@@ -9,7 +9,7 @@ import logging
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ class FunctionCheck(TorchFunctionMode):
         return result
 
 
-_INDEXING = {Tensor.__getitem__: taken, Tensor.__setitem__: put}
+_INDEXING: dict[Any, Callable[..., Any]] = {Tensor.__getitem__: taken, Tensor.__setitem__: put}
 
 
 def _has_no_value(tensor: Tensor) -> bool:

@@ -131,7 +131,7 @@ def _order(tensor: Tensor) -> tuple[int, ...]:
     return (*outer, *sorted(inner, key=lambda dim: -strides[dim]))
 
 
-def _reordered(value: Tensor, order: Sequence[int]) -> Tensor:
+def _reordered(value: Tensor, order: tuple[int, ...]) -> Tensor:
     return torch.empty_permuted(value.shape, order, dtype=value.dtype, device=value.device).copy_(value)
 
 

@@ -153,7 +153,7 @@ def gmres(matrix: Map, b: Tensor) -> Tensor:
     if traced():
         return torch.where(found, x, torch.nan).view(shape)
     if everywhere(found):
-        return x.view(shape)
+        return x.view(shape)  # type: ignore[no-any-return]
     raise ConvergenceError(
         "The linear equations of the implicit function theorem must have a solution that GMRES finds.",
         expected=f"a residual of {tol:.1e} of the right side after {KRYLOV * _CYCLES} steps",
@@ -188,7 +188,7 @@ def _search(matrix: Map, r: Tensor, bound: Tensor) -> Tensor:
     basis = torch.cat([first, r.new_zeros(size, len(r))])
     start = torch.zeros_like(rows[0]), basis, r.new_zeros(size + 1, size), length
     _, basis, columns, _ = while_loop(lambda state: (state[0] < size) & ~(state[3] <= bound / 2), extend, start)
-    return _least(columns, length)[0] @ basis[:-1]
+    return _least(columns, length)[0] @ basis[:-1]  # type: ignore[no-any-return]
 
 
 def _least(matrix: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
