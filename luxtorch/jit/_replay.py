@@ -36,6 +36,7 @@ def replay(graph: fx.GraphModule) -> Program:
     """
     orders: dict[fx.Node, tuple[int, ...]] = {}
     certain = True  # what runs on fake tensors finds nothing
+    run: Program | None = None
 
     def checked(node: fx.Node, value: Any) -> Any:
         nonlocal certain
@@ -51,12 +52,10 @@ def replay(graph: fx.GraphModule) -> Program:
             run = _generated(graph, {node: partial(_reordered, order=order) for node, order in orders.items()})
         return outputs
 
-    run = first
-
     def program(inputs: list[Any]) -> Sequence[Tensor]:
         # Below autograd and not in inference mode: its tensors could not be used by autograd later.
         with torch._C._AutoDispatchBelowAutograd():
-            return run(inputs)
+            return (run or first)(inputs)
 
     program._boxed_call = True  # type: ignore[attr-defined]  # so that AOTAutograd passes a list too
     return program
