@@ -87,7 +87,7 @@ class LeafwiseRule(ListRule):
 
         Args:
             counts: The slots of one number, in the dtype of the hyperparameters: as they are of one parameter, or of
-                several in a dimension.
+                several in a dimension. What is returned has that dtype, and one number for each parameter, too.
             h: The hyperparameters, and what `shared` returns.
         """
         return {}
@@ -151,8 +151,11 @@ class LeafwiseRule(ListRule):
         if len(slots) == 1:
             return [{**h, **self.by_count({name: slots[0][name].to(vector.dtype) for name in counts}, h)}]
         stacked = {name: torch.stack([leaf[name] for leaf in slots]).to(vector.dtype) for name in counts}
-        columns = {name: column.unbind() for name, column in self.by_count(stacked, h).items()}
-        return [{**h, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+        found = self.by_count(stacked, h)
+        # In one tensor: inductor computes that once, and not for each parameter again.
+        rows = torch.stack([value.to(vector.dtype) for value in found.values()]).unbind()
+        columns = zip(*(row.unbind() for row in rows), strict=True)
+        return [{**h, **dict(zip(found, column, strict=True))} for column in columns]
 
     def _fused_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState] | None:
         kernel = self.kernel or (self.in_place and partial(on_clones, self.in_place))

@@ -136,16 +136,15 @@ class RAdam(AdamLike):
 
     def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         new = super().by_count(counts, h)
-        rectified, rectification = _rectification(counts["step"] + 1, h["beta2"], new["correction2"])
-        factors = {"rectified": rectified, "rectification": rectification * new["root_correction2"]}
-        return {"correction1": new["correction1"], **factors}
+        rectification = _rectification(counts["step"] + 1, h["beta2"], new["correction2"])
+        return {"correction1": new["correction1"], "rectification": rectification * new["root_correction2"]}
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         if not self.decoupled_weight_decay:
             g = decayed(g, p, h)
         new = adam_averages(g, slots, h)
         adaptive = h["rectification"] / (sqrt(new["exp_avg_sq"]) + h["eps"])
-        direction = new["exp_avg"] / h["correction1"] * torch.where(h["rectified"], adaptive, 1.0)
+        direction = new["exp_avg"] / h["correction1"] * torch.where(h["rectification"] > 0, adaptive, 1.0)
         if self.decoupled_weight_decay:
             direction = direction + h["weight_decay"] * p
         return h["-lr"] * direction, new
@@ -172,15 +171,15 @@ class RAdam(AdamLike):
         return new_params, by_leaf({"step": next_steps(slots), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
 
 
-def _rectification(step: Tensor, beta2: Tensor, bias_correction2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether the average square is of use by now, and the factor by which that shortens the step."""
+def _rectification(step: Tensor, beta2: Tensor, bias_correction2: Tensor) -> Tensor:
+    """Return the factor by which the average square shortens the step; zero until it is of use."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * (1 - bias_correction2) / bias_correction2
     rectified = length > 5
     # Where it is not, any lengths will do for which the root exists: its derivative must not be NaN.
     length, longest = torch.where(rectified, length, 6.0), torch.where(rectified, longest, 6.0)
     factor = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    return rectified, factor.sqrt()
+    return torch.where(rectified, factor.sqrt(), 0.0)
 
 
 class OAdam(AdamLike):

@@ -248,11 +248,11 @@ class ASGD(LeafwiseRule):
     def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         before = counts["step"]
         mu = 1 / (before - h["t0"]).clamp(min=1.0)
-        return {"-eta": h["-lr"] / (1 + h["lambd"] * h["lr"] * before) ** h["alpha"], "mu": mu, "first": mu == 1}
+        return {"-eta": h["-lr"] / (1 + h["lambd"] * h["lr"] * before) ** h["alpha"], "mu": mu}
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         step, mu = h["-eta"] * (h["lambd"] * p + decayed(g, p, h)), h["mu"]
-        ax = torch.where(h["first"], p + step, slots["ax"] + mu * (p + step - slots["ax"]))
+        ax = torch.where(mu == 1, p + step, slots["ax"] + mu * (p + step - slots["ax"]))
         return step, {"step": slots["step"] + 1, "ax": ax}
 
     def eval_parameter(self, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> Tensor:
