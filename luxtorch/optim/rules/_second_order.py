@@ -160,8 +160,13 @@ class SOAP(AdamLike):
             new[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device)
         return new
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), "1-shampoo_beta": 1 - h["shampoo_beta"]}
+
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().by_count(counts, h), "phase": (counts["step"] + 1) % self.precondition_frequency}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        step = slots["step"] + 1
         exp_avg = slots["exp_avg"] + h["1-beta1"] * (g - slots["exp_avg"])
         matrix = "left" in slots
         left, right = (slots[f"{side}_basis"].to(g.dtype) if matrix else None for side in ("left", "right"))
@@ -169,12 +174,12 @@ class SOAP(AdamLike):
         exp_avg_sq = h["beta2"] * slots["exp_avg_sq"] + h["1-beta2"] * turned * turned
         root = sqrt((exp_avg_sq / h["correction2"]).clamp(min=0.0)) + h["eps"]
         direction = (_turn(left, exp_avg.to(g.dtype), right) / h["correction1"] / root).to(g.dtype)
-        new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        new = {"step": slots["step"] + 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if left is not None and right is not None:
             direction = left @ direction @ right.T
-            kept, due = h["shampoo_beta"], step % self.precondition_frequency == 0
+            due = h["phase"] == 0
             for side, square in (("left", g @ g.T), ("right", g.T @ g)):
-                new[side] = average = kept * slots[side] + (1 - kept) * square
+                new[side] = average = h["shampoo_beta"] * slots[side] + h["1-shampoo_beta"] * square
                 bases = {f"{side}_basis": slots[f"{side}_basis"]}
                 new |= when(due, partial(_power_iteration, average, bases), bases)
         return h["-lr"] * (direction + h["weight_decay"] * p), new
