@@ -247,7 +247,7 @@ def _merge_equal(graph: fx.Graph) -> None:
             node.replace_all_uses_with(source)
             continue
         if node.target is _TRANSPOSE and isinstance(source, fx.Node) and source.target is _TRANSPOSE:
-            node.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(source.args[0])
             continue
         try:
             key = node.target, _exact(node.args), _exact(tuple(node.kwargs.items()))
