@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .problems import PROBLEMS
-from .report import changes, draw, markdown, replace_between, summary
+from .report import best_table, changes, draw, markdown, replace_between, updated
 from .turns import BEFORE, ROOT, Row, Settings, candidates, interpreters, measure
 
 HERE = Path(__file__).parent
@@ -27,8 +27,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.15, help="the length of a turn")
     parser.add_argument("--jax", default=str(ROOT / ".venv-jax/bin/python"), help="the interpreter that has JAX")
     parser.add_argument("--against", type=Path, help="another checkout, whose luxtorch is timed beside this one")
+    parser.add_argument(
+        "--update", action="store_true", help="replace these problems in the committed report, which says so"
+    )
     parser.add_argument("--out", type=Path, help="the folder for report.md and report.png")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.update and (options.candidates or options.against or options.out or options.device != "cpu"):
+        parser.error("--update is for whole problems, on the CPU, in the committed report")
+    return options
 
 
 def main() -> int:
@@ -47,7 +53,9 @@ def main() -> int:
     results: dict[str, list[Row]] = {}
     versions: dict[str, str] = {}
     partial = bool(patterns or options.candidates or against)
-    out = options.out or (HERE / "results" if partial else HERE)
+    committed = options.update or not partial
+    out = options.out or (HERE if committed else HERE / "results")
+    before = (HERE / "report.md").read_text() if options.update else ""
     out.mkdir(parents=True, exist_ok=True)
     names = candidates(chosen, pythons)
     for problem in chosen:
@@ -60,26 +68,25 @@ def main() -> int:
         versions |= found
         for line in changes(results[problem.name]):
             print(f"  {line}", flush=True)
-        _write(results, settings, versions, missing, out)  # as far as it is: a long run may be stopped
-    if not partial and options.device == "cpu":
+        about = _about(settings, versions, missing)
+        report = updated(before, results, about) if before else markdown(results, about, "report.png")
+        (out / "report.md").write_text(report)  # as far as it is: a long run may be stopped
+        draw(report, out / "report.png")
+    if committed and options.device == "cpu":
         page = ROOT / "docs/performance.md"
-        page.write_text(replace_between(page.read_text(), summary(results)))
+        page.write_text(replace_between(page.read_text(), best_table(report)))
     print(f"Written to {out}/report.md")
     return any(row.error.startswith("disagrees") for rows in results.values() for row in rows)
 
 
-def _write(
-    results: dict[str, list[Row]], settings: Settings, versions: dict[str, str], missing: str, out: Path
-) -> None:
-    about = [
+def _about(settings: Settings, versions: dict[str, str], missing: str) -> list[str]:
+    return [
         f"{platform.machine()}, {os.cpu_count()} cores, {settings.threads} threads for each candidate, Python "
         f"{platform.python_version()}, device {settings.device}",
         f"{settings.rounds} shuffled rounds of {settings.seconds} s, a process for each candidate, one at a time",
         *versions.values(),
         *([f"No JAX: {missing}."] if missing else []),
     ]
-    (out / "report.md").write_text(markdown(results, about, "report.png"))
-    draw(results, out / "report.png")
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

@@ -1,4 +1,6 @@
-"""What a training step holds at most, with `torch.utils.checkpoint` around each block and without: luxtorch and torch.
+"""What a training step holds at most, with checkpoints and without.
+
+With `torch.utils.checkpoint` around each block, luxtorch and torch; and through `lt.scan`, by its `checkpoint`.
 
 Prints the bytes of all tensors that the third step has allocated, beyond what was there before it, at the moment when
 they are most: torch's profiler sees each of them come and go, so that the numbers are exact.
@@ -175,8 +177,56 @@ def measured(make, data):
     return found
 
 
+class Scanned(lt.WrapperLayer):
+    """Call a cell of 256 hidden units along a sequence (time, batch, features), and return the last hidden state."""
+
+    cell: lt.Layer
+    checkpoint: bool | int
+
+    def __call__(self, x, ps, st):
+        """Return (batch, hidden)."""
+
+        def step(h, x):
+            (_, (h,)), _ = self.cell((x, (h,)), ps, st)
+            return h, None
+
+        return lt.scan(step, x.new_zeros(x.shape[1], 256), x, checkpoint=self.checkpoint)[0], st
+
+
+def scan_step(checkpoint, jitted, steps=1000):
+    """Return a training step of a GRU of 256 hidden units through a scan."""
+    model = lt.Chain(Scanned(lt.GRUCell(64, 256), checkpoint), lt.Dense(256, 10))
+    ts = training.TrainState(model, *lt.setup(0, model), optim.Adam(1e-3))
+    data = lt.random.normal(lt.random.key(0), (steps, 32, 64)), torch.arange(32) % 10
+
+    def once(ts, data):
+        return training.single_train_step(lt.CrossEntropyLoss(), data, ts)[3]
+
+    call = lt.jit(once) if jitted else once
+
+    def step():
+        nonlocal ts
+        ts = call(ts, data)
+
+    return step
+
+
+def scans():
+    """Print a table of the ways to differentiate a scan."""
+    print("\nlt.scan, GRU of 256, 1000 steps, batch 32, MiB at most")
+    for name, jitted in (("eager", False), ("lt.jit", True)):
+        peaks = []
+        for saved in (False, True, 32):
+            step = scan_step(saved, jitted)
+            step()
+            step()
+            peaks.append(f"checkpoint={saved}: {held(step)[1] / 2**20:.1f}")
+            del step
+        print(f"  {name:8}", *peaks, sep="  ")
+
+
 def main():
-    """Print a table for each kind of module."""
+    """Print a table for each kind of module, and for scans."""
     print(f"torch {torch.__version__}")
     for name, (make, options, data) in PROBLEMS.items():
         found = measured(partial(make, **options), data())
@@ -184,6 +234,7 @@ def main():
         for way, peaks in found.items():
             shown = (f"{ours / 2**20:7.1f} ({ours / own:.2f})" for ours, own in zip(peaks, found["torch"], strict=True))
             print(f"  {way:20}", *shown)
+    scans()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ This file needs numpy alone, since both environments read it. Parameters have th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +16,20 @@ Arrays = dict[str, np.ndarray]
 LR = 1e-5
 """Small, so that rounding decides nothing in four steps, and no loss is at zero after thousands."""
 
+ODE_STEPS = 200
+
 
 class Data(NamedTuple):
-    """Hold initial parameters by name, inputs and targets."""
+    """Hold initial parameters by name, inputs, targets, and what else a problem needs, by name."""
 
     ps: Arrays
     x: np.ndarray
     y: np.ndarray
+    others: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+class LeftOut(Exception):
+    """Say why a candidate is not timed; a row of the report says it."""
 
 
 class Problem(NamedTuple):
@@ -37,6 +45,7 @@ class Problem(NamedTuple):
         optimizer: "Adam" or "SGD", with the learning rate `LR`.
         activation: The activation of layers that leave it open.
         main: Whether it runs when nothing was selected.
+        steps: How many times a loop in it runs its body.
     """
 
     name: str
@@ -48,6 +57,7 @@ class Problem(NamedTuple):
     optimizer: str = "Adam"
     activation: str = "relu"
     main: bool = True
+    steps: int = 1
 
     def data(self) -> Data:
         """Return the data and initial values, always the same."""
@@ -148,6 +158,65 @@ def _lenet(batch: int) -> Callable[[np.random.Generator], Data]:
     return make
 
 
+def _gru(steps: int) -> Callable[[np.random.Generator], Data]:
+    """Return W11: a GRU cell that was written by hand, 32 inputs, 64 hidden; classes from the mean of its outputs.
+
+    Sequences are (time, batch, features). All outputs count, so that no gradient fades to denormal numbers, which would
+    time the processor's microcode.
+    """
+
+    def make(rng: np.random.Generator) -> Data:
+        ps = _weights(rng, "layer_1.input", 192, 32) | _weights(rng, "layer_1.hidden", 192, 64)
+        return Data(ps | _weights(rng, "layer_2", 10, 64), _normal(rng, steps, 32, 32), _classes(rng, 32))
+
+    return make
+
+
+def _ode(rng: np.random.Generator) -> Data:
+    """Return W12: a network that says how fast 64 points in the plane move, and where each is to be in the end.
+
+    It is solved by rk4 in `ODE_STEPS` steps.
+    """
+    return Data(_mlp(rng, 2, 64, 64, 2), _normal(rng, 64, 2), _normal(rng, 64, 2))
+
+
+def _grid_world(rng: np.random.Generator) -> Data:
+    """Return W13: an update of proximal policy optimization, `ppo.py` in the rows.
+
+    32 worlds of 6 x 6 cells for 128 steps, in which an agent has to find a goal; then 2 epochs of 4 minibatches. Random
+    numbers differ between the libraries: what an update draws is data here, the same for each update. `moves` says
+    where each of four moves leads from each cell, `places` has the first cells and goals, `noise` chooses the moves,
+    `restarts` has cells and goals of new episodes, `orders` the minibatches.
+    """
+    worlds, steps, side, width = 32, 128, 6, 64
+    cells = side * side
+    ps = {name: _normal(rng, cells, width) for name in ("layer_1.layer_1.weight", "layer_1.layer_2.weight")}
+    ps |= _weights(rng, "layer_3", width, width) | _weights(rng, "layer_4.layer_1", 4, width)
+    ps |= _weights(rng, "layer_4.layer_2", 1, width)
+    rows, columns = np.divmod(np.arange(cells), side)
+    ways = ((-1, 0), (0, 1), (1, 0), (0, -1))
+    moves = [(rows + i).clip(0, side - 1) * side + (columns + j).clip(0, side - 1) for i, j in ways]
+    return Data(
+        ps,
+        np.zeros(0, np.float32),
+        np.zeros(0, np.float32),
+        {
+            "moves": np.stack(moves, 1).reshape(-1),
+            "places": rng.integers(cells, size=(worlds, 2)),
+            "noise": rng.gumbel(size=(steps, worlds, 4)).astype(np.float32),
+            "restarts": rng.integers(cells, size=(steps, worlds, 2)),
+            "orders": np.concatenate([rng.permutation(worlds * steps).reshape(4, -1) for _ in range(2)]),
+        },
+    )
+
+
+def _equal(rng: np.random.Generator) -> Data:
+    """Return W14: 100 equal layers, each with a connection around it, and their parameters stacked."""
+    layers = [_weights(rng, "layer", 64, 64) for _ in range(100)]
+    ps = {name: np.stack([layer[f"layer.{name}"] for layer in layers]) for name in ("weight", "bias")}
+    return Data(ps, _normal(rng, 32, 64), _normal(rng, 32, 64))
+
+
 def _layer(inputs: tuple[int, ...], *weight: int) -> Callable[[np.random.Generator], Data]:
     return lambda rng: Data(_weights(rng, "layer_1", *weight), _normal(rng, *inputs), np.zeros(0, np.float32))
 
@@ -167,6 +236,38 @@ _ALL = [
     Problem("W9", "Adam's update alone: 300 tensors of 1e3, 4 of 1e6", "adam", "", _many_tensors),
     Problem(
         "W10", "transformer: 2 layers, 128 wide, 4 heads, 64 tokens, batch 16", "training", "transformer", _transformer
+    ),
+    *(
+        Problem(
+            f"W11-{steps}",
+            f"GRU cell of one's own, 64 hidden, {steps} steps, batch 32, Adam",
+            "loops",
+            "gru",
+            _gru(steps),
+            steps=steps,
+        )
+        for steps in (100, 1_000, 10_000)
+    ),
+    Problem(
+        "W12",
+        f"neural ODE 2-64-64-2, rk4, {ODE_STEPS} steps, batch 64, Adam",
+        "loops",
+        "ode",
+        _ode,
+        "mean square",
+        activation="tanh",
+        steps=ODE_STEPS,
+    ),
+    Problem("W13", "PPO: 32 grid worlds, 128 steps, 8 minibatches, Adam", "ppo", "", _grid_world, steps=128),
+    Problem(
+        "W14",
+        "100 equal layers: x + Dense(64, 64, tanh), batch 32, Adam",
+        "loops",
+        "equal",
+        _equal,
+        "mean square",
+        activation="tanh",
+        steps=100,
     ),
     *(
         Problem(

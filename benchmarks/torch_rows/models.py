@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import luxtorch as lt
 
 from ..problems import Data, Problem
+from .loop_models import GRU, Equal, LuxGRU, LuxSolved, Solved, lux_equal
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -142,6 +143,18 @@ def models(problem: Problem, data: Data) -> tuple[nn.Module, lt.Layer]:
                     *(lt.FlattenLayer(), lt.Dense(256, 120, name), lt.Dense(120, 84, name), lt.Dense(84, 10)),
                 ),
             )
+        case "gru":
+            return (
+                sequential(GRU(32, 64), nn.Linear(64, 10)),
+                lt.Chain(LuxGRU(lt.Dense(32, 192), lt.Dense(64, 192)), lt.Dense(64, 10)),
+            )
+        case "ode":
+            return (
+                Solved(sequential(nn.Linear(2, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 2))),
+                LuxSolved(lt.Chain(lt.Dense(2, 64, name), lt.Dense(64, 64, name), lt.Dense(64, 2))),
+            )
+        case "equal":
+            return Equal(64, problem.steps), lux_equal(64, problem.steps)
         case "dense":
             return sequential(nn.Linear(width, width), act()), lt.Chain(lt.Dense(width, width, name))
         case "conv":
@@ -173,6 +186,10 @@ def torch_model(problem: Problem, data: Data, device: str) -> nn.Module:
         if "q_proj" in name:  # torch has queries, keys and values in one
             parts = [torch.as_tensor(data.ps[name.replace("q_proj", part)]) for part in ("q_proj", "k_proj", "v_proj")]
             values[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif isinstance(module, Equal):
+            values |= {f"layers.{i}.{name}": part for i, part in enumerate(value)}
+        elif isinstance(module, Solved):
+            values[f"field.{name}"] = value
         elif "k_proj" not in name and "v_proj" not in name:
             last = name.rpartition(".")[2]
             recurrent = last.endswith(("_ih", "_hh"))

@@ -16,22 +16,27 @@ from luxtorch import optim, training
 from ..problems import LR, Data, Problem
 from . import Build, Step
 from .hand_written import adam, sgd, update, views
+from .loop_models import Looping
 from .lux_steps import lux_steps
 from .models import LOSSES, inputs, lux_model, torch_model
 
 
-def torch_nn(compiled: bool = False, **options: bool) -> Build:
-    """Train a module by torch.optim, in place."""
+def torch_nn(compiled: bool = False, scans: bool = False, **options: bool) -> Build:
+    """Train a module by torch.optim, in place; with `scans`, loops in it are torch's scan."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         module, loss_of = torch_model(problem, data, device), LOSSES[problem.loss][0]
+        for part in module.modules():
+            if isinstance(part, Looping):
+                part.scans = scans
         x, y = inputs(data, device)
         optimizer = getattr(torch.optim, problem.optimizer)(module.parameters(), lr=LR, **options)
 
         def forward() -> Tensor:
             return loss_of(module(x), y)
 
-        call = torch.compile(forward) if compiled else forward
+        # A graph that may break reads no numbers out of tensors, as the loop of torch's scan has to.
+        call = torch.compile(forward, fullgraph=scans) if compiled else forward
 
         def step() -> Tensor:
             optimizer.zero_grad()

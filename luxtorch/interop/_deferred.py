@@ -12,6 +12,7 @@ from torch.utils import checkpoint as of_torch
 from luxtorch._transforms import transformed, watched
 
 from .pure._keys import Keys
+from .pure._mode import PureMode
 
 if TYPE_CHECKING:
     from ._skeleton import WorkingCopy
@@ -49,8 +50,6 @@ def deferred(function: Callable[..., Any], copy: WorkingCopy, keys: Keys) -> Cal
     def later(*args: Any, **kwargs: Any) -> Any:
         if _now.copy is copy:
             return function(*args, **kwargs)
-        from .pure._mode import PureMode
-
         again = keys.copy()
         with CurrentCall(copy, again), PureMode(again, copy):
             return function(*args, **kwargs)

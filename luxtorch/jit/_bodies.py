@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -32,6 +32,14 @@ _KEEPERS: ContextVar[tuple[list[Body], ...]] = ContextVar("keepers", default=())
 CALLERS: dict[Any, tuple[int, ...]] = {}
 """Operators that call bodies, and which of their arguments are names, several with spaces between."""
 
+Form: TypeAlias = "Callable[[Body, fx.GraphModule], tuple[Callable[..., Sequence[Tensor]], list[Any]]]"
+"""Takes a body and its graph to the function that is compiled for it, and the tensors and numbers that this takes.
+
+It is called where new tensors are fake ones, and its `repr` tells it from others."""
+
+FORMS: dict[Any, Callable[[Sequence[Any]], Form]] = {}
+"""Operators that call compiled bodies otherwise than the body itself, and the form by the operator's arguments."""
+
 
 class Body:
     """Hold a graph that operators call by name.
@@ -42,6 +50,7 @@ class Body:
         fakes: What its arguments were while tracing.
         outputs: What it returned then.
         program: Runs it.
+        form: The form in which the program was compiled; None if it takes what the graph takes.
         small: Whether that is faster with one thread.
         inner: The bodies that its operators call.
     """
@@ -50,6 +59,7 @@ class Body:
         self.name, self.graph, self.fakes, self.outputs = name, graph, list(fakes), list(outputs)
         self.inner: list[Any] = []
         self.program: Program = replay(graph)
+        self.form: Form | None = None
         self.small = False
 
     def __deepcopy__(self, memo: Any) -> Body:
@@ -125,35 +135,31 @@ def in_table() -> int:
     return len(_BODIES)
 
 
-def with_bodies(graph: fx.GraphModule, change: Callable[[Body], Body]) -> list[Body]:
-    """Let the operators of a graph call other bodies, in place in the graph; return what they call then."""
-    found: dict[str, Body] = {}
-
-    def changed(name: str) -> str:
-        if name not in found:
-            found[name] = change(body_named(name))
-        return found[name].name
-
+def with_bodies(graph: fx.GraphModule, change: Callable[[Body, Form | None], Body]) -> None:
+    """Let the operators of a graph call other bodies, in place in the graph."""
     for node in graph.graph.nodes:
         for place in CALLERS.get(node.target, ()) if node.op == "call_function" else ():
+            form = FORMS[node.target](node.args) if node.target in FORMS else None
             names: Any = node.args[place]
-            node.update_arg(place, " ".join(map(changed, names.split())))
-    if found:
-        graph.recompile()
-    return list(found.values())
+            bodies = [change(body_named(name), form) for name in names.split()]
+            node.update_arg(place, " ".join(body.name for body in bodies))
+    graph.recompile()
 
 
 def compiled_body(
-    body: Body, compile_body: Callable[[Body], tuple[Program, bool]], settings: Mapping[str, Any]
+    body: Body,
+    form: Form | None,
+    compile_body: Callable[[Body, Form | None], tuple[Program, Form | None, bool]],
+    settings: Mapping[str, Any],
 ) -> Body:
     """Return a body that is run by a compiled program."""
-    name = f"{body.name}-{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]}"
+    name = f"{body.name}-{hashlib.sha256(repr((form, sorted(settings.items()))).encode()).hexdigest()[:8]}"
 
     def make() -> Body:
         made = Body(name, body.graph, body.fakes, body.outputs)
         inner: list[Body] = []
         with keeping(inner):
-            made.program, made.small = compile_body(body)
+            made.program, made.form, made.small = compile_body(body, form)
         made.inner = inner
         return made
 

@@ -29,6 +29,10 @@ _ATOMS = frozenset(
 _MANY = 10_000
 
 
+class ComparedByIdentity:
+    """Mark a class whose objects are compared by identity, whatever they hold."""
+
+
 class NotComparable(Exception):
     """Report a value that cannot be compared, with its place."""
 
@@ -274,12 +278,10 @@ def _readers() -> list[tuple[Any, _Reader]]:
 
     import numpy as np
 
-    from ._jitted import Jitted
-
     return [
         (Tensor, _tensor),
         (torch.nn.Module, _module),
-        ((Layer, Jitted, enum.Enum, type, types.ModuleType, types.CodeType), _same),
+        ((Layer, ComparedByIdentity, enum.Enum, type, types.ModuleType, types.CodeType), _same),
         ((pathlib.PurePath, np.ufunc, torch._ops.OpOverload, torch._ops.OpOverloadPacket), _same),
         ((operator.itemgetter, operator.attrgetter, operator.methodcaller), _same),
         ((types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType), _same),

@@ -21,7 +21,7 @@ from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, Static, described, unknown_name
 
 from ._compiled import Compiled, check_leaves, default_backend
-from ._constants import Constant, NotComparable, fingerprint, is_mutable, not_comparable_error
+from ._constants import ComparedByIdentity, Constant, NotComparable, fingerprint, is_mutable, not_comparable_error
 from ._flatten import flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
 from ._options import Options
 from ._purity import TracingError
@@ -64,7 +64,7 @@ class Lowered(NamedTuple):
         return f"{self.graph}\n{self.code}".rstrip()
 
 
-class Jitted(Generic[P, R]):
+class Jitted(ComparedByIdentity, Generic[P, R]):
     """A compiled function that `jit` returns; it is called as the function itself."""
 
     def __init__(self, fn: Callable[P, R], options: Options) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -19,6 +20,10 @@ def replay(graph: fx.GraphModule) -> Program:
     It is generated Python code with a line for each operator, as that of torch.fx, but each line calls the operator in
     C++, and a tensor is deleted after its last use. Operators that matter to autograd alone are left out.
 
+    Some operators return their numbers in another order in memory than the trace was told by torch's rules for fake
+    tensors, and views of the result would fail, or see other numbers. The first call finds them, and from then on
+    their results are copied into the order of the trace.
+
     Args:
         graph: A graph of ATen operators.
 
@@ -29,6 +34,36 @@ def replay(graph: fx.GraphModule) -> Program:
         >>> program([torch.zeros(2)])
         [tensor([1., 1.])]
     """
+    orders: dict[fx.Node, tuple[int, ...]] = {}
+    certain = True  # what runs on fake tensors finds nothing
+
+    def checked(node: fx.Node, value: Any) -> Any:
+        nonlocal certain
+        certain = certain and (type(value) is Tensor or not isinstance(value, Tensor))
+        order = _other_order(value, node.meta.get("val"))
+        return value if order is None else _reordered(value, orders.setdefault(node, order))
+
+    def first(inputs: list[Any]) -> Sequence[Tensor]:
+        nonlocal run, certain
+        certain = True
+        outputs = _generated(graph, {node: partial(checked, node) for node in graph.graph.nodes})(inputs)
+        if certain:
+            run = _generated(graph, {node: partial(_reordered, order=order) for node, order in orders.items()})
+        return outputs
+
+    run = first
+
+    def program(inputs: list[Any]) -> Sequence[Tensor]:
+        # Below autograd and not in inference mode: its tensors could not be used by autograd later.
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(inputs)
+
+    program._boxed_call = True  # type: ignore[attr-defined]  # so that AOTAutograd passes a list too
+    return program
+
+
+def _generated(graph: fx.GraphModule, then: Mapping[fx.Node, Callable[[Any], Any]]) -> Program:
+    """Return the code of a graph as a function, which passes the results of some operators through functions."""
     names: dict[Any, str] = {}
     constants: dict[str, Any] = {}
     lines: list[str] = []
@@ -65,21 +100,43 @@ def replay(graph: fx.GraphModule) -> Program:
         given = [text(value) for value in node.args] + [f"{key}={text(value)}" for key, value in node.kwargs.items()]
         operator = constant(getattr(node.target, "_op", node.target))
         lines.append(f"{name} = {operator}({', '.join(given)})")
+        if node in then:
+            lines.append(f"{name} = {constant(then[node])}({name})")
         lines += [f"del {names[gone]}" for gone in last.get(node, ())]
 
     inputs = [names[node] for node in graph.graph.nodes if node.op == "placeholder"]
     body = [f"[{', '.join(inputs)}] = inputs" if inputs else "pass", "inputs.clear()", *lines]
     source = "def run(inputs):\n" + "\n".join(f"    {line}" for line in body)
     exec(compile(source, "<luxtorch replay>", "exec"), constants)
-    run: Callable[[list[Any]], Sequence[Tensor]] = constants["run"]
+    run: Program = constants["run"]
+    return run
 
-    def program(inputs: list[Any]) -> Sequence[Tensor]:
-        # Below autograd and not in inference mode: its tensors could not be used by autograd later.
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(inputs)
 
-    program._boxed_call = True  # type: ignore[attr-defined]  # so that AOTAutograd passes a list too
-    return program
+def _other_order(value: Any, fake: Any) -> tuple[int, ...] | None:
+    """Return the order in memory that the trace saw, if the numbers of a result are in another one."""
+    if not (isinstance(value, Tensor) and isinstance(fake, Tensor)) or fake.layout is not torch.strided:
+        return None
+    if not value.numel() or not _is_dense(fake) or (_is_dense(value) and _order(value) == _order(fake)):
+        return None
+    return _order(fake)
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of a dense tensor from the outermost in memory to the innermost; first those of size 1."""
+    # Of a symbolic number the one that was traced.
+    sizes, strides = ([getattr(n, "node", n) for n in numbers] for numbers in (tensor.shape, tensor.stride()))
+    sizes, strides = ([getattr(n, "hint", n) for n in numbers] for numbers in (sizes, strides))
+    inner = [dim for dim in range(tensor.ndim) if sizes[dim] != 1]
+    outer = [dim for dim in range(tensor.ndim) if sizes[dim] == 1]
+    return (*outer, *sorted(inner, key=lambda dim: -strides[dim]))
+
+
+def _reordered(value: Tensor, order: Sequence[int]) -> Tensor:
+    return torch.empty_permuted(value.shape, order, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 # Derivatives are a part of the graph already, so these have no effect.

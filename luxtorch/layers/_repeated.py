@@ -30,6 +30,7 @@ from luxtorch.random import split
 
 from ._containers import EXTRA_INPUTS, LayerLike, NamedLayers, as_layer, extra_input, some_layers
 from ._shared import over_steps, require_size
+from .recurrent import StatefulRecurrentCell
 
 
 class Maxout(NamedLayers):
@@ -99,7 +100,8 @@ class RepeatedLayer(WrapperLayer):
         What the layer takes to the same.
 
     Raises:
-        InputError: If the number of repeats is not at least 1.
+        InputError: If the number of repeats is not at least 1, or if the layer holds a `StatefulRecurrentCell`: as
+            states are detached, derivatives would miss what one call tells the next by them.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -119,6 +121,12 @@ class RepeatedLayer(WrapperLayer):
     def __post_init__(self) -> None:
         require_size("repeats", self.repeats)
         self._set(layer=as_layer(self.layer))
+        if self.repeats > 1 and _holds(self.layer, StatefulRecurrentCell):
+            raise InputError(
+                "A repeated layer must not hold a StatefulRecurrentCell, whose carry passes no derivative on.",
+                expected="calls whose outputs depend on the ones before by their inputs alone",
+                fix="Repeat the cell, with its carry in the input: lt.RepeatedLayer(cell, n)((x, carry), ps, st).",
+            )
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
         """Return the last output and the last states."""
@@ -146,6 +154,10 @@ class RepeatedLayer(WrapperLayer):
     def extra_repr(self) -> str:
         """Return for instance `repeats=3`."""
         return f"repeats={self.repeats}" + (", input_injection=True" if self.input_injection else "")
+
+
+def _holds(layer: Layer, kind: type[Layer]) -> bool:
+    return isinstance(layer, kind) or any(_holds(child, kind) for child in layer.children().values())
 
 
 class AlternatePrecision(WrapperLayer):

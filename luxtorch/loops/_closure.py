@@ -92,6 +92,7 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+    f = rebound(f, {}, afresh=True)  # what a vector keeps of its components is not to be what is made here
     made, records = _Made(), torch.is_grad_enabled()
     # Only shapes are asked for, so nothing is differentiated here.
     with disable_proxy_modes_tracing(), made, torch.no_grad(), no_tangents():
@@ -114,13 +115,14 @@ def replaced(f: Callable[..., Any], originals: Sequence[Tensor], values: Sequenc
     return map_tensors(mode.value, result)
 
 
-def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any:
+def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, afresh: bool = False) -> Any:
     """Return a function with other tensors in the variables that it closes over, and in its defaults.
 
     Args:
         f: The function.
         table: The new tensors, by the ids of the old ones.
         always: Whether variables with one of these get cells of their own even if nothing changes.
+        afresh: Whether trees with vectors in them are made anew even if nothing changes.
     """
     known: dict[int, Any] = {}
 
@@ -138,7 +140,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
             return value
         new = tree_map(change, value)
         same = all(one is other for one, other in zip(tree_leaves(value), tree_leaves(new), strict=True))
-        return value if same else new
+        return value if same and not (afresh and any(map(is_node, tree_leaves(value, is_leaf=is_node)))) else new
 
     def affected(value: Any, new: Any) -> bool:
         return new is not value or (always and any(id(one) in table for one in tensors(value)))
@@ -175,7 +177,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False) -> Any
             known[id(f)] = new
         return known[id(f)]
 
-    return changed_function(f) if table else f
+    return changed_function(f) if table or afresh else f
 
 
 def current(tensor: Tensor) -> Tensor:
@@ -227,6 +229,10 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+_GRAPH_READERS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+"""What asks how their first argument was computed."""
+
+
 class _Finder(TorchFunctionMode):
     """Find the tensors that a function uses, and that were not made inside of it."""
 
@@ -239,6 +245,13 @@ class _Finder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._depth == _DEPTH.get():
+            if func in _GRAPH_READERS and any(current(y) not in self._made for y in tensors(args[:1])):
+                raise InputError(
+                    "The body of a loop or branch must not differentiate what was computed outside of it.",
+                    got=f"{func.__name__} of what it closes over, as by a function that torch.func.vjp returned",
+                    fix="Take the derivative inside: call torch.func.vjp in the body.",
+                    where=user_line(),
+                )
             for tensor in tensors((args, kwargs)):
                 self.look(tensor)
         return func(*args, **(kwargs or {}))

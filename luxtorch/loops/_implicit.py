@@ -78,14 +78,14 @@ def fixed_point(
             `f(z)` for the next z, and converges where f is a contraction; `"newton"` solves linear equations with the
             whole Jacobian at each step, and converges in few steps where `z0` is near. Or a function that takes `f` (of
             z alone) and `z0` to the solution, which is then checked.
-        tol: At which `norm(f(z) - z) / (1 + norm(z))` to stop. None takes `max_steps` steps and asks for nothing, which
-            also compiles: until there is a tolerance to be met, the number of steps depends on numbers, and `lt.jit`,
-            `torch.compile` and `torch.export` know none.
+        tol: At which `norm(f(z) - z) / (1 + norm(z))` to stop. None takes `max_steps` steps and asks for nothing, as
+            `torch.compile` and `torch.export` need it; `lt.jit` compiles either, as one loop.
         max_steps: After how many steps to give up.
         unconverged: What to do then: `"raise"` an error, or `"warn"` and go on with the last z. As the equation does
-            not quite hold there, neither do the derivatives.
+            not quite hold there, neither do the derivatives. Inside of `lt.jit`, where nothing is known of numbers, the
+            result is NaN instead of an error, and there is no warning.
         linear_solver: How to solve the linear equations of a derivative. `"dense"` computes the Jacobian of f by z, and
-            solves by its LU decomposition. On an autograd tape (not by transforms) no more than two derivatives may be
+            its inverse. On an autograd tape (not by transforms) no more than two derivatives may be
             taken. `"gmres"` needs products with the Jacobian alone, and keeps no more in memory than z and the
             operands; all that is differentiated or vmapped must be an operand, which is checked. `"auto"` is
             `"dense"` for up to 512 numbers in z (of one sample, under vmap), then `"gmres"`.
@@ -95,8 +95,8 @@ def fixed_point(
 
     Raises:
         ConvergenceError: If z does not get within `tol`, or GMRES finds no solution.
-        InputError: If `f` changes structure or shape, if the Jacobian is singular, if there is a tolerance where a
-            function is traced, or if with GMRES `f` closes over what is differentiated.
+        InputError: If `f` changes structure or shape, if the Jacobian is singular, if there is a tolerance inside
+            of torch.compile, or if with GMRES `f` closes over what is differentiated.
         DTypeError: If a leaf of `z0` is no floating point or complex tensor, or `f` changes its dtype.
 
     Example:
@@ -128,8 +128,8 @@ def fixed_point(
     form = Form(z0)
     if form.device.type == "meta":
         return form.checked(f(z0, *operands), "f(z)")  # type: ignore[no-any-return]
-    if tol is not None:
-        _refuse_traces()
+    if tol is not None and torch.compiler.is_compiling():
+        _refuse_tolerance()
 
     def image(z: Any, *operands: Any) -> Any:
         return form.checked(f(z, *operands), "f(z)")
@@ -140,17 +140,14 @@ def fixed_point(
         def moving(v: Tensor) -> Tensor:
             return form.ravel(image(form.unravel(v), *fixed))
 
-        def moved(v: Tensor) -> Tensor:
-            return moving(v).detach()
-
         if callable(solver):
             z = _by_hand(form, solver, lambda z: image(z, *fixed), z0, "solver")
-            gap = None if tol is None else distance(z, moved(z))
+            gap = None if tol is None else distance(z, moving(z).detach())
         else:
             start = form.ravel(z0).detach()
-            z, gap = iterate(moved, start, SOLVERS[solver](moving), tol, max_steps)
-        if gap is not None and tol is not None and not everywhere(gap <= tol):
-            _complain(largest(gap), tol, max_steps, unconverged)
+            z, gap = iterate(moving, start, SOLVERS[solver], tol, max_steps)
+        if gap is not None and tol is not None:
+            z = _converged(z, gap, tol, max_steps, unconverged)
     packed = Packed(operands)
 
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
@@ -299,7 +296,7 @@ class Form:
 def _differentiable(residual: Residual, z: Tensor, tensors: list[Tensor], linear_solver: LinearSolver) -> Tensor:
     """Return a solution, which no derivative knows, with the derivatives that the equation gives it."""
     if linear_solver == "dense" or (linear_solver == "auto" and z.numel() <= DENSE):
-        return _by_steps(lambda v: residual(v, *tensors), z)
+        return _by_steps(residual, z, tensors)
     if not (torch.is_grad_enabled() or derivatives()):
         return z
     if torch.compiler.is_compiling():
@@ -313,11 +310,11 @@ def _differentiable(residual: Residual, z: Tensor, tensors: list[Tensor], linear
 # With the whole Jacobian.
 
 
-def _by_steps(residual: Map, z: Tensor) -> Tensor:
+def _by_steps(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return z with its derivatives, by as many steps as there are derivatives to be taken."""
     if not (torch.is_grad_enabled() or derivatives()):
         return z
-    value = residual(z)
+    value = residual(z, *tensors)
     if torch.compiler.is_compiling():
         orders, guarded = derivatives() + (derivatives() > 0 or value.requires_grad), False
     else:
@@ -327,17 +324,18 @@ def _by_steps(residual: Map, z: Tensor) -> Tensor:
     if not orders:
         return z
     with _aside():
-        slopes: Tensor = torch.func.jacrev(residual)(z).detach()
+        inverse = _inverse(torch.func.jacrev(residual)(z, *map(Tensor.detach, tensors)).detach())
     solution = z
     for order in range(orders):
-        step = _solved(slopes, value if order == 0 else residual(solution))
+        step = inverse @ (value if order == 0 else residual(solution, *tensors))
         solution = solution - (step - step.detach())
     return solution + _Zeros.apply(orders, solution) if guarded else solution
 
 
-def _solved(matrix: Tensor, b: Tensor) -> Tensor:
+def _inverse(matrix: Tensor) -> Tensor:
+    # Not a factorization: where operators are recorded, torch fails at forward over reverse mode of the solution.
     try:
-        return torch.linalg.solve(matrix, b)  # type: ignore[no-any-return]
+        return torch.linalg.inv(matrix)  # type: ignore[no-any-return]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             "The Jacobian of the equation must be invertible at the solution.",
@@ -451,7 +449,13 @@ def _straight(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
 
 def _transposed(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:
     """Return what multiplies by the transposed Jacobian."""
-    _, back, _ = vjp(lambda z: (residual(z, *tensors), ()), (z,))
+
+    def pullback() -> Callable[..., Any]:
+        return vjp(lambda z: (residual(z, *tensors), ()), (z,))[1]
+
+    if traced():  # where GMRES is an operator, whose body must take its derivatives itself
+        return lambda w: pullback()(w)[0]
+    back = pullback()
     return lambda w: back(w)[0]
 
 
@@ -501,26 +505,32 @@ def _by_hand(form: Form, solve: Solve, f: Callable[[Any], Any], z0: Any, name: s
     return form.ravel(found).detach()
 
 
-def _complain(gap: float, tol: float, max_steps: int, unconverged: str) -> None:
+def _converged(z: Tensor, gap: Tensor, tol: float, max_steps: int, unconverged: str) -> Tensor:
+    """Return the point if it is one; else raise, warn, or, where operators are recorded, return NaN."""
+    if traced():
+        return torch.where(gap <= tol, z, torch.nan) if unconverged == "raise" else z
+    if everywhere(gap <= tol):
+        return z
     error = ConvergenceError(
         f"The iteration must converge within {max_steps} steps.",
         expected=f"norm(f(z) - z) / (1 + norm(z)) of at most {tol:.1e}",
-        got=f"{gap:.1e}",
+        got=f"{largest(gap):.1e}",
         fix="Allow more max_steps or a greater tol, take another solver, or make f a stronger contraction.",
     )
     if unconverged == "raise":
         raise error
     warnings.warn(str(error), stacklevel=3)
+    return z
 
 
 @compile_constant
-def _refuse_traces() -> None:
-    if traced():
-        raise InputError(
-            "An iteration until a tolerance is met must not be traced: its steps depend on numbers.",
-            got="a tolerance inside of lt.jit, torch.compile, torch.export or make_fx",
-            fix="Pass tol=None, and max_steps=20 or as many as are needed: these are traced as they are.",
-        )
+def _refuse_tolerance() -> None:
+    raise InputError(
+        "torch.compile and torch.export cannot trace an iteration until a tolerance is met.",
+        expected="lt.jit, or tol=None",
+        got="a tolerance",
+        fix="Compile by lt.jit, or pass tol=None, and max_steps=20 or as many as are needed.",
+    )
 
 
 @compile_constant

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from luxtorch._torch import storage_id
-from luxtorch.jit._bodies import CALLERS, Body, body_named, hold, keep
+from luxtorch.jit._bodies import CALLERS, FORMS, Body, body_named, hold, keep
+
+from ._primitive import parts
 
 Step = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -29,6 +32,47 @@ def run_scan(
     if reverse:
         columns.reverse()
     return carry, columns
+
+
+@dataclass(frozen=True)
+class ByNumber:
+    """The compiled form of a scan's body: it takes the number of the step, and reads and writes whole sequences there.
+
+    A row or a result of a step would be a tensor of Python, which takes a microsecond or more to make.
+
+    Attributes:
+        carries: How many tensors are the carry.
+        scanned: How many are sequences.
+        before: Whether the carry before each step is stacked as well.
+    """
+
+    carries: int
+    scanned: int
+    before: bool
+
+    def __call__(self, body: Body, graph: fx.GraphModule) -> tuple[Callable[..., list[Tensor]], list[Any]]:
+        n, many = self.carries, _stacked(body.outputs, self.carries, self.before)
+
+        def step(number: int, *flat: Tensor) -> list[Tensor]:
+            carry, xs, constants, ys = parts(flat, n, self.scanned, len(flat) - n - self.scanned - len(many))
+            out = graph(*carry, *(x.select(0, number) for x in xs), *constants)
+            for y, one in zip(ys, _stacked([*carry, *out[n:]], n, self.before), strict=True):
+                y.select(0, number).copy_(one)
+            return list(out[:n])
+
+        carry, xs, constants = parts(body.fakes, n, self.scanned)
+        like = [torch.empty(())]
+        flat = [
+            *(_new(like, one) for one in carry),
+            *(_new(like, one, _LONG) for one in xs),
+            *(_new(like, one) for one in constants),
+            *(_new(like, one, _LONG) for one in many),
+        ]
+        return step, [_NUMBER, *flat]
+
+
+# No step reads the length, so the program is for every one. A number above one is a symbol to torch.
+_LONG, _NUMBER = 2**31, 2
 
 
 @torch.library.custom_op("luxtorch::scan", mutates_args=())
@@ -51,13 +95,16 @@ def scan(
     """
     found = body_named(body)
     flat = [tensor.contiguous() for tensor in flat]
+    carry: Sequence[Tensor] = flat[:carries]
     with _threads(found):
-        carry, columns = run_scan(found.program, carries, scanned, length, reverse, before, flat)
-    if length:
-        stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
-    else:
-        outputs = found.outputs
-        stacked = [_new(flat, one, 0) for one in (*(outputs[:carries] if before else ()), *outputs[carries:])]
+        if found.form is None and length:
+            carry, columns = run_scan(found.program, carries, scanned, length, reverse, before, flat)
+            stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
+        else:
+            stacked = [_new(flat, one, length) for one in _stacked(found.outputs, carries, before)]
+            rest = [*flat[carries:], *stacked]
+            for number in range(length - 1, -1, -1) if reverse else range(length):
+                carry = found.program([number, *carry, *rest])
     return [*_own(carry, flat), *stacked]
 
 
@@ -66,8 +113,16 @@ def _(
     body: str, carries: int, scanned: int, length: int, reverse: bool, before: bool, flat: list[Tensor]
 ) -> list[Tensor]:
     outputs = _kept(body).outputs
-    many = [*(outputs[:carries] if before else ()), *outputs[carries:]]
+    many = _stacked(outputs, carries, before)
     return [*[_new(flat, one) for one in outputs[:carries]], *[_new(flat, one, length) for one in many]]
+
+
+def _stacked(outputs: Sequence[Tensor], carries: int, before: bool) -> list[Tensor]:
+    """Return those of the outputs of a step that are stacked; the carry before is like that after it."""
+    return [*(outputs[:carries] if before else ()), *outputs[carries:]]
+
+
+FORMS[torch.ops.luxtorch.scan.default] = lambda args: ByNumber(args[1], args[2], args[5])
 
 
 @torch.library.custom_op("luxtorch::while_loop", mutates_args=())
@@ -181,7 +236,7 @@ def _new(flat: list[Tensor], like: Tensor, *length: int) -> Tensor:
     return flat[0].new_empty((*length, *like.shape), dtype=like.dtype, device=like.device)
 
 
-def _own(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def _own(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors in memory of their own: those that are the inputs, or one another, as copies."""
     seen = set(map(storage_id, inputs))
     own = []

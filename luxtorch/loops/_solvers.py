@@ -1,13 +1,13 @@
 """What `fixed_point` iterates with, and the matrix-free linear solver of its derivatives: plain torch.
 
-Vectors are flat and real. Under vmap each element of the batch has an iteration of its own: one that is done stays as
-it is, until all are.
+Vectors are flat and real. The iterations are `while_loop`s, so that inside of `lt.jit` they are operators; under vmap
+each element of the batch has an iteration of its own, and one that is done stays as it is, until all are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from torch import Tensor
 from luxtorch._transforms import traced, unwrapped
 from luxtorch.core import LuxtorchError
 
+from ._while import while_loop
+
+Memory: TypeAlias = tuple[Tensor, ...]
 Map: TypeAlias = Callable[[Tensor], Tensor]
 """A function of a flat vector that returns another."""
-Next: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Takes a point and its image to the next point."""
+Next: TypeAlias = Callable[[Tensor, Tensor, Memory], tuple[Tensor, Memory]]
+"""Takes a point, its image, and what is remembered of the points before, to the next point and memory."""
+Solver: TypeAlias = Callable[[Map, Tensor], tuple[Next, Memory]]
+"""Takes a function and where to begin to how to go on, and an empty memory."""
 
 MEMORY = 5
 """How many points Anderson acceleration mixes."""
@@ -46,94 +51,108 @@ def distance(z: Tensor, image: Tensor) -> Tensor:
     return torch.linalg.vector_norm(image - z) / (1 + torch.linalg.vector_norm(z))  # type: ignore[no-any-return]
 
 
-def iterate(f: Map, z: Tensor, following: Next, tol: float | None, max_steps: int) -> tuple[Tensor, Tensor | None]:
+def iterate(f: Map, z: Tensor, solver: Solver, tol: float | None, max_steps: int) -> tuple[Tensor, Tensor | None]:
     """Return where an iteration arrives, and its `distance` from there to the image.
 
     With a tolerance it stops as soon as all are within it; without one it takes all steps, and no distance.
     """
-    if tol is None:
-        for _ in range(max_steps):
-            z = following(z, f(z))
-        return z, None
-    for step in range(max_steps + 1):
-        image = f(z)
+    following, memory = solver(f, z)
+    last = max_steps if tol is not None else max_steps - 1
+
+    def goes_on(state: Any) -> Tensor:
+        step, z, image, _ = state
+        if tol is None:
+            return step < last  # type: ignore[no-any-return]
         gap = distance(z, image)
-        done = (gap <= tol) | ~gap.isfinite()  # what is lost stays as it is, too
-        if step == max_steps or everywhere(done):
-            break
-        z = torch.where(done, z, following(z, image))
-    return z, gap
+        return (step < last) & (gap > tol) & gap.isfinite()  # type: ignore[no-any-return]
+
+    def advance(state: Any) -> Any:
+        step, z, image, memory = state
+        z, memory = following(z, image, memory)
+        return step + 1, z, f(z).detach(), memory
+
+    state = torch.zeros((), dtype=torch.int64, device=z.device), z, f(z).detach(), memory
+    if torch.compiler.is_compiling():  # torch's own loop knows no transforms
+        for _ in range(last):
+            state = advance(state)
+    else:
+        state = while_loop(goes_on, advance, state)
+    _, z, image, memory = state
+    if tol is None:
+        return following(z, image, memory)[0], None
+    return z, distance(z, image)
 
 
-def plain(f: Map) -> Next:
+def plain(f: Map, z: Tensor) -> tuple[Next, Memory]:
     """Return the iteration that takes the image for the next point."""
-    return lambda z, image: image
+    return lambda z, image, memory: (image, memory), ()
 
 
-def anderson(f: Map) -> Next:
+def anderson(f: Map, z: Tensor) -> tuple[Next, Memory]:
     """Return the iteration that takes the mixture of the last images whose points are moved least in total."""
-    moves: list[Tensor] = []
-    images: list[Tensor] = []
+    eye = torch.eye(MEMORY, dtype=z.dtype, device=z.device)
 
-    def following(z: Tensor, image: Tensor) -> Tensor:
-        moves.append(image - z)
-        images.append(image)
-        del moves[:-MEMORY], images[:-MEMORY]
-        if len(moves) == 1:
-            return image
-        moved = torch.stack(moves)
-        products = moved @ moved.mT
+    def following(z: Tensor, image: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        moves, images, used = memory
+        moves, images = _pushed(moves, image - z), _pushed(images, image)
+        used = _pushed(used, torch.ones_like(used[0]))
+        products = moves @ moves.mT
         scale = products.diagonal().sum()
-        products = products / torch.where(scale > 0, scale, 1.0)
-        ridge = 10 * torch.finfo(products.dtype).eps * torch.eye(len(moves), dtype=z.dtype, device=z.device)
-        products = products.nan_to_num(0, 0, 0)
-        weights, _ = torch.linalg.solve_ex(products + ridge, torch.ones_like(products[0]))
-        return (weights / weights.sum()) @ torch.stack(images)  # type: ignore[no-any-return]
+        products = (products / torch.where(scale > 0, scale, 1.0)).nan_to_num(0, 0, 0)
+        # Where there is no point yet the equation is 0 = 0, but for the ridge.
+        weights, _ = torch.linalg.solve_ex(products + 10 * torch.finfo(z.dtype).eps * eye, used)
+        return (weights / weights.sum()) @ images, (moves, images, used)
 
-    return following
+    empty = z.new_zeros(MEMORY, len(z))
+    return following, (empty, empty, z.new_zeros(MEMORY))
 
 
-def newton(f: Map) -> Next:
+def _pushed(rows: Tensor, row: Tensor) -> Tensor:
+    """Return rows without the first, and with another one at the end."""
+    return torch.cat([rows[1:], row[None]])
+
+
+def newton(f: Map, z: Tensor) -> tuple[Next, Memory]:
     """Return Newton's iteration, which solves the linear equations of the whole Jacobian at every step."""
+    eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
 
-    def following(z: Tensor, image: Tensor) -> Tensor:
+    def following(z: Tensor, image: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         slopes: Tensor = torch.func.jacrev(f)(z).detach()
-        eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
         step, _ = torch.linalg.solve_ex(slopes - eye, image - z)  # infinite where it is singular
-        return z - step  # type: ignore[no-any-return]
+        return z - step, memory
 
-    return following
+    return following, ()
 
 
-SOLVERS: dict[str, Callable[[Map], Next]] = {"anderson": anderson, "iteration": plain, "newton": newton}
+SOLVERS: dict[str, Solver] = {"anderson": anderson, "iteration": plain, "newton": newton}
 
 
 def gmres(matrix: Map, b: Tensor) -> Tensor:
     """Return x with `matrix(x) = b`, by restarted GMRES.
 
-    Where operators are recorded nothing can be asked of numbers: there it takes all steps of one search, and the result
-    is NaN if that was not enough.
+    Where operators are recorded no error can ask for numbers: there, what was not found is NaN.
 
     Raises:
         ConvergenceError: If the residual stays above `eps ** 0.7` of `b`.
     """
     shape, b = b.shape, b.flatten()
     tol = torch.finfo(b.dtype).eps ** 0.7
+    bound = tol * b.norm()
 
     def apply(v: Tensor) -> Tensor:
         return matrix(v.view(shape)).flatten()
 
-    x, bound = torch.zeros_like(b), tol * b.norm()
-    if traced():
-        x = _search(apply, b, None)
-        return torch.where((b - apply(x)).norm() <= bound, x, torch.nan).view(shape)
-    for _ in range(_CYCLES):
-        r = b - apply(x)
-        if everywhere(r.norm() <= bound):
-            return x.view(shape)
+    def search(state: Any) -> Any:
+        cycle, x, r = state
         x = x + _search(apply, r, bound)
-    r = b - apply(x)
-    if everywhere(r.norm() <= bound):
+        return cycle + 1, x, b - apply(x)
+
+    start = torch.zeros((), dtype=torch.int64, device=b.device), torch.zeros_like(b), b
+    _, x, r = while_loop(lambda state: (state[0] < _CYCLES) & ~(state[2].norm() <= bound), search, start)
+    found = r.norm() <= bound
+    if traced():
+        return torch.where(found, x, torch.nan).view(shape)
+    if everywhere(found):
         return x.view(shape)
     raise ConvergenceError(
         "The linear equations of the implicit function theorem must have a solution that GMRES finds.",
@@ -143,14 +162,15 @@ def gmres(matrix: Map, b: Tensor) -> Tensor:
     )
 
 
-def _search(matrix: Map, r: Tensor, bound: Tensor | None) -> Tensor:
+def _search(matrix: Map, r: Tensor, bound: Tensor) -> Tensor:
     """Return what has the least residual among the combinations of r, A r, A A r, ..."""
-    eps = torch.finfo(r.dtype).eps
+    eps, size = torch.finfo(r.dtype).eps, min(KRYLOV, len(r))
     length = r.norm()
-    basis = (r / torch.where(length > 0, length, 1.0))[None]
-    columns: list[Tensor] = []
-    for _ in range(min(KRYLOV, len(r))):
-        v = matrix(basis[-1])
+    rows = torch.arange(size + 1, device=r.device)
+
+    def extend(state: Any) -> Any:
+        step, basis, columns, _ = state
+        v = matrix(basis.index_select(0, step[None])[0])
         before = v.norm()
         column = torch.zeros_like(basis[:, 0])
         for _ in range(2):  # once leaves rounding errors along the basis
@@ -158,22 +178,22 @@ def _search(matrix: Map, r: Tensor, bound: Tensor | None) -> Tensor:
             v, column = v - along @ basis, column + along
         rest = v.norm()
         new = rest > 10 * eps * before  # else the search is over, and further directions are zero
-        columns.append(torch.cat([column, torch.where(new, rest, 0.0)[None]]))
-        basis = torch.cat([basis, torch.where(new, v / torch.where(new, rest, 1.0), 0.0)[None]])
-        if bound is not None:
-            weights, left = _least(columns, length)
-            if everywhere(left <= bound / 2):
-                break
-    if bound is None:
-        weights, _ = _least(columns, length)
-    return weights @ basis[:-1]
+        v, rest = torch.where(new, v / torch.where(new, rest, 1.0), 0.0), torch.where(new, rest, 0.0)
+        basis = torch.where((rows == step + 1)[:, None], v, basis)
+        column = torch.where(rows == step + 1, rest, column)
+        columns = torch.where(rows[:-1] == step, column[:, None], columns)
+        return step + 1, basis, columns, _least(columns, length)[1]
+
+    first = (r / torch.where(length > 0, length, 1.0))[None]
+    basis = torch.cat([first, r.new_zeros(size, len(r))])
+    start = torch.zeros_like(rows[0]), basis, r.new_zeros(size + 1, size), length
+    _, basis, columns, _ = while_loop(lambda state: (state[0] < size) & ~(state[3] <= bound / 2), extend, start)
+    return _least(columns, length)[0] @ basis[:-1]
 
 
-def _least(columns: list[Tensor], length: Tensor) -> tuple[Tensor, Tensor]:
+def _least(matrix: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the small least squares problem of a search; return the weights of the directions, and the residual."""
-    rows = len(columns) + 1
-    matrix = torch.stack([torch.nn.functional.pad(c, (0, rows - len(c))) for c in columns], 1)
-    target = torch.cat([length[None], torch.zeros_like(columns[-1][:-1])])
+    target = torch.cat([length[None], torch.zeros_like(matrix[1:, 0])])
     q, upper = torch.linalg.qr(matrix)
     diagonal = upper.diagonal()
     upper = upper + torch.diag_embed((diagonal == 0).to(upper.dtype))

@@ -25,6 +25,10 @@ SLOW = (
     "W7",
     "W9",
     "W10",
+    "W11-100",
+    "W12",
+    "W13",
+    "W14",
     "B1-128-relu-forward",
     "B2-32-relu-forward",
     "B2-2-relu-gradient",
@@ -67,7 +71,11 @@ def cases() -> list[Any]:
 def test_candidates_agree(name: str, candidate: str) -> None:
     if name == "W5" and candidate.startswith("torch.compile of a functional step"):
         pytest.skip("torch.compile does not trace nn.LSTM inside of torch.func")
-    assert turns.disagreement(first_numbers(name, candidate), reference(name)) == ""
+    try:
+        found = first_numbers(name, candidate)
+    except problems.LeftOut as why:
+        pytest.skip(str(why))
+    assert turns.disagreement(found, reference(name)) == ""
 
 
 @pytest.mark.parametrize("name", [name for name in FAST if problems.PROBLEMS[name].family == "training"])

@@ -14,11 +14,11 @@ report = pytest.importorskip("benchmarks.report")
 turns = pytest.importorskip("benchmarks.turns")
 
 ROWS = [
-    turns.Row("torch.nn + torch.optim", (2.0, 4.0, 3.0), 0.0, 10.0),
+    turns.Row("torch.nn + torch.optim", (2.0, 4.0, 3.0), 3.0, peak=10.0),
     turns.Row("torch.compile of torch.nn, fused", error="fails: Unsupported: a | b"),
     turns.Row("luxtorch, dict", (6.0, 6.0, 6.0)),
     turns.Row("luxtorch, ComponentVector", (1.5, 1.5, 9.0)),
-    turns.Row("lt.jit, dict, donated", (0.3, 0.3, 0.3)),
+    turns.Row("lt.jit, dict, donated", (0.3, 0.3, 0.3), 12.25, 2.5, 47.0),
     turns.Row("equinox, jax.jit, donated", (0.6, 0.6, 0.6)),
 ]
 
@@ -36,14 +36,15 @@ def test_every_candidate_is_of_one_kind() -> None:
 
 
 def test_tables_have_a_cell_for_each_column() -> None:
-    for table in (report.table(ROWS), report.summary({"W1": ROWS})):
+    for table in (report.table(ROWS), report.summary({"W1": ROWS}), report.costs({"W1": ROWS})):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "a / b" in report.table(ROWS)
-    assert "| luxtorch, ComponentVector | 1.5e+06 | 0.500 | 0.500 to 3.000 | 0.0 | 0 |" in report.table(ROWS)
+    assert "| luxtorch, ComponentVector | 1.5e+06 | 0.500 | 0.500 to 3.000 | 0.00 |  | 0 |" in report.table(ROWS)
+    assert "| 10 |  |  |  | 0.00 |  | 0 | 12.2 | 2.5 | 47 |" in report.costs({"W1": ROWS})
 
 
 def test_picture(tmp_path: Path) -> None:
-    report.draw({"W1": ROWS, "B5-64": ROWS}, tmp_path / "report.png")
+    report.draw(report.markdown({"W1": ROWS, "B5-64": ROWS}, [], "report.png"), tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -52,6 +53,28 @@ def test_the_page_keeps_what_is_around_the_table() -> None:
     assert report.replace_between(page, "new") == f"before\n{report.START}\n\nnew\n\n{report.END}\nafter\n"
     with pytest.raises(ValueError, match="no lines"):
         report.replace_between("before", "new")
+
+
+def test_problems_that_are_measured_again_replace_theirs_in_the_report_and_say_so() -> None:
+    old = report.markdown({name: ROWS for name in ("W2", "W3")}, ["a machine"], "report.png")
+    assert report.updated(old, {}, ["a machine"]) == old
+    faster = [*ROWS[:-1], turns.Row("equinox, jax.jit", (0.03, 0.03, 0.03))]
+    new = report.updated(old, {"W3": faster, "W1": ROWS, "W11-100": ROWS}, ["a machine", "9 rounds"])
+    assert [title.partition(":")[0] for title in report.bests(new)] == ["W1", "W2", "W3", "W11-100"]
+    assert [round(of_kind["best JAX"], 3) for of_kind in report.bests(new).values()] == [0.2, 0.2, 0.01, 0.2]
+    said = [
+        part.partition(":")[0] for part in new.split("\n## ")[3:] if "Measured by itself: a machine; 9 rounds." in part
+    ]
+    assert said == ["W1", "W3", "W11-100"] and new.startswith(old[:300])
+    again = report.updated(new, {"W3": ROWS, "W1": ROWS, "W11-100": ROWS}, ["a machine", "9 rounds"])
+    assert report.best_table(again) == report.summary({name: ROWS for name in ("W1", "W2", "W3", "W11-100")})
+
+
+def test_the_committed_report_can_be_updated() -> None:
+    text = (problems_folder := Path(problems.__file__).parent / "report.md").read_text()
+    new = report.updated(text, {"W14": ROWS}, ["a machine"])
+    kept = [line for line in text.splitlines() if line.startswith("| W")]
+    assert set(kept) <= set(new.splitlines()), problems_folder
 
 
 @pytest.mark.parametrize(("value", "agrees"), [(1.0, True), (1.000004, True), (1.00001, False), (math.nan, False)])

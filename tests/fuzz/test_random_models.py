@@ -199,10 +199,18 @@ def container(draw: Draw, shape: Shape, depth: int) -> lt.Layer:
         lambda: lt.BranchLayer(*shapes_agree(), fusion=total),
         lambda: lt.PairwiseFusion(draw(JOINS), *shapes_agree()),
         lambda: lt.Maxout(untied(shape), lt.Chain(untied(shape), torch.cos)),
-        lambda: lt.RepeatedLayer(same_shape(), draw(st.integers(1, 3))),
+        lambda: repeated(same_shape(), draw(st.integers(1, 3))),
         lambda: lt.AlternatePrecision(torch.float64, inside()),
     ]
     return draw(st.sampled_from(kinds))()
+
+
+def repeated(layer: lt.Layer, repeats: int) -> lt.Layer:
+    """Repeat a layer, unless it holds a recurrent cell whose carry is in its state."""
+    try:
+        return lt.RepeatedLayer(layer, repeats)
+    except lt.InputError:
+        return layer
 
 
 def residual(m: lt.Parts, x: torch.Tensor) -> torch.Tensor:

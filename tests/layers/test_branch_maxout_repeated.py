@@ -359,6 +359,10 @@ def test_another_precision_leaves_integers_alone():
         (lambda: Maxout(Dense(1, 1), 3), "function that makes a layer"),
         (lambda: Maxout(lambda: 3, 3), "must be a layer"),
         (lambda: RepeatedLayer(Dense(1, 1), 0), "at least 1"),
+        (
+            lambda: RepeatedLayer(Chain(Dense(2, 2), lt.StatefulRecurrentCell(lt.GRUCell(2, 2), 4)), 2),
+            "must not hold a StatefulRecurrentCell",
+        ),
         (lambda: RepeatedLayer(3, 2), "must be a layer"),
         (lambda: AlternatePrecision(torch.int64, Dense(1, 1)), "must be a floating point dtype"),
         (lambda: AlternatePrecision(Dense(1, 1), torch.float64), "must be a floating point dtype"),

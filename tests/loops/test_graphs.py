@@ -13,7 +13,7 @@ import luxtorch as lt
 from luxtorch.errors import LuxtorchError
 from luxtorch.jit import _bodies
 from luxtorch.jit._inductor import has_compiler
-from tests.loops.words import loop
+from tests.loops.words import loop, replayed
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
@@ -129,6 +129,32 @@ def test_inductor_runs_a_loop_of_unknown_length(name, given):
     torch.testing.assert_close(got, transform(power)(*given), rtol=1e-4, atol=1e-5)
 
 
+BODIES = {
+    "exchanged": lambda c, x: ((c[1], c[0] + x), c[0]),
+    "the element": lambda c, x: ((x, x.flip(0)), {"x": x, "c": c}),
+    "a product": lambda c, x: (c, torch.outer(c[0], x) @ c[1]),
+    "views": lambda c, x: ((c[1], x[:1].expand(3)), (x[1:], c[0].expand(2, 3).t())),
+    "other dtypes": lambda c, x: ((c[0], c[0]), (x * 1j, x.bfloat16(), x > 0, torch.argsort(c[0] * x))),
+}
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+def test_inductor_reads_and_writes_sequences_in_place(given):
+    """What a step takes and returns may be one another, or parts of one another; the length and direction are any."""
+    w, xs = given
+
+    def f(w, xs):
+        return {
+            (name, n, reverse): lt.scan(body, (w[0], w[1]), xs[:n], reverse=reverse)
+            for name, body in BODIES.items()
+            for n, reverse in ((0, False), (1, True), (4, False), (4, True))
+        }
+
+    torch.testing.assert_close(lt.jit(f, backend="inductor")(w, xs), f(w, xs))
+
+
 @pytest.mark.slow
 @compiled
 def test_inductor_on_the_tape(given):
@@ -200,3 +226,74 @@ def test_a_derivative_that_comes_later_is_right(how, given):
 
     got = lt.jit(f(lt.scan), backend="replay")(w)
     torch.testing.assert_close(got, f(loop)(w))
+
+
+LOOPS = {
+    "scan": lambda f, x: lt.scan(lambda c, _: (f(c), None), x, length=3)[0],
+    "fori_loop": lambda f, x: lt.fori_loop(0, 3, lambda i, c: f(c), x),
+    "while_loop": lambda f, x: lt.while_loop(lambda c: c.sum() < 1e9, f, x, max_steps=3),
+    "cond": lambda f, x: lt.cond(x.sum() > 0, f, lambda c: c, x),
+    "switch": lambda f, x: lt.switch((x.sum() > 0).long(), [f, f], x),
+    "map": lambda f, x: lt.map(f, torch.stack([x, 2 * x])),
+}
+TRANSFORMED = {
+    "value": lambda f: f,
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum()),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+    "vmap": lambda f: lambda x: torch.vmap(f)(torch.stack([x, x + 1])),
+}
+
+
+def recorded(f, x):
+    """A derivative by a graph that is recorded now."""
+    _, back = torch.func.vjp(f, x)
+    return lambda c: back(c)[0]
+
+
+def inside(f, x):
+    """The same, recorded in each call."""
+    return lambda c: torch.func.vjp(f, x)[1](c)[0]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_a_graph_from_outside_is_refused_and_one_from_inside_is_right(loop, transform, rng):
+    w, x = (torch.rand(shape, generator=rng, dtype=torch.float64) for shape in ((3, 3), (3,)))
+
+    def run(derivative):
+        return TRANSFORMED[transform](lambda x: LOOPS[loop](derivative(lambda x: torch.tanh(w @ x) * x, x), x))
+
+    torch.testing.assert_close(replayed(run(inside))(x), run(inside)(x))
+    torch.testing.assert_close(run(recorded)(x), run(inside)(x))
+    with pytest.raises(lt.InputError, match="must not differentiate what was computed outside"):
+        replayed(run(recorded))(x)
+
+
+def by_scan(p):
+    return lt.scan(lambda h, x: (torch.tanh(h * p()["a"]["w"] + p()["b"]), None), torch.ones(3), torch.ones(4, 3))[0]
+
+
+def by_while_loop(p):
+    start = torch.tensor(0), torch.ones(3)
+    body = lambda c: (c[0] + 1, torch.tanh(c[1] * p()["a"]["w"] + p()["b"]))  # noqa: E731
+    return lt.while_loop(lambda c: c[0] < 4, body, start, max_steps=4)[1]
+
+
+def by_cond(p):
+    return lt.cond(torch.tensor(True), lambda: p()["a"]["w"] * p()["b"], lambda: p()["b"])
+
+
+@pytest.mark.parametrize("loop", [by_scan, by_while_loop, by_cond])
+@pytest.mark.parametrize("group", ["whole", "group", "group in a dict"])
+def test_a_body_may_close_over_a_vector_and_its_groups_which_are_used_again_after_it(loop, group):
+    """A vector keeps its components: those that a body has read are not to be found outside of it, nor the reverse."""
+
+    def f(v):
+        p = {"whole": v, "group": v["p"], "group in a dict": {"p": v["p"]}}[group]
+        parts = (lambda: p) if group == "group" else (lambda: p["p"])
+        return (loop(parts) * parts()["a"]["w"]).sum() + loop(parts).sum() + parts()["b"].sum()
+
+    v = lt.ComponentVector({"p": {"a": {"w": torch.tensor([0.5, 1.0, -2.0])}, "b": torch.ones(3)}, "q": torch.ones(2)})
+    torch.testing.assert_close(lt.jit(f, backend="replay")(v), f(v))
+    grad = torch.func.grad(f)
+    torch.testing.assert_close(lt.jit(grad, backend="replay")(v).flat, grad(v).flat)

@@ -590,12 +590,64 @@ def test_errors_say_what_is_wrong(name):
         lt.fixed_point(f, z0, **options)
 
 
+def test_torch_compile_takes_no_tolerance():
+    with pytest.raises(Exception, match="cannot trace an iteration until a tolerance is met"):
+        torch.compile(lambda a: lt.fixed_point(lambda z: torch.cos(a * z), a), fullgraph=True)(torch.ones(2))
+
+
+# Compiled with a tolerance.
+
+
+def few(w, x, **options):
+    """The fixed point, by operands, to a tolerance that leaves no doubt about derivatives."""
+    options = {"tol": 1e-13, "max_steps": 500, **options}
+    return lt.fixed_point(contraction, torch.zeros_like(x), w, x, **options)
+
+
+COMPILED = {
+    "value": lambda f: lambda w, x: f(w, x),
+    "R": lambda f: torch.func.grad(lambda w, x: f(w, x).square().sum()),
+    "F": lambda f: lambda w, x: torch.func.jvp(lambda w: f(w, x), (w,), (w,))[1],
+    "V": lambda f: lambda w, x: torch.vmap(lambda scale: f(w * scale, x))(torch.tensor([0.1, 0.5, 1.0], dtype=F64)),
+    "VR": lambda f: lambda w, x: torch.vmap(torch.func.grad(lambda x: f(w, x).square().sum()))(torch.stack([x, 2 * x])),
+    "RV": lambda f: torch.func.grad(lambda w, x: torch.vmap(lambda x: f(w, x))(torch.stack([x, 3 * x])).square().sum()),
+    "RR": lambda f: lambda w, x: torch.func.hessian(lambda x: f(w, x).square().sum())(x),
+}
+
+
+@pytest.mark.parametrize("word", COMPILED)
+@pytest.mark.parametrize("linear_solver", LINEAR)
 @pytest.mark.parametrize(
-    "compiler", [lambda f: lt.jit(f, backend="replay"), lambda f: torch.compile(f, fullgraph=True)]
+    "solver", ["iteration", *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS[::2])]
 )
-def test_a_tolerance_cannot_be_traced(compiler):
-    with pytest.raises(Exception, match="until a tolerance is met must not be traced"):
-        compiler(lambda a: lt.fixed_point(lambda z: torch.cos(a * z), a))(torch.ones(2))
+def test_jitted_it_stops_as_elsewhere(make_key, solver, linear_solver, word):
+    w, x = matrix(make_key(), 4), normal(make_key(), 4)
+    run = COMPILED[word](partial(few, solver=solver, linear_solver=linear_solver))
+    torch.testing.assert_close(lt.jit(run, backend="replay")(w, x), run(w, x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_jitted_it_is_one_loop_that_takes_the_steps_it_needs(make_key, solver):
+    w, x = matrix(make_key(), 4), normal(make_key(), 4)
+    steps = [str(lt.jit(partial(few, solver=solver, max_steps=n), backend="replay").lower(w, x)) for n in (50, 500)]
+    assert steps[0].replace("49", "_").count("\n") == steps[1].count("\n")
+
+
+def test_jitted_what_does_not_converge_is_nan():
+    run = partial(lt.fixed_point, torch.cos, torch.ones(3), solver="iteration", max_steps=3)
+    assert bool(lt.jit(run, backend="replay")().isnan().all())
+    found = lt.jit(partial(run, unconverged="warn"), backend="replay")()
+    torch.testing.assert_close(found, torch.ones(3).cos().cos().cos())
+    own = partial(lt.fixed_point, torch.cos, torch.ones(3), solver=lambda f, z: f(z))
+    assert bool(lt.jit(own, backend="replay")().isnan().all())
+
+
+def test_jitted_each_of_a_batch_is_nan_for_itself():
+    def run(a):
+        return lt.fixed_point(lambda z: a * z * z + 0.1, torch.ones(1), solver="iteration")[0]
+
+    found = lt.jit(torch.vmap(run), backend="replay")(torch.tensor([0.1, 5.0, 0.2]))
+    assert found.isnan().tolist() == [False, True, False]
 
 
 def test_leaves_are_left_alone(make_key):

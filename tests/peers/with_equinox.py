@@ -158,8 +158,8 @@ def checkpoint():
     state = optax.adam(0.1).init(W)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "one.eqx")
-        eqx.tree_serialize_leaves(path, (W, state))
-        back, _ = eqx.tree_deserialize_leaves(path, (jax.tree.map(jnp.zeros_like, W), state))
+        eqx.tree_serialise_leaves(path, (W, state))
+        back, _ = eqx.tree_deserialise_leaves(path, (jax.tree.map(jnp.zeros_like, W), state))
     close(back["w"], W["w"])
 
 
