@@ -27,6 +27,7 @@ from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError, described
 
+from ._indexing import put, taken
 from ._sizes import any_symbol
 from ._user_line import called_by_user, package_of, user_line
 from ._writes import arguments, tensors_in, with_declared_writes, written
@@ -183,6 +184,8 @@ class FunctionCheck(TorchFunctionMode):
             self.strides |= called_by_user()
         elif func in (Tensor.tolist, Tensor.numpy) and self._known.is_outdated(args[0]):
             raise _value_needed(f"Tensor.{func.__name__}")
+        elif func in _INDEXING:
+            return _INDEXING[func](*args, _has_no_value)
         elif "out" in kwargs:
             return self._into(func, args, kwargs)
         return func(*args, **kwargs)
@@ -199,6 +202,13 @@ class FunctionCheck(TorchFunctionMode):
                 where=user_line(),
             )
         return result
+
+
+_INDEXING = {Tensor.__getitem__: taken, Tensor.__setitem__: put}
+
+
+def _has_no_value(tensor: Tensor) -> bool:
+    return _is_traced(unwrapped(tensor))
 
 
 # Functions that depend on strides.
