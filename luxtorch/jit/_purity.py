@@ -367,13 +367,13 @@ def _empty_mean_gradient(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Any:
 
 
 @functools.cache
-def _can_draw(func: Any) -> bool:
+def can_draw(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     """Return whether a call of an operator draws random numbers; attention and RNNs do with dropout."""
-    if not _can_draw(func):
+    if not can_draw(func):
         return False
     given = arguments(func, args, kwargs)
     if given.get("train", given.get("training")) is False:

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 
 from ._constants import REGISTER, NotComparable, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, flatten_torch_nodes, fresh_contexts, path_text
-from ._purity import FunctionCheck, TraceCheck, TracingError, storage, tracing_errors
+from ._purity import FunctionCheck, TraceCheck, TracingError, can_draw, storage, tracing_errors
 from ._signature import Signature
 from ._sizes import ArgumentFunction, Sizes, hides_symbols, is_number
 from ._user_line import user_line
+from ._writes import writes
 
 
 @dataclass
@@ -213,6 +214,7 @@ def _tidy(graph: fx.GraphModule) -> None:
         if all(isinstance(size, int) for size in node.meta["val"].shape):
             node.target = torch.ops.aten.new_zeros.default
             node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
+    _merge_equal(graph.graph)
     graph.graph.eliminate_dead_code()
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     constants = [name for name, _ in (*graph.named_buffers(), *graph.named_parameters())]
@@ -222,6 +224,49 @@ def _tidy(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def _merge_equal(graph: fx.Graph) -> None:
+    """Let operators that do the same with the same tensors be one, and leave out those that do nothing.
+
+    The gradient of a weight, for example, is transposed twice.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if any(writes(node.target) for node in calls):
+        return  # the same operator may have other values later
+    # Outputs stay apart, and so does what shares memory with one.
+    outputs: Any = graph.output_node().all_input_nodes
+    kept = {storage(node.meta["val"]) for node in outputs if isinstance(node.meta.get("val"), Tensor)}
+    known: dict[Any, fx.Node] = {}
+    for node in calls:
+        value = node.meta.get("val")
+        if not (isinstance(value, Tensor) and isinstance(node.target, torch._ops.OpOverload)):
+            continue
+        if storage(value) in kept or node.target.namespace != "aten" or can_draw(node.target):
+            continue
+        source: Any = node.args[0] if node.args else None
+        if node.target in _SAME:
+            node.replace_all_uses_with(source)
+            continue
+        if node.target is _TRANSPOSE and isinstance(source, fx.Node) and source.target is _TRANSPOSE:
+            node.replace_all_uses_with(source.args[0])
+            continue
+        try:
+            key = node.target, _exact(node.args), _exact(tuple(node.kwargs.items()))
+            first = known.setdefault(key, node)
+        except TypeError:  # an argument has no hash
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+
+
+def _exact(value: Any) -> Any:
+    """Return what tells arguments apart, also 1 from True and 1.0, and 0.0 from -0.0."""
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *map(_exact, value)
+    return type(value), repr(value) if isinstance(value, float) else value
+
+
+_TRANSPOSE = torch.ops.aten.t.default
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _WITH_STRIDES = torch.ops.aten._new_zeros_with_same_feature_meta.default
 
 

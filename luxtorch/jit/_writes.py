@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,13 @@ def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
     if undeclared and arguments(func, args, kwargs).get("training", True):
         places = declared + undeclared
     return tensors_in(args[i] if i < len(args) else kwargs.get(name) for i, name in places)
+
+
+def writes(func: Any) -> bool:
+    """Tell whether an operator may write to an argument; of one whose schema is not known, that it may."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return func is not operator.getitem
+    return func._schema.is_mutable or func.overloadpacket in _UNDECLARED
 
 
 def with_declared_writes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from luxtorch.core import InputError
 
+from ._hyperparameters import unpack
 from ._kernels import InPlace, Kernel, numbers, on_clones, unobserved
 from ._leaves import Leaves
 from ._rule import ListRule, Updates, negative
-from ._rule_state import Hyper, RuleState, Slots, by_leaf, check_names
+from ._rule_state import COUNTS, RuleState, Slots, beside, check_names, groups
 
 
 class LeafwiseRule(ListRule):
@@ -54,7 +55,8 @@ class LeafwiseRule(ListRule):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not cls.__dict__.keys().isdisjoint(("delta", "kernel")):  # what is inherited computes another formula
+        formula = ("delta", "shared", "by_count", "kernel")
+        if not cls.__dict__.keys().isdisjoint(formula):  # what is inherited computes another one
             cls.kernel = cls.__dict__.get("kernel")
             cls.in_place = cls.__dict__.get("in_place")
 
@@ -66,8 +68,29 @@ class LeafwiseRule(ListRule):
             g: The gradient.
             p: The parameter.
             slots: What the rule remembers of it.
-            h: The hyperparameters, by name: 0-d tensors, or 1-d where the field is several numbers.
+            h: The hyperparameters, by name: 0-d tensors, or 1-d where the field is several numbers; and what `shared`
+                and `by_count` make of them.
         """
+
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what the formula needs of the hyperparameters alone; it is computed once for all parameters.
+
+        Args:
+            h: The hyperparameters, by name. What is returned is added to them, by names of its own.
+        """
+        return {"-lr": -h["lr"]} if "lr" in h else {}
+
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what the formula needs of counts, such as the number of the step, and the hyperparameters alone.
+
+        It is computed at once for all parameters, whose counts may differ, and `delta` gets each parameter's own.
+
+        Args:
+            counts: The slots of one number, in the dtype of the hyperparameters: as they are of one parameter, or of
+                several in a dimension. What is returned has that dtype, and one number for each parameter, too.
+            h: The hyperparameters, and what `shared` returns.
+        """
+        return {}
 
     def eval_parameter(self, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> Tensor:
         """Return what to evaluate with in the place of a parameter; for most rules the parameter."""
@@ -76,9 +99,13 @@ class LeafwiseRule(ListRule):
     def eval_parameters(self, leaves: Leaves, state: RuleState) -> list[Tensor]:
         if type(self).eval_parameter is LeafwiseRule.eval_parameter:
             return leaves.params
-        params = dict(zip(leaves.names, leaves.params, strict=True))
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
-        return [self.eval_parameter(p, state.leaves[name], hyper[name]).to(p.dtype) for name, p in params.items()]
+        new = list(leaves.params)
+        for vector, places in groups(self.hyper_now(state), leaves.names, leaves.params, range(len(new))):
+            h = self._terms(beside(new[places[0]], vector))
+            for i in places:
+                p = leaves.params[i]
+                new[i] = self.eval_parameter(p, state.leaves[leaves.names[i]], h).to(p.dtype)
+        return new
 
     def step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
         """Return the new parameters and the new state, by the kernel where it can be used."""
@@ -92,24 +119,43 @@ class LeafwiseRule(ListRule):
     def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
         """Return what becomes of the gradients by the formula, and the new state."""
         check_names(leaves.names, state.leaves)
-        updates: Updates = []
-        new_slots = dict(state.leaves)
-        params = dict(zip(leaves.names, leaves.params, strict=True))
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
-        for name, p, g in zip(leaves.names, leaves.params, leaves.grads, strict=True):
-            if g is None:
-                updates.append(None)
-                continue
-            old = state.leaves[name]
-            # The square of a small float16 number is zero.
-            g = g.float() if g.dtype == torch.float16 else g
-            delta, new = self.delta(-g if self.maximize else g, p, old, hyper[name])
-            if delta.shape != p.shape:
-                _check_shapes(self, leaves, state)
-            # A 0-d parameter would be promoted by the float64 hyperparameters.
-            updates.append(delta.to(p.dtype))
-            new_slots[name] = {slot: value.to(old[slot].dtype) for slot, value in new.items()}
-        return updates, state.after(new_slots)
+        updates: Updates = [None] * len(leaves.names)
+        slots = dict(state.leaves)
+        for vector, places in groups(self.hyper_now(state), leaves.names, leaves.params, _given(leaves)):
+            vector = beside(leaves.params[places[0]], vector)
+            terms = self._terms_by_leaf(vector, [slots[leaves.names[i]] for i in places])
+            for i, h in zip(places, terms, strict=True):
+                name, p, g = leaves.names[i], leaves.params[i], leaves.grads[i]
+                assert g is not None
+                # The square of a small float16 number is zero.
+                g = g.float() if g.dtype == torch.float16 else g
+                old = slots[name]
+                delta, new = self.delta(-g if self.maximize else g, p, old, h)
+                if delta.shape != p.shape:
+                    _check_shapes(self, leaves, state)
+                # A 0-d parameter would be promoted by the float64 hyperparameters.
+                updates[i] = delta.to(p.dtype)
+                slots[name] = {slot: value.to(old[slot].dtype) for slot, value in new.items()}
+        return updates, state.after(slots)
+
+    def _terms(self, vector: Tensor) -> dict[str, Tensor]:
+        h = unpack(vector, self.hyperparameters)
+        return {**h, **self.shared(h)}
+
+    def _terms_by_leaf(self, vector: Tensor, slots: Sequence[Slots]) -> Sequence[Mapping[str, Tensor]]:
+        """Return what the formula gets besides the tensors of each parameter."""
+        h = self._terms(vector)
+        counts = [name for name in COUNTS if name in slots[0]]
+        if not counts or type(self).by_count is LeafwiseRule.by_count:
+            return [h] * len(slots)
+        if len(slots) == 1:
+            return [{**h, **self.by_count({name: slots[0][name].to(vector.dtype) for name in counts}, h)}]
+        stacked = {name: torch.stack([leaf[name] for leaf in slots]).to(vector.dtype) for name in counts}
+        found = self.by_count(stacked, h)
+        # In one tensor: inductor computes that once, and not for each parameter again.
+        rows = torch.stack([value.to(vector.dtype) for value in found.values()]).unbind()
+        columns = zip(*(row.unbind() for row in rows), strict=True)
+        return [{**h, **dict(zip(found, column, strict=True))} for column in columns]
 
     def _fused_step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState] | None:
         kernel = self.kernel or (self.in_place and partial(on_clones, self.in_place))
@@ -119,7 +165,7 @@ class LeafwiseRule(ListRule):
         if self.maximize:
             grads = negative(grads)
         slots = dict(state.leaves)
-        for hyper, places in _groups(leaves, self.hyper_now(state)):
+        for hyper, places in groups(self.hyper_now(state), leaves.names, leaves.params, _given(leaves)):
             values = numbers(hyper)
             if values is None:
                 return None
@@ -136,16 +182,9 @@ class LeafwiseRule(ListRule):
         return params, state.after(slots)
 
 
-def _groups(leaves: Leaves, hyper: Hyper) -> Iterable[tuple[Tensor, list[int]]]:
-    """Part the places of the leaves that have a gradient by the vector of hyperparameters that they share."""
-    places = [i for i, g in enumerate(leaves.grads) if g is not None]
-    if isinstance(hyper, Tensor):
-        return [(hyper, places)]
-    groups: dict[int, tuple[Tensor, list[int]]] = {}
-    for i in places:
-        vector = hyper[leaves.names[i]]
-        groups.setdefault(id(vector), (vector, []))[1].append(i)
-    return groups.values()
+def _given(leaves: Leaves) -> list[int]:
+    """Return the places of the leaves that have a gradient."""
+    return [i for i, g in enumerate(leaves.grads) if g is not None]
 
 
 def _check_shapes(rule: LeafwiseRule, leaves: Leaves, state: RuleState) -> None:
@@ -178,6 +217,12 @@ def counted(p: Tensor, *names: str) -> dict[str, Tensor]:
 def decayed(g: Tensor, p: Tensor, h: Mapping[str, Tensor]) -> Tensor:
     """Return the gradient with that of the penalty `weight_decay / 2 * (p * p).sum()`."""
     return g + h["weight_decay"] * p
+
+
+def shares(h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return how much of two running averages is kept, and how much comes in."""
+    beta1, beta2 = h["betas"]
+    return {"beta1": beta1, "beta2": beta2, "1-beta1": 1 - beta1, "1-beta2": 1 - beta2}
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -84,19 +84,42 @@ def map_hyper(change: Callable[[Tensor], Tensor], hyper: Hyper, chosen: set[str]
     return changed
 
 
-def by_leaf(hyper: Hyper, shapes: Shapes, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the hyperparameters of each leaf by their names, on the leaf's device.
+def groups(
+    hyper: Hyper, names: Sequence[str], params: Sequence[Tensor], places: Iterable[int]
+) -> list[tuple[Tensor, list[int]]]:
+    """Part the places of parameters by the vector of hyperparameters that they share, and by their device."""
+    found: list[tuple[Tensor, torch.device, list[int]]] = []
+    for i in places:
+        vector, device = hyper if isinstance(hyper, Tensor) else hyper[names[i]], params[i].device
+        # No table by `id`: see `map_hyper`.
+        group = next((group for known, there, group in found if known is vector and there == device), None)
+        if group is None:
+            found.append((vector, device, group := []))
+        group.append(i)
+    return [(vector, group) for vector, _, group in found]
+
+
+def beside(p: Tensor, vector: Tensor) -> Tensor:
+    """Return a vector of hyperparameters on the device of a parameter.
 
     Inductor would read a number on the CPU out of a vector there from within a kernel of a GPU, and fail.
     """
-    if not isinstance(hyper, Tensor):
-        return {name: unpack(_beside(leaf, hyper[name]), shapes) for name, leaf in leaves.items()}
-    by_device = {leaf.device: unpack(_beside(leaf, hyper), shapes) for leaf in leaves.values()}
-    return {name: by_device[leaf.device] for name, leaf in leaves.items()}
+    return vector.to(p.device, non_blocking=True)
 
 
-def _beside(leaf: Tensor, vector: Tensor) -> Tensor:
-    return vector.to(leaf.device, non_blocking=True)
+def by_leaf(
+    hyper: Hyper, shapes: Shapes, leaves: Mapping[str, Tensor], more: Callable[[Slots], Mapping[str, Tensor]] = dict
+) -> dict[str, dict[str, Tensor]]:
+    """Return the hyperparameters of each leaf by their names, on the leaf's device, and what a function makes of them.
+
+    What leaves share is made once.
+    """
+    names, params = list(leaves), list(leaves.values())
+    found: dict[str, dict[str, Tensor]] = {}
+    for vector, places in groups(hyper, names, params, range(len(names))):
+        h = unpack(beside(params[places[0]], vector), shapes)
+        found.update(dict.fromkeys([names[i] for i in places], {**h, **more(h)}))
+    return found
 
 
 def check_names(names: Sequence[str], known: Collection[str]) -> None:

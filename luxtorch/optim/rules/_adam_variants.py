@@ -22,12 +22,12 @@ from .._kernels import (
     steps_of,
     with_decay,
 )
-from .._leafwise import LeafwiseRule, counted, decayed, sqrt
+from .._leafwise import counted, decayed, sqrt
 from .._rule_state import Slots
-from ._adam import adam_averages, adam_direction, adam_slots, advance
+from ._adam import AdamLike, adam_averages, adam_direction, adam_slots
 
 
-class NAdam(LeafwiseRule):
+class NAdam(AdamLike):
     """Adam with Nesterov momentum: steps along the average that the next step will have.
 
     Args:
@@ -62,18 +62,25 @@ class NAdam(LeafwiseRule):
         slots = adam_slots(p)
         return {**slots, "mu_product": torch.ones_like(slots["step"])}
 
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # The momentum of this step and of the next, in one tensor: inductor computes that once.
+        steps = torch.stack([counts["step"] + 1, counts["step"] + 2])
+        mu, mu_next = h["beta1"] * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
+        # The product is rounded to float32 at each step, as torch's is.
+        product = (counts["mu_product"].float() * mu.float()).to(mu.dtype)
+        by_average, by_gradient = mu_next / (1 - product * mu_next), (1 - mu) / (1 - product)
+        known = {"mu_product": product, "by_average": by_average, "by_gradient": by_gradient}
+        return {**super().by_count(counts, h), **known}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         if not self.decoupled_weight_decay:
             g = decayed(g, p, h)
-        new, (_, bias_correction2) = adam_averages(g, slots, h)
-        mu, mu_next = _momenta(new["step"], h)
-        # The product is rounded to float32 at each step, as torch's is.
-        product = (slots["mu_product"] * mu.to(slots["mu_product"].dtype)).to(mu.dtype)
-        ahead = mu_next / (1 - product * mu_next) * new["exp_avg"] + (1 - mu) / (1 - product) * g
-        direction = ahead / (sqrt(new["exp_avg_sq"] / bias_correction2) + h["eps"])
+        new = {**adam_averages(g, slots, h), "mu_product": h["mu_product"]}
+        ahead = h["by_average"] * new["exp_avg"] + h["by_gradient"] * g
+        direction = ahead / (sqrt(new["exp_avg_sq"] / h["correction2"]) + h["eps"])
         if self.decoupled_weight_decay:
             direction = direction + h["weight_decay"] * p
-        return -h["lr"] * direction, {**new, "mu_product": product}
+        return h["-lr"] * direction, new
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, beta1, beta2, eps, weight_decay, momentum_decay = h
@@ -95,13 +102,7 @@ class NAdam(LeafwiseRule):
         return new_params, by_leaf(new)
 
 
-def _momenta(step: Tensor, h: Mapping[str, Tensor]) -> Tensor:
-    """Return the momentum of this step and of the next, in one tensor: inductor computes that once."""
-    steps = torch.stack([step, step + 1]).to(h["momentum_decay"].dtype)
-    return h["betas"][0] * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
-
-
-class RAdam(LeafwiseRule):
+class RAdam(AdamLike):
     """Take Adam steps, the smaller the fewer gradients the average square has seen; at first it is left out.
 
     Args:
@@ -133,16 +134,20 @@ class RAdam(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return adam_slots(p)
 
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        new = super().by_count(counts, h)
+        rectification = _rectification(counts["step"] + 1, h["beta2"], new["correction2"])
+        return {"correction1": new["correction1"], "rectification": rectification * new["root_correction2"]}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         if not self.decoupled_weight_decay:
             g = decayed(g, p, h)
-        new, (bias_correction1, bias_correction2) = adam_averages(g, slots, h)
-        rectified, rectification = _rectification(new["step"], h["betas"][1], bias_correction2)
-        adaptive = rectification * bias_correction2.sqrt() / (sqrt(new["exp_avg_sq"]) + h["eps"])
-        direction = new["exp_avg"] / bias_correction1 * torch.where(rectified, adaptive, 1.0)
+        new = adam_averages(g, slots, h)
+        adaptive = h["rectification"] / (sqrt(new["exp_avg_sq"]) + h["eps"])
+        direction = new["exp_avg"] / h["correction1"] * torch.where(h["rectification"] > 0, adaptive, 1.0)
         if self.decoupled_weight_decay:
             direction = direction + h["weight_decay"] * p
-        return -h["lr"] * direction, new
+        return h["-lr"] * direction, new
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, beta1, beta2, eps, weight_decay = h
@@ -166,18 +171,18 @@ class RAdam(LeafwiseRule):
         return new_params, by_leaf({"step": next_steps(slots), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
 
 
-def _rectification(step: Tensor, beta2: Tensor, bias_correction2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether the average square is of use by now, and the factor by which that shortens the step."""
+def _rectification(step: Tensor, beta2: Tensor, bias_correction2: Tensor) -> Tensor:
+    """Return the factor by which the average square shortens the step; zero until it is of use."""
     longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * step.to(bias_correction2.dtype) * (1 - bias_correction2) / bias_correction2
+    length = longest - 2 * step * (1 - bias_correction2) / bias_correction2
     rectified = length > 5
     # Where it is not, any lengths will do for which the root exists: its derivative must not be NaN.
     length, longest = torch.where(rectified, length, 6.0), torch.where(rectified, longest, 6.0)
     factor = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    return rectified, factor.sqrt()
+    return torch.where(rectified, factor.sqrt(), 0.0)
 
 
-class OAdam(LeafwiseRule):
+class OAdam(AdamLike):
     """Take Adam steps twice, and take back the one before: for games, in which plain steps go round in circles.
 
     The learning rate multiplies the step that is taken back too: adjusting it takes effect at once. Optimisers.jl
@@ -208,7 +213,7 @@ class OAdam(LeafwiseRule):
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         direction, new = adam_direction(g, slots, h)
-        return -h["lr"] * (2 * direction - slots["direction"]), {**new, "direction": direction}
+        return h["-lr"] * (2 * direction - slots["direction"]), {**new, "direction": direction}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, beta1, beta2, eps = h
@@ -225,7 +230,7 @@ class OAdam(LeafwiseRule):
         return new_params, by_leaf(new)
 
 
-class AdaBelief(LeafwiseRule):
+class AdaBelief(AdamLike):
     """Scale the average gradient by how far the gradients are from it, where Adam takes how far they are from zero.
 
     Args:
@@ -253,12 +258,11 @@ class AdaBelief(LeafwiseRule):
         return counted(p, "exp_avg", "exp_avg_var")
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        (beta1, beta2), (step, (bias_correction1, bias_correction2)) = h["betas"], advance(slots["step"], h["betas"])
-        exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
+        exp_avg = slots["exp_avg"] + h["1-beta1"] * (g - slots["exp_avg"])
         surprise = g - exp_avg
-        exp_avg_var = beta2 * slots["exp_avg_var"] + (1 - beta2) * surprise * surprise + h["eps"]
-        direction = exp_avg / bias_correction1 / (sqrt(exp_avg_var) / bias_correction2.sqrt() + h["eps"])
-        return -h["lr"] * direction, {"step": step, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
+        exp_avg_var = h["beta2"] * slots["exp_avg_var"] + h["1-beta2"] * surprise * surprise + h["eps"]
+        direction = exp_avg / h["correction1"] / (sqrt(exp_avg_var) / h["root_correction2"] + h["eps"])
+        return h["-lr"] * direction, {"step": slots["step"] + 1, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, beta1, beta2, eps = h

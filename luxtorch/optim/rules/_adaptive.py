@@ -58,11 +58,13 @@ class AdaGrad(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return {**counted(p), "sum": torch.full_like(p, self.initial_accumulator_value)}
 
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"-lr_now": h["-lr"] / (1 + counts["step"] * h["lr_decay"])}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         g = decayed(g, p, h)
         total = slots["sum"] + g * g
-        lr = h["lr"] / (1 + slots["step"] * h["lr_decay"])
-        return -lr * g / (sqrt(total) + h["eps"]), {"step": slots["step"] + 1, "sum": total}
+        return h["-lr_now"] * g / (sqrt(total) + h["eps"]), {"step": slots["step"] + 1, "sum": total}
 
     def in_place(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> None:
         lr, lr_decay, weight_decay, eps = h
@@ -102,12 +104,15 @@ class AdaDelta(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return zeros(p, "square_avg", "acc_delta")
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), "1-rho": 1 - h["rho"]}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         g, rho = decayed(g, p, h), h["rho"]
-        square_avg = rho * slots["square_avg"] + (1 - rho) * g * g
+        square_avg = rho * slots["square_avg"] + h["1-rho"] * g * g
         direction = sqrt(slots["acc_delta"] + h["eps"]) / sqrt(square_avg + h["eps"]) * g
-        acc_delta = rho * slots["acc_delta"] + (1 - rho) * direction * direction
-        return -h["lr"] * direction, {"square_avg": square_avg, "acc_delta": acc_delta}
+        acc_delta = rho * slots["acc_delta"] + h["1-rho"] * direction * direction
+        return h["-lr"] * direction, {"square_avg": square_avg, "acc_delta": acc_delta}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, rho, eps, weight_decay = h
@@ -164,6 +169,9 @@ class RMSProp(LeafwiseRule):
         plain = isinstance(self.momentum, (int, float)) and self.momentum == 0
         return zeros(p, "square_avg", *centered, *(() if plain else ("momentum_buffer",)))
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), "1-alpha": 1 - h["alpha"]}
+
     def check_adjusted(self, values: Mapping[str, Any], state: RuleState) -> None:
         if "momentum" in values and not any("momentum_buffer" in slots for slots in state.leaves.values()):
             raise InputError(
@@ -174,17 +182,17 @@ class RMSProp(LeafwiseRule):
             )
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        g, alpha = decayed(g, p, h), h["alpha"]
-        spread = square_avg = alpha * slots["square_avg"] + (1 - alpha) * g * g
+        g = decayed(g, p, h)
+        spread = square_avg = h["alpha"] * slots["square_avg"] + h["1-alpha"] * g * g
         new = {"square_avg": square_avg}
         if self.centered:
-            new["grad_avg"] = slots["grad_avg"] + (1 - alpha) * (g - slots["grad_avg"])
+            new["grad_avg"] = slots["grad_avg"] + h["1-alpha"] * (g - slots["grad_avg"])
             # Of a constant gradient no spread is left, but for rounding: torch's may become negative, and its root NaN.
             spread = (square_avg - new["grad_avg"] * new["grad_avg"]).clamp(min=0.0)
         direction = g / (sqrt(spread) + h["eps"])
         if "momentum_buffer" in slots:
             direction = new["momentum_buffer"] = h["momentum"] * slots["momentum_buffer"] + direction
-        return -h["lr"] * direction, new
+        return h["-lr"] * direction, new
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, alpha, eps, weight_decay, momentum = h

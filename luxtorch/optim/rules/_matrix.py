@@ -83,12 +83,15 @@ class Muon(LeafwiseRule):
             )
         return zeros(p, "momentum_buffer")
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), "1-momentum": 1 - h["momentum"]}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        average = slots["momentum_buffer"] + (1 - h["momentum"]) * (g - slots["momentum_buffer"])
+        average = slots["momentum_buffer"] + h["1-momentum"] * (g - slots["momentum_buffer"])
         ahead = g + h["momentum"] * (average - g) if self.nesterov else average
         x = ahead.to(self.ns_dtype or p.dtype)
         direction = _orthogonal(x, h["eps"], self.ns_steps, self.ns_coefficients).to(p.dtype)
-        return -h["lr"] * (self._scale(*p.shape) * direction + h["weight_decay"] * p), {"momentum_buffer": average}
+        return h["-lr"] * (self._scale(*p.shape) * direction + h["weight_decay"] * p), {"momentum_buffer": average}
 
     def _scale(self, rows: int, columns: int) -> float:
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -166,25 +169,29 @@ class Adafactor(LeafwiseRule):
         row_var, col_var = p.new_zeros((*p.shape[:-1], 1)), p.new_zeros((*p.shape[:-2], 1, p.shape[-1]))
         return {**counted(p), "row_var": row_var, "col_var": col_var}
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"decay": h["lr"] * h["weight_decay"]}
+
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        step = counts["step"] + 1
+        return {"new_share": step ** -h["decay_rate"], "-relative": -torch.minimum(h["lr"], step.rsqrt())}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         eps1 = torch.finfo(p.dtype).eps if self.eps1 is None else self.eps1
-        count = slots["step"] + 1
-        step = count.to(h["lr"].dtype)
-        new_share = step ** -h["decay_rate"]
         if p.ndim < 2:
             averages = {"variance": g * g}
         else:
             averages = {"row_var": _mean_square(g, -1), "col_var": _mean_square(g, -2)}
-        new = {name: slots[name] + new_share * (mean - slots[name]) for name, mean in averages.items()}
+        new = {name: slots[name] + h["new_share"] * (mean - slots[name]) for name, mean in averages.items()}
         if p.ndim < 2:
             variance = new["variance"]
         else:
             variance = new["row_var"] * new["col_var"] / new["row_var"].mean(-2, keepdim=True).clamp(min=eps1)
         update = (g * variance.clamp(min=eps1 * eps1).rsqrt()).to(p.dtype)
-        size = torch.maximum(rms(p).to(step.dtype), h["eps2"])
-        excess = torch.clamp(rms(update).to(step.dtype) / h["d"], min=1.0)
-        relative = torch.minimum(h["lr"], step.rsqrt())
-        return -relative * size / excess * update - h["lr"] * h["weight_decay"] * p, {"step": count, **new}
+        size = torch.maximum(rms(p).to(h["eps2"].dtype), h["eps2"])
+        excess = torch.clamp(rms(update).to(h["d"].dtype) / h["d"], min=1.0)
+        step = h["-relative"] * size / excess * update - h["decay"] * p
+        return step, {"step": slots["step"] + 1, **new}
 
 
 def _mean_square(g: Tensor, dim: int) -> Tensor:

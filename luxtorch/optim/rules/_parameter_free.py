@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._hyperparameters import Betas, Number, Numbers, Range, unpack
-from .._leafwise import LeafwiseRule, counted, sqrt, zeros
+from .._leafwise import counted, sqrt, zeros
 from .._leaves import Leaves
 from .._rule import ListRule, Updates, needed
 from .._rule_state import ALL, RuleState, Slots, check_names
-from ._adam import advance
+from ._adam import AdamLike
 
 
 class PolyakSGD(ListRule):
@@ -106,27 +106,28 @@ class Prodigy(ListRule):
         h, d, slots = shared(self, state), state.leaves[ALL]["d"], dict(state.leaves)
         (beta1, beta2), lr = h["betas"], h["lr"]
         beta3 = beta2.sqrt()
+        new1, new2, new3 = (1 - beta1) * d, (1 - beta2) * d**2, (1 - beta3) * lr * d**2
         given = [(n, p, g) for n, p, g in zip(leaves.names, leaves.params, leaves.grads, strict=True) if g is not None]
         r, s_norm = beta3 * state.leaves[ALL]["r"], torch.zeros_like(d)
         for name, p, g in given:
             old = state.leaves[name]
-            exp_avg = beta1 * old["exp_avg"] + (1 - beta1) * d * g
-            exp_avg_sq = beta2 * old["exp_avg_sq"] + (1 - beta2) * d**2 * g**2
-            s = beta3 * old["s"] + (1 - beta3) * lr * d**2 * g
-            r = r + (1 - beta3) * lr * d**2 * (g * (old["initial"] - p)).sum()
+            exp_avg = beta1 * old["exp_avg"] + new1 * g
+            exp_avg_sq = beta2 * old["exp_avg_sq"] + new2 * g**2
+            s = beta3 * old["s"] + new3 * g
+            r = r + new3 * (g * (old["initial"] - p)).sum()
             s_norm = s_norm + s.abs().sum()
             new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "s": s, "initial": old["initial"]}
             slots[name] = {slot: value.to(old[slot].dtype) for slot, value in new.items()}
         found = torch.where(s_norm > 0, r / torch.where(s_norm > 0, s_norm, 1.0), 0.0)
         slots[ALL] = {"d": torch.maximum(d, found.to(d.dtype)), "r": r.to(d.dtype)}
-        updates = {}
+        updates, scale, eps = {}, -lr * d, d * h["eps"]
         for name, p, _ in given:
-            direction = slots[name]["exp_avg"] / (sqrt(slots[name]["exp_avg_sq"]) + d * h["eps"])
-            updates[name] = (-lr * d * (direction + h["weight_decay"] * p)).reshape(p.shape).to(p.dtype)
+            direction = slots[name]["exp_avg"] / (sqrt(slots[name]["exp_avg_sq"]) + eps)
+            updates[name] = (scale * (direction + h["weight_decay"] * p)).reshape(p.shape).to(p.dtype)
         return [updates.get(name) for name in leaves.names], state.after(slots)
 
 
-class ScheduleFreeAdamW(LeafwiseRule):
+class ScheduleFreeAdamW(AdamLike):
     """AdamW that averages its iterates in the place of a learning rate that falls.
 
     Gradients are taken at the parameters that are trained; evaluate with `optim.eval_parameters(opt_state, ps)`.
@@ -160,21 +161,26 @@ class ScheduleFreeAdamW(LeafwiseRule):
         new = counted(p, "exp_avg_sq")
         return {**new, "z": p.detach().clone(), "weight_sum": torch.zeros_like(new["step"])}
 
-    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        (beta1, beta2), (step, (_, bias_correction2)) = h["betas"], advance(slots["step"], h["betas"])
-        lr = h["lr"] * bias_correction2.sqrt()
-        exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * g * g
-        z = slots["z"] - lr * (g / (sqrt(exp_avg_sq) + h["eps"]) + h["weight_decay"] * p)
-        weight_sum = slots["weight_sum"] + lr * lr
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        new = super().shared(h)
+        return {**new, "(1-beta1)/beta1": new["1-beta1"] / new["beta1"]}
+
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        lr = h["lr"] * super().by_count(counts, h)["root_correction2"]
+        weight_sum = counts["weight_sum"] + lr * lr
         share = lr * lr / torch.where(weight_sum > 0, weight_sum, 1.0)
+        return {"lr_now": lr, "weight_sum": weight_sum, "share": share}
+
+    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        exp_avg_sq = h["beta2"] * slots["exp_avg_sq"] + h["1-beta2"] * g * g
+        z = slots["z"] - h["lr_now"] * (g / (sqrt(exp_avg_sq) + h["eps"]) + h["weight_decay"] * p)
         x = self.eval_parameter(p, slots, h)
-        x = x + share * (z - x)
-        new = {"step": step, "exp_avg_sq": exp_avg_sq, "z": z, "weight_sum": weight_sum}
-        return z + beta1 * (x - z) - p, new
+        x = x + h["share"] * (z - x)
+        new = {"step": slots["step"] + 1, "exp_avg_sq": exp_avg_sq, "z": z, "weight_sum": h["weight_sum"]}
+        return z + h["beta1"] * (x - z) - p, new
 
     def eval_parameter(self, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> Tensor:
-        beta1 = h["betas"][0]
-        return p + (1 - beta1) / beta1 * (p - slots["z"])
+        return p + h["(1-beta1)/beta1"] * (p - slots["z"])
 
 
 def shared(rule: ListRule, state: RuleState) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ from luxtorch.core import out_of_range
 
 from .._hyperparameters import Betas, Number, Range
 from .._kernels import unobserved
-from .._leafwise import LeafwiseRule, sqrt, zeros
+from .._leafwise import shares, sqrt, zeros
 from .._leaves import Leaves
 from .._rule import ListRule, Updates, needed
 from .._rule_state import RuleState, Slots, by_leaf, check_names
-from ._adam import advance
+from ._adam import AdamLike
 
 
 class Sophia(ListRule):
@@ -76,20 +76,19 @@ class Sophia(ListRule):
         assert isinstance(state.steps, Tensor)
         given = {n: (p, g) for n, p, g in zip(*leaves[:3], strict=True) if g is not None}
         due, params = state.steps % self.update_period == 0, {name: p for name, (p, _) in given.items()}
-        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params)
+        hyper = by_leaf(self.hyper_now(state), self.hyperparameters, params, _terms)
         old = {name: state.leaves[name]["hessian"] for name in given}
 
         def estimated() -> dict[str, Tensor]:
             found = self._estimate(leaves, params)
-            kept = {name: hyper[name]["betas"][1] for name in given}
-            return {n: (kept[n] * old[n] + (1 - kept[n]) * found[n]).to(old[n].dtype) for n in given}
+            return {n: (hyper[n]["beta2"] * old[n] + hyper[n]["1-beta2"] * found[n]).to(old[n].dtype) for n in given}
 
         hessians, slots, updates = when(due, estimated, old), dict(state.leaves), {}
         for name, (p, g) in given.items():
             h, average = hyper[name], state.leaves[name]["exp_avg"]
-            exp_avg = average + (1 - h["betas"][0]) * (g - average)
+            exp_avg = average + h["1-beta1"] * (g - average)
             ratio = exp_avg / torch.maximum(h["gamma"] * hessians[name], h["eps"].to(p.device))
-            updates[name] = (-h["lr"] * (ratio.clamp(-1.0, 1.0) + h["weight_decay"] * p)).to(p.dtype)
+            updates[name] = (h["-lr"] * (ratio.clamp(-1.0, 1.0) + h["weight_decay"] * p)).to(p.dtype)
             slots[name] = {"exp_avg": exp_avg.to(average.dtype), "hessian": hessians[name]}
         return [updates.get(name) for name in leaves.names], state.after(slots)
 
@@ -108,7 +107,11 @@ class Sophia(ListRule):
         return {name: sign * products[name] for name, sign in signs.items()}
 
 
-class SOAP(LeafwiseRule):
+def _terms(h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {"-lr": -h["lr"], **shares(h)}
+
+
+class SOAP(AdamLike):
     """Adam in the eigenbasis of Shampoo's preconditioner, for matrices; other parameters take plain Adam steps.
 
     Args:
@@ -157,24 +160,29 @@ class SOAP(LeafwiseRule):
             new[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device)
         return new
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), "1-shampoo_beta": 1 - h["shampoo_beta"]}
+
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().by_count(counts, h), "phase": (counts["step"] + 1) % self.precondition_frequency}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        (beta1, beta2), (step, corrections) = h["betas"], advance(slots["step"], h["betas"])
-        exp_avg = slots["exp_avg"] + (1 - beta1) * (g - slots["exp_avg"])
+        exp_avg = slots["exp_avg"] + h["1-beta1"] * (g - slots["exp_avg"])
         matrix = "left" in slots
         left, right = (slots[f"{side}_basis"].to(g.dtype) if matrix else None for side in ("left", "right"))
         turned = _turn(left, g, right)
-        exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * turned * turned
-        root = sqrt((exp_avg_sq / corrections[1]).clamp(min=0.0)) + h["eps"]
-        direction = (_turn(left, exp_avg.to(g.dtype), right) / corrections[0] / root).to(g.dtype)
-        new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        exp_avg_sq = h["beta2"] * slots["exp_avg_sq"] + h["1-beta2"] * turned * turned
+        root = sqrt((exp_avg_sq / h["correction2"]).clamp(min=0.0)) + h["eps"]
+        direction = (_turn(left, exp_avg.to(g.dtype), right) / h["correction1"] / root).to(g.dtype)
+        new = {"step": slots["step"] + 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if left is not None and right is not None:
             direction = left @ direction @ right.T
-            kept, due = h["shampoo_beta"], step % self.precondition_frequency == 0
+            due = h["phase"] == 0
             for side, square in (("left", g @ g.T), ("right", g.T @ g)):
-                new[side] = average = kept * slots[side] + (1 - kept) * square
+                new[side] = average = h["shampoo_beta"] * slots[side] + h["1-shampoo_beta"] * square
                 bases = {f"{side}_basis": slots[f"{side}_basis"]}
                 new |= when(due, partial(_power_iteration, average, bases), bases)
-        return -h["lr"] * (direction + h["weight_decay"] * p), new
+        return h["-lr"] * (direction + h["weight_decay"] * p), new
 
 
 def _turn(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:

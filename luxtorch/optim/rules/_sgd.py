@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._hyperparameters import Betas, Number, Numbers, Range, Share
 from .._kernels import SlotList, Step, Tensors, add_scaled, alike, averages, by_leaf, shrunk, with_penalty
-from .._leafwise import LeafwiseRule, counted, decayed, sign, zeros
+from .._leafwise import LeafwiseRule, counted, decayed, shares, sign, zeros
 from .._rule_state import Slots
 
 
@@ -36,7 +36,7 @@ class Descent(LeafwiseRule):
     lr: Number = 0.1
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        return -h["lr"] * g, {}
+        return h["-lr"] * g, {}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         return add_scaled(params, grads, -h[0]), slots
@@ -76,7 +76,7 @@ class Momentum(LeafwiseRule):
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         velocity = h["momentum"] * slots["velocity"] + g
-        return -h["lr"] * velocity, {"velocity": velocity}
+        return h["-lr"] * velocity, {"velocity": velocity}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, momentum = h
@@ -120,7 +120,7 @@ class Nesterov(LeafwiseRule):
 
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
         velocity = h["momentum"] * slots["velocity"] + g
-        return -h["lr"] * (g + h["momentum"] * velocity), {"velocity": velocity}
+        return h["-lr"] * (g + h["momentum"] * velocity), {"velocity": velocity}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, momentum = h
@@ -184,12 +184,15 @@ class SGD(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return counted(p, "momentum_buffer")
 
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        later = (counts["step"] != 0) & (h["momentum"] != 0)  # the first gradient is taken whole, as in torch.optim
+        return {"share": 1 - h["dampening"] * later}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        g, momentum = decayed(g, p, h), h["momentum"]
-        later = (slots["step"] != 0) & (momentum != 0)  # the first gradient is taken whole, as in torch.optim
-        buffer = momentum * slots["momentum_buffer"] + (1 - h["dampening"] * later) * g
-        direction = g + momentum * buffer if self.nesterov else buffer
-        return -h["lr"] * direction, {"step": slots["step"] + 1, "momentum_buffer": buffer}
+        g = decayed(g, p, h)
+        buffer = h["momentum"] * slots["momentum_buffer"] + h["share"] * g
+        direction = g + h["momentum"] * buffer if self.nesterov else buffer
+        return h["-lr"] * direction, {"step": slots["step"] + 1, "momentum_buffer": buffer}
 
     def in_place(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> None:
         lr, momentum, dampening, weight_decay = h
@@ -242,11 +245,13 @@ class ASGD(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return {**counted(p), "ax": p.detach().clone()}
 
-    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        before = slots["step"].to(h["lr"].dtype)
-        eta = h["lr"] / (1 + h["lambd"] * h["lr"] * before) ** h["alpha"]
+    def by_count(self, counts: Slots, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        before = counts["step"]
         mu = 1 / (before - h["t0"]).clamp(min=1.0)
-        step = -eta * (h["lambd"] * p + decayed(g, p, h))
+        return {"-eta": h["-lr"] / (1 + h["lambd"] * h["lr"] * before) ** h["alpha"], "mu": mu}
+
+    def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        step, mu = h["-eta"] * (h["lambd"] * p + decayed(g, p, h)), h["mu"]
         ax = torch.where(mu == 1, p + step, slots["ax"] + mu * (p + step - slots["ax"]))
         return step, {"step": slots["step"] + 1, "ax": ax}
 
@@ -285,15 +290,17 @@ class Rprop(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return zeros(p, "prev", "step_size")
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        (shrink, grow), (least, greatest) = h["etas"], h["step_sizes"]
+        return {"shrink": shrink, "grow": grow, "least": least, "greatest": greatest}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        shrink, grow = h["etas"]
-        least, greatest = h["step_sizes"]
         agreement = g * slots["prev"]
         turned = agreement < 0
         # A step size is never zero once it is set.
         size = torch.where(slots["step_size"] == 0, h["lr"], slots["step_size"])
-        size = torch.where(turned, shrink * size, torch.where(agreement > 0, grow * size, size))
-        size = torch.minimum(torch.maximum(size, least), greatest)
+        size = torch.where(turned, h["shrink"] * size, torch.where(agreement > 0, h["grow"] * size, size))
+        size = torch.minimum(torch.maximum(size, h["least"]), h["greatest"])
         # After a turn the element waits for a step, and forgets the sign.
         g = torch.where(turned, 0.0, g)
         return -sign(g) * size, {"prev": g, "step_size": size}
@@ -329,11 +336,14 @@ class Lion(LeafwiseRule):
     def slots(self, p: Tensor) -> Slots:
         return zeros(p, "exp_avg")
 
+    def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**super().shared(h), **shares(h)}
+
     def delta(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
-        beta1, beta2 = h["betas"]
         exp_avg = slots["exp_avg"]
-        direction = sign(beta1 * exp_avg + (1 - beta1) * g)
-        return -h["lr"] * (direction + h["weight_decay"] * p), {"exp_avg": beta2 * exp_avg + (1 - beta2) * g}
+        direction = sign(h["beta1"] * exp_avg + h["1-beta1"] * g)
+        step = h["-lr"] * (direction + h["weight_decay"] * p)
+        return step, {"exp_avg": h["beta2"] * exp_avg + h["1-beta2"] * g}
 
     def kernel(self, params: Tensors, grads: Tensors, slots: SlotList, *h: float) -> Step | None:
         lr, beta1, beta2, weight_decay = h
