@@ -324,7 +324,8 @@ def _by_steps(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Tenso
     if not orders:
         return z
     with _aside():
-        inverse = _inverse(torch.func.jacrev(residual)(z, *map(Tensor.detach, tensors)).detach())
+        fixed = [tensor.detach() for tensor in tensors]
+        inverse = _inverse(torch.func.jacrev(lambda v: residual(v, *fixed))(z).detach())
     solution = z
     for order in range(orders):
         step = inverse @ (value if order == 0 else residual(solution, *tensors))
