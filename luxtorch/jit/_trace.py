@@ -234,11 +234,11 @@ def _merge_equal(graph: fx.Graph) -> None:
         return  # the same operator may have other values later
     # Outputs stay apart, and so does what shares memory with one.
     outputs: Any = graph.output_node().all_input_nodes
-    kept = {storage(node.meta["val"]) for node in outputs if isinstance(node.meta.get("val"), Tensor)}
+    kept = {storage(node.meta["val"]) for node in outputs if _has_storage(node.meta.get("val"))}
     known: dict[Any, fx.Node] = {}
     for node in calls:
         value = node.meta.get("val")
-        if not (isinstance(value, Tensor) and isinstance(node.target, torch._ops.OpOverload)):
+        if not (_has_storage(value) and isinstance(node.target, torch._ops.OpOverload)):
             continue
         if storage(value) in kept or node.target.namespace != "aten" or can_draw(node.target):
             continue
@@ -256,6 +256,10 @@ def _merge_equal(graph: fx.Graph) -> None:
             continue
         if first is not node:
             node.replace_all_uses_with(first)
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _exact(value: Any) -> Any:

@@ -61,3 +61,10 @@ def test_each_layer_has_few_transposes():
         return sum("aten.t." in line or "aten.detach." in line for line in found)
 
     assert transposes(6) - transposes(2) <= 8
+
+
+def test_sparse_results_are_left_alone():
+    torch.testing.assert_close(
+        lt.jit(lambda x: (x.to_sparse(), x.sin()), backend="replay")(torch.eye(3)),
+        (torch.eye(3).to_sparse(), torch.eye(3).sin()),
+    )
