@@ -137,13 +137,16 @@ def in_table() -> int:
 
 def with_bodies(graph: fx.GraphModule, change: Callable[[Body, Form | None], Body]) -> None:
     """Let the operators of a graph call other bodies, in place in the graph."""
+    changed = False
     for node in graph.graph.nodes:
         for place in CALLERS.get(node.target, ()) if node.op == "call_function" else ():
             form = FORMS[node.target](node.args) if node.target in FORMS else None
             names: Any = node.args[place]
             bodies = [change(body_named(name), form) for name in names.split()]
             node.update_arg(place, " ".join(body.name for body in bodies))
-    graph.recompile()
+            changed = True
+    if changed:
+        graph.recompile()
 
 
 def compiled_body(

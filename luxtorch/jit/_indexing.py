@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+IsTraced: TypeAlias = Callable[[Tensor], bool]
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def is_traced_number(item: Any, is_traced: Any) -> bool:
+def _is_traced_number(item: Any, is_traced: IsTraced) -> bool:
     """Tell whether an index is a whole number without a value."""
     return isinstance(item, Tensor) and not item.ndim and item.dtype in _INTEGERS and is_traced(item)
 
 
-def taken(x: Tensor, index: Any, is_traced: Any) -> Tensor:
+def taken(x: Tensor, index: Any, is_traced: IsTraced) -> Tensor:
     """Return `x[index]`."""
     place = _first(x, index, is_traced)
     if place is None:
@@ -24,7 +26,7 @@ def taken(x: Tensor, index: Any, is_traced: Any) -> Tensor:
     return taken(x.index_select(dim, rows), rest, is_traced)
 
 
-def put(x: Tensor, index: Any, value: Any, is_traced: Any) -> None:
+def put(x: Tensor, index: Any, value: Any, is_traced: IsTraced) -> None:
     """Do `x[index] = value`."""
     place = _first(x, index, is_traced)
     if place is None:
@@ -37,10 +39,10 @@ def put(x: Tensor, index: Any, value: Any, is_traced: Any) -> None:
     x.copy_(torch.where(there.view(-1, *[1] * (x.ndim - dim - 1)), part, x))
 
 
-def _first(x: Tensor, index: Any, is_traced: Any) -> tuple[int, Tensor, Any] | None:
+def _first(x: Tensor, index: Any, is_traced: IsTraced) -> tuple[int, Tensor, Any] | None:
     """Return the dimension of the first traced number, that number as rows, and the index into these rows instead."""
     items = index if isinstance(index, tuple) else (index,)
-    at = next((n for n, item in enumerate(items) if is_traced_number(item, is_traced)), None)
+    at = next((n for n, item in enumerate(items) if _is_traced_number(item, is_traced)), None)
     if at is None:
         return None
     dim = sum(map(_dims, items[:at]))

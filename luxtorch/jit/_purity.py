@@ -368,6 +368,7 @@ def _empty_mean_gradient(grad: Tensor, x: Tensor, y: Tensor, *_: Any) -> Any:
 
 @functools.cache
 def can_draw(func: Any) -> bool:
+    """Tell whether an operator can draw random numbers."""
     return torch.Tag.nondeterministic_seeded in func.tags
 
 

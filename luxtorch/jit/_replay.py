@@ -10,6 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from ._strides import is_dense
+from ._trace import NO_OPS
+
 Program: TypeAlias = Callable[[list[Any]], Sequence[Tensor]]
 """A function of a list of input tensors, which it may clear, that returns the outputs of a graph."""
 
@@ -93,7 +96,7 @@ def _generated(graph: fx.GraphModule, then: Mapping[fx.Node, Callable[[Any], Any
         if node.op == "output":
             lines.append(f"return {text(node.args[0])}")
             break
-        if node.target in _NO_OPS:
+        if node.target in NO_OPS:
             names[node] = names[node.args[0]]
             continue
         given = [text(value) for value in node.args] + [f"{key}={text(value)}" for key, value in node.kwargs.items()]
@@ -115,7 +118,7 @@ def _other_order(value: Any, fake: Any) -> tuple[int, ...] | None:
     """Return the order in memory that the trace saw, if the numbers of a result are in another one."""
     if not (isinstance(value, Tensor) and isinstance(fake, Tensor)) or fake.layout is not torch.strided:
         return None
-    if not value.numel() or not _is_dense(fake) or (_is_dense(value) and _order(value) == _order(fake)):
+    if not value.numel() or not is_dense(fake) or (is_dense(value) and _order(value) == _order(fake)):
         return None
     return _order(fake)
 
@@ -134,20 +137,12 @@ def _reordered(value: Tensor, order: tuple[int, ...]) -> Tensor:
     return torch.empty_permuted(value.shape, order, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
-
-
-# Derivatives are a part of the graph already, so these have no effect.
-_NO_OPS = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
-
-
 def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """Return the nodes that are used for the last time by each node."""
     last: dict[fx.Node, fx.Node] = {}
 
     def source(node: fx.Node) -> fx.Node:
-        return source(node.all_input_nodes[0]) if node.target in _NO_OPS else node
+        return source(node.all_input_nodes[0]) if node.target in NO_OPS else node
 
     for node in graph.graph.nodes:
         for used in node.all_input_nodes:

@@ -28,7 +28,7 @@ def stable_strides(trace: Trace) -> dict[int, Strides]:
     outputs = trace.outputs()
     found: dict[int, Strides] = {}
     for i, j in _successors(trace):
-        if outputs[j].stride() != trace.fakes[i].stride() and _is_dense(outputs[j]):
+        if outputs[j].stride() != trace.fakes[i].stride() and is_dense(outputs[j]):
             found[i] = outputs[j].stride()
     return found
 
@@ -53,7 +53,7 @@ def other_strides(trace: Trace, tensors: list[Tensor]) -> dict[int, Strides] | N
         if tensor.shape != fake.shape or tensor.dtype != fake.dtype or tensor.device != fake.device:
             return None
         if tensor.stride() != fake.stride():
-            if type(tensor) is not Tensor or not _is_dense(fake):
+            if type(tensor) is not Tensor or not is_dense(fake):
                 return None
             found[n] = fake.stride()
     return found
@@ -67,5 +67,6 @@ def _successors(trace: Trace) -> Iterator[tuple[int, int]]:
             yield i, j
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its memory, each element once."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))

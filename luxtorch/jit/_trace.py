@@ -243,7 +243,7 @@ def _merge_equal(graph: fx.Graph) -> None:
         if storage(value) in kept or node.target.namespace != "aten" or can_draw(node.target):
             continue
         source: Any = node.args[0] if node.args else None
-        if node.target in _SAME:
+        if node.target in NO_OPS:
             node.replace_all_uses_with(source)
             continue
         if node.target is _TRANSPOSE and isinstance(source, fx.Node) and source.target is _TRANSPOSE:
@@ -270,7 +270,8 @@ def _exact(value: Any) -> Any:
 
 
 _TRANSPOSE = torch.ops.aten.t.default
-_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+NO_OPS = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default))
+"""Operators without effect, since derivatives are a part of the graph already."""
 _WITH_STRIDES = torch.ops.aten._new_zeros_with_same_feature_meta.default
 
 
