@@ -1,9 +1,9 @@
 """Private names of torch that luxtorch uses, in one place: a new release of torch shows here what it has changed.
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
-`autodiff/_torch_func.py` (levels of torch.func), `jit/` and `loops/_closure.py` (tracing, Inductor, guards),
-`random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks that each name is
-there.
+`autodiff/_torch_func.py` (levels of torch.func), `jit/`, `core/_traced_once.py` and `loops/_closure.py` (tracing,
+Inductor, guards), `random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks
+that each name is there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,12 +97,22 @@ def no_tangents() -> Iterator[None]:
 # Modes that see every operator.
 get_dispatch_mode = torch._C._get_dispatch_mode
 dispatch_modes = torch._C._len_torch_dispatch_stack
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 TRACERS = (
-    torch._C._TorchDispatchModeKey.PROXY,
+    PROXY,
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
+functions_unseen = torch._C.DisableTorchFunction
 autocast_disabled = torch._C._DisableAutocast
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Leave all modes that see operators or functions, so that neither is recorded, for a while."""
+    with _disable_current_modes(), functions_unseen():
+        yield
+
 
 # Tapes.
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks

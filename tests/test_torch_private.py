@@ -18,6 +18,7 @@ HOME = "_torch.py"
 
 LIVE_BY_THE_INSIDES = {
     "autodiff/_torch_func.py": "functorch levels",
+    "core/_traced_once.py": "tracing",
     "core/_tree.py": "torch.utils._pytree",
     "interop/pure/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from luxtorch._torch import without_modes
+
 from ._call_errors import locate_errors
 from ._meta import META_KEY
 from ._table import Line, html, runs
@@ -123,7 +125,8 @@ class Layer(Value, ABC):
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:
         """The top names of the layer's parameters and states, computed on the meta device."""
-        return frozenset(self.initial_parameters(META_KEY)), frozenset(self.initial_states(META_KEY))
+        with without_modes():  # it may be asked for in a trace, which has no use for the operators
+            return frozenset(self.initial_parameters(META_KEY)), frozenset(self.initial_states(META_KEY))
 
 
 def show_value(value: Any) -> str:

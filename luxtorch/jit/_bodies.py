@@ -135,18 +135,30 @@ def in_table() -> int:
     return len(_BODIES)
 
 
+def calls_of_bodies(graph: fx.GraphModule) -> list[tuple[str, list[Any]]]:
+    """Return the operators of a graph that call bodies, by name, with those of their arguments that are known."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function" and node.target in CALLERS]
+    return [(str(node.target), fx.map_arg(node.args, lambda _: None)) for node in nodes]
+
+
 def with_bodies(graph: fx.GraphModule, change: Callable[[Body, Form | None], Body]) -> None:
     """Let the operators of a graph call other bodies, in place in the graph."""
     changed = False
     for node in graph.graph.nodes:
-        for place in CALLERS.get(node.target, ()) if node.op == "call_function" else ():
-            form = FORMS[node.target](node.args) if node.target in FORMS else None
-            names: Any = node.args[place]
-            bodies = [change(body_named(name), form) for name in names.split()]
-            node.update_arg(place, " ".join(body.name for body in bodies))
+        if node.op == "call_function" and node.target in CALLERS:
+            node.args = changed_call(node.target, node.args, change)
             changed = True
     if changed:
         graph.recompile()
+
+
+def changed_call(operator: Any, args: Sequence[Any], change: Callable[[Body, Form | None], Body]) -> tuple[Any, ...]:
+    """Return the arguments of an operator, so that it calls other bodies."""
+    form = FORMS[operator](args) if operator in FORMS else None
+    made = list(args)
+    for place in CALLERS[operator]:
+        made[place] = " ".join(change(body_named(name), form).name for name in args[place].split())
+    return tuple(made)
 
 
 def compiled_body(
@@ -183,6 +195,7 @@ def traced_body(function: Callable[..., Sequence[Tensor]], like: Sequence[Tensor
         TracingError: If it closes over a tensor without numbers, or depends on the values of tensors.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     known = ConstantFolding()
     inner: list[Any] = []
@@ -193,7 +206,7 @@ def traced_body(function: Callable[..., Sequence[Tensor]], like: Sequence[Tensor
             return known.outputs([tensor.contiguous() for tensor in function(*tensors)])
 
     with _disable_current_modes(), torch.no_grad(), keeping(inner):
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:  # Inductor's cache needs one
             fakes = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in like]
         graph = record(contiguous, fakes, {})
         constants = _lifted(graph)

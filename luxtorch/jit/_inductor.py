@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from luxtorch.core import tensors
 
-from ._bodies import Body, Form, compiled_body, keeping, with_bodies
+from ._bodies import CALLERS, Body, Form, calls_of_bodies, changed_call, compiled_body, keeping, with_bodies
 from ._donate import Pair
+from ._programs import find, load, program_key, store
 from ._purity import ConstantFolding
 from ._replay import Program, replay
 from ._strides import state_outputs
@@ -129,26 +130,59 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def compile_trace(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) -> tuple[Program, str]:
-    """Compile a trace, and return the program and its code.
-
-    Inductor caches compiled kernels on disk, for later processes.
+    """Compile a trace, and return the program and its code; or find these on disk, where an earlier process left them.
 
     Args:
         trace: The trace.
         pairs: Inputs with the outputs that are written into them; these are not outputs of the program.
         options: Settings of inductor, as for `torch.compile(options=...)`.
     """
+    key = program_key(trace.graph, trace.fakes, (pairs, _visible(trace, pairs)), options)
+    code, known = None, find(key)
+    if known:
+        with compiling(trace, known["options"]):
+            code = _found(known, trace.fakes)
+    if code is None:
+        code, known = _compile_new(trace, pairs, options)
+        store(key, known)
+    program = _callable(code)
+    return on_one_thread(program) if known["small"] else program, getattr(code, "source_code", "")
+
+
+def _compile_new(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Compile a trace; return the code, and what `_found` needs to find it again."""
     # Imported here, since it takes seconds.
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
     graph = lowered(trace, pairs)
     small = is_small(graph)
-    with compiling(trace, {**options_for(graph), **options} if small else options):
+    options = {**options_for(graph), **options} if small else dict(options)
+    with compiling(trace, options):
         _recursive_joint_graph_passes(graph)
+        calls = calls_of_bodies(graph)
         code = compile_graph(graph, trace.fakes)
+    return code, {"program": _name(code), "small": small, "options": options, "calls": calls}
+
+
+def _found(known: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    """Return the code that an earlier process has compiled, with the bodies that it calls; None if it is gone.
+
+    It is to be called with the settings that it was compiled with.
+    """
+    operators = {str(operator): operator for operator in CALLERS}
+    for name, args in known["calls"]:
+        changed_call(operators[name], args, _compiled)
+    return load(known["program"], inputs)
+
+
+def _name(code: Any) -> str | None:
+    """Return the name of a program in Inductor's cache; None if it is not there."""
+    return getattr(code, "_fx_graph_cache_key", None)
+
+
+def _callable(code: Any) -> Program:
     # Inductor's object itself would look for profilers and autotuners at each call.
-    program = getattr(code, "current_callable", None) or code  # a graph without operators is a plain function
-    return on_one_thread(program) if small else program, getattr(code, "source_code", "")
+    return getattr(code, "current_callable", None) or code  # type: ignore[no-any-return]  # without operators: a function
 
 
 def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
@@ -164,12 +198,16 @@ def lowered(trace: Trace, pairs: list[Pair]) -> fx.GraphModule:
         return [output for i, output in enumerate(outputs) if i not in written]
 
     graph = record(torch.func.functionalize(function), trace.fakes, select_decomp_table(), trace.symbolic)
-    # A state that is returned with other strides would be compiled for again.
-    states = state_outputs(trace)
-    remaining = [output for output in range(len(trace.outputs())) if output not in written]
-    visible = [n for n, output in enumerate(remaining) if output in states]
-    graph.graph.output_node().meta["user_visible_output_idxs"] = visible
+    graph.graph.output_node().meta["user_visible_output_idxs"] = _visible(trace, pairs)
     return graph
+
+
+def _visible(trace: Trace, pairs: list[Pair]) -> list[int]:
+    """Return the outputs that keep their strides, since a state with other ones would be compiled for again."""
+    written = {output for _, output in pairs}
+    remaining = [output for output in range(len(trace.outputs())) if output not in written]
+    states = state_outputs(trace)
+    return [n for n, output in enumerate(remaining) if output in states]
 
 
 def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, backward: bool = False) -> Any:
@@ -179,7 +217,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
 
     transpose_products(graph)
     _keys_as_rows(graph)
-    _compile_bodies(graph)
+    with_bodies(graph, _compiled)
     return compile_fx_inner(
         graph,
         fakes,
@@ -191,44 +229,73 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     )
 
 
-def _compile_bodies(graph: fx.GraphModule) -> None:
-    """Let the operators of a graph call compiled bodies, in place in the graph."""
+def _compiled(body: Body, form: Form | None) -> Body:
+    """Return the body that is run by a compiled program."""
     from torch._inductor import config
 
-    settings = {"inductor": config.get_hash().hex()}
-    with_bodies(graph, lambda body, form: compiled_body(body, form, _compile_body, settings) if body.fakes else body)
+    if not body.fakes:
+        return body
+    return compiled_body(body, form, _compile_body, {"inductor": config.get_hash().hex()})
 
 
 def _compile_body(body: Body, form: Form | None) -> tuple[Program, Form | None, bool]:
     """Return the compiled program of a body, the form that it has, and whether it is for one thread."""
     from torch._inductor import config
+
+    key = program_key(body.graph, body.fakes, form, {})
+    code, known = None, find(key)
+    with torch.no_grad():
+        if known:
+            inputs = body.fakes if form is None or not known["formed"] else _inputs(_formed(body, body.graph, form))
+            with config.patch(known["options"]), _mode_of(inputs):
+                code = _found(known, inputs)
+        if code is None:
+            code, known = _compile_new_body(body, form)
+            store(key, known)
+    return _callable(code), form if known["formed"] else None, known["small"]
+
+
+def _compile_new_body(body: Body, form: Form | None) -> tuple[Any, dict[str, Any]]:
+    """Compile a body; return the code, and what `_found` needs to find it again."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
     from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def function(*tensors: Any) -> list[Any]:
         return list(body.graph(*tensors))
 
     graph = record(torch.func.functionalize(function), body.fakes, select_decomp_table())
     small = is_small(graph)
-    options = options_for(graph) if small else {}
+    options = {**(options_for(graph) if small else {}), "size_asserts": False}
     inputs: Sequence[Any] = body.fakes
-    with torch.no_grad(), config.patch({**options, "size_asserts": False}):
+    with config.patch(options):
         with _mode_of(inputs):
             _recursive_joint_graph_passes(graph)
-        if _cpp_wrapper():
-            form = None  # from Python to C++ each tensor takes time: with 20 layers of width 16, 42 us instead of 36
-        if form is not None:
-            with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-                call, given = form(body, graph)
-            graph = record(call, given, {}, symbolic=True)
-            inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        # From Python to C++ each tensor takes time: with 20 layers of width 16, 42 us instead of 36.
+        formed = form is not None and not _cpp_wrapper()
+        if formed:
+            graph = _formed(body, graph, form)
+            inputs = _inputs(graph)
         outputs: Any = graph.graph.output_node()
         outputs.meta["user_visible_output_idxs"] = [*range(len(outputs.args[0]))]  # in the strides of the next step
+        calls = calls_of_bodies(graph)
         with _mode_of(inputs):
             code = compile_graph(graph, inputs)
-    return getattr(code, "current_callable", None) or code, form, small
+    return code, {"program": _name(code), "small": small, "options": options, "calls": calls, "formed": formed}
+
+
+def _formed(body: Body, graph: fx.GraphModule, form: Any) -> fx.GraphModule:
+    """Return the graph of a body in a form."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        call, given = form(body, graph)
+    return record(call, given, {}, symbolic=True)
+
+
+def _inputs(graph: fx.GraphModule) -> list[Any]:
+    return [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def _keys_as_rows(graph: fx.GraphModule) -> None:

@@ -198,6 +198,7 @@ def record(function: Any, fakes: list[Any], decompositions: dict[Any, Any], symb
     traced = make_fx(function, decompositions, tracing_mode=kind, _allow_non_fake_inputs=True)
     with tracing_errors():
         graph = traced(*fakes)
+    graph.shape_env = None  # it is that of the fake tensors; with it Inductor's cache does not take the graph
     _tidy(graph)
     return graph
 

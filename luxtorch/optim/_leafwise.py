@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError
+from luxtorch.core import InputError, traced_once
 
 from ._hyperparameters import unpack
 from ._kernels import InPlace, Kernel, numbers, on_clones, unobserved
@@ -121,22 +121,24 @@ class LeafwiseRule(ListRule):
         check_names(leaves.names, state.leaves)
         updates: Updates = [None] * len(leaves.names)
         slots = dict(state.leaves)
+        formula = traced_once(self._formula)
         for vector, places in groups(self.hyper_now(state), leaves.names, leaves.params, _given(leaves)):
             vector = beside(leaves.params[places[0]], vector)
             terms = self._terms_by_leaf(vector, [slots[leaves.names[i]] for i in places])
             for i, h in zip(places, terms, strict=True):
-                name, p, g = leaves.names[i], leaves.params[i], leaves.grads[i]
-                assert g is not None
-                # The square of a small float16 number is zero.
-                g = g.float() if g.dtype == torch.float16 else g
-                old = slots[name]
-                delta, new = self.delta(-g if self.maximize else g, p, old, h)
-                if delta.shape != p.shape:
+                name = leaves.names[i]
+                updates[i], slots[name] = formula(leaves.grads[i], leaves.params[i], slots[name], h)
+                if updates[i].shape != leaves.params[i].shape:  # type: ignore[union-attr]
                     _check_shapes(self, leaves, state)
-                # A 0-d parameter would be promoted by the float64 hyperparameters.
-                updates[i] = delta.to(p.dtype)
-                slots[name] = {slot: value.to(old[slot].dtype) for slot, value in new.items()}
         return updates, state.after(slots)
+
+    def _formula(self, g: Tensor, p: Tensor, slots: Slots, h: Mapping[str, Tensor]) -> tuple[Tensor, Slots]:
+        """Return what `delta` does, in the dtypes of the parameter and of the old slots."""
+        # The square of a small float16 number is zero.
+        g = g.float() if g.dtype == torch.float16 else g
+        delta, new = self.delta(-g if self.maximize else g, p, slots, h)
+        # A 0-d parameter would be promoted by the float64 hyperparameters.
+        return delta.to(p.dtype), {slot: value.to(slots[slot].dtype) for slot, value in new.items()}
 
     def _terms(self, vector: Tensor) -> dict[str, Tensor]:
         h = unpack(vector, self.hyperparameters)
