@@ -73,6 +73,7 @@ from .device import get_device as get_device
 from .device import gpu_device as gpu_device
 from .device import to_device as to_device
 from .jit import jit as jit
+from .jit import load_jitted as load_jitted
 from .layers import GLU as GLU
 from .layers import AdaptiveLPPool as AdaptiveLPPool
 from .layers import AdaptiveMaxPool as AdaptiveMaxPool

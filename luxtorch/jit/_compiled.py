@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -20,9 +22,11 @@ from ._flatten import Spec
 from ._options import Backend, Options
 from ._purity import tracing_errors
 from ._replay import CudaGraph, Program, replay
-from ._sizes import ArgumentFunction
+from ._sizes import Expression
 from ._strides import Strides, copy_strided, other_strides, stable_strides
 from ._trace import Trace, trace
+
+_LOGGER = logging.getLogger("luxtorch.jit")
 
 # torch's compiler has global state: one compilation at a time.
 _COMPILING = RLock()
@@ -31,7 +35,99 @@ _COMPILING = RLock()
 _COMPUTED = ("input", "output", "number")
 
 
-class Compiled:
+class Assembled:
+    """Call a program with the tensors of a call, and assemble the result.
+
+    Args:
+        places: The places of the tensors among the leaves of a call.
+        constants: Whether there are other leaves too.
+        out_spec: The structure of the result.
+        results: Its leaves, as in `Trace`.
+        numbers: A function of the tensors for results that depend on sizes alone; None if there are none.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[int],
+        constants: bool,
+        out_spec: Spec,
+        results: list[tuple[str, Any]],
+        numbers: Expression | None,
+    ) -> None:
+        self._places, self._select = places, constants
+        self._results, self._numbers = results, numbers
+        self._unflatten = out_spec.unflatten
+        self._fixed = [(kind, value) for kind, value in results if kind not in _COMPUTED]
+        static = all(kind == "static" for kind, _ in self._fixed)
+        self._statics = [value for _, value in self._fixed] if static else None
+        self._donated: list[int] = []
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        """Return the result of a call whose leaves fit the signature."""
+        tensors = [leaves[i] for i in self._places] if self._select else leaves
+        run, order, owner = self._run
+        if order is None:
+            return self._unflatten(run(tensors))
+        statics = self._statics if self._statics is not None else self._constant_results(leaves)
+        if self._donated:
+            return self._unflatten(self._call_donating(tensors, run, order, owner, statics))
+        pool = [*tensors, *run(list(tensors)), *statics]
+        return self._unflatten([pool[i] for i in order])
+
+    def _constant_results(self, leaves: list[Any]) -> list[Any]:
+        """Return the results that are not computed: leaves of the arguments, and copies of mutable constants."""
+        copies = iter(copy.deepcopy([value for kind, value in self._fixed if kind == "copied"]))
+        return [
+            leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
+            for kind, value in self._fixed
+        ]
+
+    def _call_donating(
+        self, tensors: list[Tensor], run: Program, order: Any, owner: AliasGuard | None, statics: list[Any]
+    ) -> list[Any]:
+        given = [tensors[n] for n in self._donated]
+        tensors = list(tensors)
+        if owner is not None:
+            owner.copy_aliased(tensors)
+        pool = [*tensors, *run(list(tensors)), *statics]
+        picked = [pool[i] for i in order]
+        # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
+        held = set(map(id, picked))
+        kept = {id(tensor): tensor.detach() for tensor in given if id(tensor) in held}
+        mark_donated(given)
+        return [kept.get(id(leaf), leaf) for leaf in picked] if kept else picked
+
+    def use(self, program: Program, chosen: list[Pair], owner: AliasGuard | None = None) -> None:
+        """Use a program from now on; one assignment, since other threads may be calling.
+
+        Args:
+            program: The program.
+            chosen: Inputs with the outputs that it writes into them, and does not return.
+            owner: What copies those that share memory.
+        """
+        if self._numbers is not None:
+            program = _with_numbers(program, self._numbers)
+        written = {output: n for n, output in chosen}
+        results, inputs = self._results, len(self._places)
+        remaining = [value for kind, value in results if kind == "output" and value not in written]
+        # The index of each leaf of the result in the list of inputs, outputs, numbers and constants.
+        numbers = sum(kind == "number" for kind, _ in results)
+        order, statics = [], 0
+        for kind, value in results:
+            if kind not in _COMPUTED:
+                order.append(inputs + len(remaining) + numbers + statics)
+                statics += 1
+            elif kind == "number":
+                order.append(inputs + len(remaining) + value)
+            elif kind == "input" or value in written:
+                order.append(value if kind == "input" else written[value])
+            else:
+                order.append(inputs + remaining.index(value))
+        plain = not self._donated and len(remaining) == len(results)
+        self._run: tuple[Program, list[int] | None, AliasGuard | None] = program, None if plain else order, owner
+
+
+class Compiled(Assembled):
     """Compile a function for one signature, and call it.
 
     Args:
@@ -63,10 +159,9 @@ class Compiled:
             backend = options.backend
             self.signature = self.trace.signature
             self.code = ""
-            self._unflatten = self.trace.out_spec.unflatten
-            self._fixed = [(kind, value) for kind, value in self.trace.results if kind not in _COMPUTED]
-            static = all(kind == "static" for kind, _ in self._fixed)
-            self._statics = [value for _, value in self._fixed] if static else None
+            self.compiling = False
+            places, constants = self.signature.places, bool(self.signature.statics)
+            super().__init__(places, constants, self.trace.out_spec, self.trace.results, self.trace.numbers)
             self._autocast = torch._C._is_any_autocast_enabled()
             self._donated = [n for n, i in enumerate(self.signature.places) if i in donated]
             tensors = self.signature.tensors(leaves)
@@ -75,6 +170,7 @@ class Compiled:
                 self._use(self._compile_recorded(tensors, backend, options.inductor), [])
             elif backend == "inductor" and options.background:
                 self._use(replay(self.trace.graph), [])
+                self.compiling = True
                 Thread(target=self._compile_later, args=(options.inductor,), daemon=True).start()
             elif backend == "inductor":
                 self._compile(options.inductor)
@@ -82,26 +178,6 @@ class Compiled:
                 self._use(replay(self.trace.graph), [])
             else:
                 self._use(_by_backend(backend, self.trace), [])
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        """Return the result of a call whose leaves fit the signature."""
-        tensors = self.signature.tensors(leaves) if self.signature.statics else leaves
-        run, order, owner = self._run
-        if order is None:
-            return self._unflatten(run(tensors))
-        statics = self._statics if self._statics is not None else self._constant_results(leaves)
-        if self._donated:
-            return self._unflatten(self._call_donating(tensors, run, order, owner, statics))
-        pool = [*tensors, *run(list(tensors)), *statics]
-        return self._unflatten([pool[i] for i in order])
-
-    def _constant_results(self, leaves: list[Any]) -> list[Any]:
-        """Return the results that are not computed: leaves of the arguments, and copies of mutable constants."""
-        copies = iter(copy.deepcopy([value for kind, value in self._fixed if kind == "copied"]))
-        return [
-            leaves[value] if kind == "argument" else next(copies) if kind == "copied" else value
-            for kind, value in self._fixed
-        ]
 
     def restrided(self, leaves: list[Any], spec: Spec, only_stable: bool) -> list[Any] | None:
         """Return the leaves of a call copied to the strides of this program, or None if other guards fail.
@@ -127,48 +203,14 @@ class Compiled:
             leaves[place] = copy_strided(leaves[place], new)
         return leaves
 
-    def _call_donating(
-        self, tensors: list[Tensor], run: Program, order: Any, owner: AliasGuard | None, statics: list[Any]
-    ) -> list[Any]:
-        given = [tensors[n] for n in self._donated]
-        tensors = list(tensors)
-        if owner is not None:
-            owner.copy_aliased(tensors)
-        pool = [*tensors, *run(list(tensors)), *statics]
-        picked = [pool[i] for i in order]
-        # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
-        held = set(map(id, picked))
-        kept = {id(tensor): tensor.detach() for tensor in given if id(tensor) in held}
-        mark_donated(given)
-        return [kept.get(id(leaf), leaf) for leaf in picked] if kept else picked
-
     def _use(self, program: Program, chosen: list[Pair]) -> None:
-        """Use a program from now on; one assignment, since other threads may be calling."""
         # A compiler adds guards on sizes.
         self.signature.assume(self.trace.sizes.condition(self.trace.fakes))
         if self._autocast:
             program = _without_autocast(program)
-        if self.trace.numbers is not None:
-            program = _with_numbers(program, self.trace.numbers)
-        written = {output: n for n, output in chosen}
-        results, inputs = self.trace.results, len(self.trace.fakes)
-        remaining = [value for kind, value in results if kind == "output" and value not in written]
-        # The index of each leaf of the result in the list of inputs, outputs, numbers and constants.
-        numbers = sum(kind == "number" for kind, _ in results)
-        order, statics = [], 0
-        for kind, value in results:
-            if kind not in _COMPUTED:
-                order.append(inputs + len(remaining) + numbers + statics)
-                statics += 1
-            elif kind == "number":
-                order.append(inputs + len(remaining) + value)
-            elif kind == "input" or value in written:
-                order.append(value if kind == "input" else written[value])
-            else:
-                order.append(inputs + remaining.index(value))
-        plain = not self._donated and len(remaining) == len(results)
-        owner = AliasGuard(self.trace.fakes, self.trace.constants(), [*written.values()]) if written else None
-        self._run: tuple[Program, list[int] | None, AliasGuard | None] = program, None if plain else order, owner
+        written = [n for n, _ in chosen]
+        owner = AliasGuard(self.trace.fakes, self.trace.constants(), written) if written else None
+        self.use(program, chosen, owner)
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         from ._inductor import compile_trace
@@ -182,10 +224,14 @@ class Compiled:
         self._use(CudaGraph(program) if as_graph else program, chosen)
 
     def _compile_later(self, options: Mapping[str, Any]) -> None:
+        start = time.perf_counter()
         try:
             self._compile(options)
+            _LOGGER.info("A compiled program takes over, after %.1f s of replay.", time.perf_counter() - start)
         except Exception as error:  # the program stays the replay
             warnings.warn(f"Compiling in the background failed, replay goes on: {error}", RuntimeWarning, stacklevel=1)
+        finally:
+            self.compiling = False
 
     def _compile_recorded(self, tensors: list[Tensor], backend: Backend, options: Mapping[str, Any]) -> Program:
         from ._inductor import compile_differentiable, compiling
@@ -225,7 +271,7 @@ def _without_autocast(program: Program) -> Program:
     return run
 
 
-def _with_numbers(program: Program, numbers: ArgumentFunction) -> Program:
+def _with_numbers(program: Program, numbers: Expression) -> Program:
     """Return a program that also returns sizes, and numbers derived from them."""
 
     def run(inputs: list[Any]) -> Sequence[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock, local
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ _KEEP_ORDER = optree.dict_insertion_ordered(True, namespace=_NAMESPACE)
 _KEEP_ORDER.__enter__()
 
 _REGISTERING = Lock()
+_REGISTERED: set[type] = set()
 
 # torch unflattens a torch.Size to a plain tuple.
 _LEAVES = {torch.Size}
@@ -44,9 +45,7 @@ def flatten_torch_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]
     """
     while new := {type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys() - _LEAVES:
         tree = spec.unflatten(leaves)
-        with _REGISTERING:
-            for cls in new:
-                _register(cls)
+        register_classes(new)
         leaves, spec = flatten(tree)
     return leaves, spec
 
@@ -70,8 +69,22 @@ def _register(cls: Any) -> None:
     def unflatten_node(context: Any, children: Any) -> Any:
         return pytree.SUPPORTED_NODES[cls].unflatten_fn(list(children), context.fresh())
 
+    _REGISTERED.add(cls)
     with contextlib.suppress(ValueError):  # another thread was faster
         optree.register_pytree_node(cls, flatten_node, unflatten_node, namespace=_NAMESPACE)
+
+
+def node_classes(spec: Spec) -> set[type]:
+    """Return the classes of nodes in a structure that are registered with torch alone."""
+    found = {spec.type} if spec.type in _REGISTERED else set()
+    return found.union(*map(node_classes, spec.children()))
+
+
+def register_classes(classes: Iterable[type]) -> None:
+    """Register with optree, for `jit` alone, classes that are registered with torch."""
+    with _REGISTERING:
+        for cls in classes:
+            _register(cls)
 
 
 class _Context(Constant):

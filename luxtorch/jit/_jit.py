@@ -79,11 +79,14 @@ def jit(
         options: Settings of inductor, as for `torch.compile`. With `{"triton.cudagraphs": True}` on one GPU, all
             kernels are started by one call, a CUDA graph, which pays for many small ones. Results are copied out of
             the graph, so the next call does not overwrite them, unlike with `torch.compile(mode="reduce-overhead")`.
-        background: Whether to replay at first, and compile in another thread meanwhile.
+        background: Whether to replay at first, and compile in another thread meanwhile. `cache_info().compiling` tells
+            whether it still does, and the logger `luxtorch.jit` says at level INFO when the compiled program takes over.
+            From then on results may differ in the last bits; without, all calls run the same program.
         maxsize: The number of graphs to keep; the least recently used is dropped first.
 
     Returns:
-        A function like `fn`, with `cache_info()`, `cache_clear()`, and `lower(*args)`, which returns graph and code.
+        A function like `fn`, with `cache_info()`, `cache_clear()`, `lower(*args)`, which returns graph and code, and
+        `export(path, *args)`, which writes the program into a file for `load_jitted`.
 
     Raises:
         TracingError: At the first call: if the function draws from a global generator, changes an argument in place,
@@ -105,7 +108,7 @@ def jit(
         >>> for _ in range(3):
         ...     ps = step(ps, torch.ones(2))
         >>> ps, step.cache_info()
-        ({'scale': tensor([0.2160])}, CacheInfo(hits=2, misses=1, maxsize=64, currsize=1))
+        ({'scale': tensor([0.2160])}, CacheInfo(hits=2, misses=1, maxsize=64, currsize=1, compiling=0))
 
     Source: `jax.jit`; inductor and AOTAutograd are those of `torch.compile`. In Lux it is `@compile` of Reactant.
     """

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from operator import attrgetter
+from pathlib import Path
 from threading import Lock, RLock
 from types import MethodType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -41,12 +42,14 @@ class CacheInfo(NamedTuple):
         misses: The number of calls that compiled one.
         maxsize: The largest number of programs that are kept; the least recently used is dropped first.
         currsize: The number of programs.
+        compiling: How many of these are compiled in the background, while their graphs are replayed.
     """
 
     hits: int
     misses: int
     maxsize: int
     currsize: int
+    compiling: int = 0
 
 
 class Lowered(NamedTuple):
@@ -112,7 +115,8 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
 
     def cache_info(self) -> CacheInfo:
         """Return the statistics of the cache."""
-        return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known))
+        compiling = sum(compiled.compiling for compiled in self._known)
+        return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known), compiling)
 
     def cache_clear(self) -> None:
         """Clear the cache of compiled programs."""
@@ -141,6 +145,57 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
             raise TracingError(headline, fix=fix, where=user_line())
         compiled, _ = self._find_or_compile(*flatten(self._wrap_static(args, kwargs)))
         return Lowered(str(compiled.trace.graph.code).strip(), compiled.code)
+
+    def export(self, path: str | Path, *args: P.args, **kwargs: P.kwargs) -> Path:
+        """Compile a call with these arguments by AOTInductor, without running it, and write the program to a file.
+
+        `lt.load_jitted` runs it in another process, without tracing or compiling anything; Python code of the function
+        is not needed there, but the classes of its arguments and results are. Closed-over tensors are in the file.
+        Arguments are not donated.
+
+        Args:
+            path: The file, whose name ends with .pt2.
+            args: The arguments, of the shapes, dtypes and devices of later calls. Without any, those of the latest
+                program: call the function first.
+            kwargs: Arguments by name.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: If the function has a loop or branch of luxtorch in it, computes nothing, or has constants
+                among its arguments or results that are not pickled; or if there are no arguments and no call before.
+            TracingError: If it cannot be traced.
+
+        Example:
+            >>> import torch, luxtorch as lt
+            >>> model = lt.Dense(3, 2)
+            >>> ps, st = lt.setup(0, model)
+            >>> predict = lt.jit(lambda ps, x: model(x, ps, st)[0], dynamic="x")
+            >>> predict.export("dense.pt2", ps, torch.zeros(8, 3))  # doctest: +SKIP
+            >>> y = lt.load_jitted("dense.pt2")(ps, torch.zeros(100, 3))  # doctest: +SKIP
+        """
+        from ._export import export
+
+        if args or kwargs:
+            leaves, spec = flatten_torch_nodes(*flatten(self._wrap_static(args, kwargs)))
+            check_leaves(leaves)
+            leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in _distinct(leaves)]
+            found = self._find(leaves, spec) or self._traced(leaves, spec)
+        elif self._known:
+            found = self._known[0]
+        else:
+            fix = "Call the function first, or pass arguments after the path."
+            raise InputError("A function is exported for arguments, of which there are none yet.", fix=fix)
+        return export(found.trace, getattr(self, "__qualname__", repr(self)), path, self._options.inductor)
+
+    def _traced(self, leaves: list[Any], spec: Any) -> Compiled:
+        """Return a program that replays a trace."""
+        options = replace(self._options, backend="replay")
+        donated = self._leaves_of(spec, self._options.donate)
+        dynamic = self._dynamic_dims(leaves, spec, donated)
+        self._constants(leaves, spec)
+        return Compiled(self._call_unwrapped, leaves, spec, donated, dynamic, options)
 
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
         """Return the program for these leaves, and the leaves to call it with."""

@@ -18,7 +18,6 @@ from functools import cache
 from operator import getitem
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -98,13 +97,18 @@ def load(name: str, fakes: Sequence[Any]) -> Any:
 
     It is to be called inside of `compiling`, with the settings that it was compiled with.
     """
-    from torch._inductor import codecache
+    from torch._inductor import codecache as inside
     from torch._inductor.output_code import CompiledFxGraphConstants
 
+    codecache: Any = inside
     constants = CompiledFxGraphConstants()
     # Before it looks for compiled kernels, Inductor looks for changes of torch's headers, which takes half a second.
-    with mock.patch.object(codecache, "_precompile_header", lambda *args, **kwargs: None):
+    look = codecache._precompile_header
+    codecache._precompile_header = lambda *args, **kwargs: None
+    try:
         program, _ = codecache.FxGraphCache.load_with_key(name, [], fakes, True, None, False, constants)
+    finally:
+        codecache._precompile_header = look
     if program is not None:
         program.post_compile(fakes, constants, program.fx_kwargs)
     return program
@@ -184,7 +188,7 @@ def _machine() -> tuple[Any, ...]:
     torchs = torch.__version__, torch.version.git_version
     files = sorted((str(path), path.stat().st_mtime_ns) for path in _PACKAGE.rglob("*.py"))
     gpus = [str(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
-    return torchs, files, _compiler(), platform.machine(), _processor(), gpus, os.environ.get("ATEN_CPU_CAPABILITY")
+    return torchs, files, _compiler(), platform.machine(), processor(), gpus, os.environ.get("ATEN_CPU_CAPABILITY")
 
 
 def _compiler() -> tuple[Any, ...]:
@@ -200,7 +204,7 @@ def _compiler() -> tuple[Any, ...]:
     return str(path), about and (about.st_mtime_ns, about.st_size)
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what the processor is able to do, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -11,7 +11,7 @@ from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
 from ._constants import NotComparable, fingerprint
 from ._flatten import Spec
-from ._sizes import ArgumentFunction, static
+from ._sizes import Expression, static
 
 
 class Signature:
@@ -35,18 +35,18 @@ class Signature:
         self.spec = spec
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.statics = {i: fingerprint(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        self.shapes = [(leaf.dtype, tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+        self._layouts = [_layout(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         self._count = len(leaves)
-        self._values = {i: leaves[i] for i in self.statics}
+        self.values = {i: leaves[i] for i in self.statics}
         self._device = _default_device()
         self._same_settings = GlobalStateGuard().check
         sizes: Any = [list(map(static, fake.shape)) for fake in fakes]
         strides: Any = [list(map(static, fake.stride())) for fake in fakes]
         guards = TensorGuards(*self.tensors(leaves), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._same_tensors = guards.check
-        self._condition: ArgumentFunction | None = None
+        self._condition: Expression | None = None
 
-    def assume(self, condition: ArgumentFunction | None) -> None:
+    def assume(self, condition: Expression | None) -> None:
         """Set a further guard: the assumptions of the trace about symbolic sizes."""
         self._condition = condition
 
@@ -77,8 +77,12 @@ class Signature:
 
     def leaves(self, tensors: Iterable[Tensor]) -> list[Any]:
         """Return all leaves, with the tensors replaced."""
-        values = {**self._values, **dict(zip(self.places, tensors, strict=True))}
+        values = {**self.values, **dict(zip(self.places, tensors, strict=True))}
         return [values[i] for i in range(len(values))]
+
+    def examples(self) -> list[Tensor]:
+        """Return tensors like those of the first call, with any numbers."""
+        return [torch.empty_strided(*layout, dtype=dtype, device=device) for dtype, device, *layout in self._layouts]
 
     def difference(self, other: Signature) -> str:
         """Describe the first difference to another signature."""
@@ -87,10 +91,14 @@ class Signature:
         for i, one in self.statics.items():
             if one != other.statics[i]:
                 return f"an argument that is not a tensor, {one[-1]!r} against {other.statics[i][-1]!r}"
-        for one, two in zip(self.shapes, other.shapes, strict=True):
-            if one != two:
-                return f"a tensor, {one[0]} {one[1]} against {two[0]} {two[1]}"
+        for (dtype, _, shape, _), (dtype_2, _, shape_2, _) in zip(self._layouts, other._layouts, strict=True):
+            if (dtype, shape) != (dtype_2, shape_2):
+                return f"a tensor, {dtype} {shape} against {dtype_2} {shape_2}"
         return "strides, requires_grad or class of a tensor, or a setting of torch"
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
 
 
 def _default_device() -> torch.device | None:

@@ -8,14 +8,38 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._user_line import user_line
 
-ArgumentFunction: TypeAlias = "Callable[[Sequence[Tensor]], Any]"
+_PLAIN = {"torch", "Size", "size", "stride", "int", "float", "bool"}
+
+
+class Expression:
+    """Compute something of the sizes of arguments: a function of a list of tensors.
+
+    Args:
+        text: The expression, in which the list is called `inputs`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        code = compile(f"lambda inputs: {text}", "<luxtorch sizes>", "eval")
+        self._function: Callable[[Sequence[Tensor]], Any] = eval(code, {"torch": torch})
+        if not _PLAIN.issuperset(self._function.__code__.co_names):
+            from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # takes seconds
+
+            self._function = eval(code, {"torch": torch, **SYMPY_INTERP})
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        return self._function(inputs)
+
+    def __reduce__(self) -> Any:
+        return Expression, (self.text,)
+
 
 # The symbolic type of each kind of number, with the plain one.
 _KINDS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
@@ -79,7 +103,7 @@ class Sizes:
                 self._origins |= {values[dim].node.expr: (place, dim) for dim in found}
         return fake
 
-    def condition(self, fakes: Sequence[Any]) -> ArgumentFunction | None:
+    def condition(self, fakes: Sequence[Any]) -> Expression | None:
         """Return the guard on other arguments of a graph; None if there is none."""
         places = [n for n, symbols in self._symbolic.items() if symbols]
         sources: Any = [_source(n) for n in places]
@@ -90,11 +114,11 @@ class Sizes:
                 value = getattr(fakes[place], what)(dim)
                 if not _is_symbol(value):
                     guards.append(f"inputs[{place}].{what}({dim}) == {int(value)}")
-        return _compile_expression(" and ".join(f"({guard})" for guard in guards)) if guards else None
+        return Expression(" and ".join(f"({guard})" for guard in guards)) if guards else None
 
-    def numbers(self, values: Sequence[Any]) -> ArgumentFunction:
+    def numbers(self, values: Sequence[Any]) -> Expression:
         """Return a function of the arguments that computes sizes, and numbers derived from them."""
-        return _compile_expression(f"[{', '.join(map(self._text, values))}]")
+        return Expression(f"[{', '.join(map(self._text, values))}]")
 
     def fixed(self) -> dict[tuple[int, int], tuple[str, str]]:
         """Return the dynamic dimensions that are needed as numbers, each with the user's line and the reason.
@@ -189,13 +213,6 @@ def _source(place: int) -> Any:
     from torch._dynamo.source import ConstantSource
 
     return ConstantSource(f"inputs[{place}]")
-
-
-def _compile_expression(text: str) -> ArgumentFunction:
-    """Compile an expression to a function of a list of tensors, which is called `inputs` in it."""
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-
-    return eval(f"lambda inputs: {text}", dict(SYMPY_INTERP))  # type: ignore[no-any-return]
 
 
 @cache

@@ -15,7 +15,7 @@ from ._constants import REGISTER, NotComparable, fingerprint, is_mutable, texts
 from ._flatten import Spec, flatten, flatten_torch_nodes, fresh_contexts, path_text
 from ._purity import FunctionCheck, TraceCheck, TracingError, can_draw, storage, tracing_errors
 from ._signature import Signature
-from ._sizes import ArgumentFunction, Sizes, hides_symbols, is_number
+from ._sizes import Expression, Sizes, hides_symbols, is_number
 from ._user_line import user_line
 from ._writes import writes
 
@@ -45,7 +45,7 @@ class Trace:
     out_spec: Spec
     results: list[tuple[str, Any]]
     sizes: Sizes
-    numbers: ArgumentFunction | None
+    numbers: Expression | None
     strides: bool
 
     @property

@@ -96,6 +96,19 @@ def test_background(batch):
     assert jitted.cache_info().misses == 1
 
 
+def test_when_the_compiled_program_takes_over_is_reported(batch, monkeypatch, caplog):
+    waiting = []
+    monkeypatch.setattr(_compiled, "Thread", lambda target, args, daemon: _Later(waiting, target, args))
+    jitted = jit(torch.sin, backend="inductor", background=True)
+    with caplog.at_level("INFO", logger="luxtorch.jit"):
+        jitted(batch[0])
+        assert jitted.cache_info().compiling == 1 and not caplog.messages
+        waiting.pop()()
+    assert jitted.cache_info().compiling == 0
+    assert [message for message in caplog.messages if "takes over" in message]
+    torch.testing.assert_close(jitted(batch[0]), batch[0].sin())
+
+
 def test_background_failures_are_warned_of(batch, monkeypatch):
     def fails(*args):
         raise RuntimeError("no luck")
@@ -105,7 +118,7 @@ def test_background_failures_are_warned_of(batch, monkeypatch):
     jitted = jit(torch.sin, backend="inductor", background=True)
     with pytest.warns(RuntimeWarning, match="in the background failed.*no luck"):
         jitted(batch[0])
-    assert torch.equal(jitted(batch[0]), batch[0].sin())
+    assert torch.equal(jitted(batch[0]), batch[0].sin()) and jitted.cache_info().compiling == 0
 
 
 def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch):
@@ -118,6 +131,13 @@ def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch
         assert torch.equal(jit(torch.cos)(batch[0]), batch[0].cos())
     finally:
         _compiled.default_backend.cache_clear()
+
+
+class _Later:
+    """A thread that runs when the test says so."""
+
+    def __init__(self, waiting, target, args):
+        self.start = lambda: waiting.append(lambda: target(*args))
 
 
 class _AtOnce:
