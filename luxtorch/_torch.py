@@ -2,8 +2,8 @@
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
 `autodiff/_torch_func.py` (levels of torch.func), `jit/`, `core/_traced_once.py` and `loops/_closure.py` (tracing,
-Inductor, guards), `random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py` checks
-that each name is there.
+Inductor, guards), `random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py`
+checks that each name is there.
 """
 
 from __future__ import annotations

@@ -64,6 +64,12 @@ def register_node(
         _SINGLE[cls] = single
 
 
+DEFERRED: dict[type, Callable[[list[Any], Any], Any]] = {}
+"""Classes of nodes that can be assembled later, and functions that make such a node of its leaves and structure.
+
+What the attribute `_deferred` holds is these two, as long as nobody has asked for a part of the node, and then None."""
+
+
 def register_constant(cls: type[Any]) -> None:
     """Register a class whose values are part of a tree's structure, with torch and with optree.
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
+from operator import itemgetter
 from threading import RLock, Thread
 from typing import Any
 
@@ -18,7 +19,7 @@ from luxtorch.core import DTypeError
 
 from ._bodies import keeping
 from ._donate import AliasGuard, Donated, Pair, mark_donated, pairs, raise_donated
-from ._flatten import Spec
+from ._flatten import Spec, assembler
 from ._options import Backend, Options
 from ._purity import tracing_errors
 from ._replay import CudaGraph, Program, replay
@@ -56,7 +57,7 @@ class Assembled:
     ) -> None:
         self._places, self._select = places, constants
         self._results, self._numbers = results, numbers
-        self._unflatten = out_spec.unflatten
+        self._unflatten = assembler(out_spec)
         self._fixed = [(kind, value) for kind, value in results if kind not in _COMPUTED]
         static = all(kind == "static" for kind, _ in self._fixed)
         self._statics = [value for _, value in self._fixed] if static else None
@@ -72,7 +73,7 @@ class Assembled:
         if self._donated:
             return self._unflatten(self._call_donating(tensors, run, order, owner, statics))
         pool = [*tensors, *run(list(tensors)), *statics]
-        return self._unflatten([pool[i] for i in order])
+        return self._unflatten(order(pool))
 
     def _constant_results(self, leaves: list[Any]) -> list[Any]:
         """Return the results that are not computed: leaves of the arguments, and copies of mutable constants."""
@@ -90,7 +91,7 @@ class Assembled:
         if owner is not None:
             owner.copy_aliased(tensors)
         pool = [*tensors, *run(list(tensors)), *statics]
-        picked = [pool[i] for i in order]
+        picked = order(pool)
         # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
         held = set(map(id, picked))
         kept = {id(tensor): tensor.detach() for tensor in given if id(tensor) in held}
@@ -124,7 +125,7 @@ class Assembled:
             else:
                 order.append(inputs + remaining.index(value))
         plain = not self._donated and len(remaining) == len(results)
-        self._run: tuple[Program, list[int] | None, AliasGuard | None] = program, None if plain else order, owner
+        self._run: tuple[Program, Any, AliasGuard | None] = program, None if plain else _picker(order), owner
 
 
 class Compiled(Assembled):
@@ -241,6 +242,13 @@ class Compiled(Assembled):
             return compile_differentiable(
                 self.trace, tensors, "inductor" if backend == "inductor" else "replay", options
             )
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that takes the items at some places."""
+    if len(places) < 2:
+        return lambda items: [items[i] for i in places]
+    return itemgetter(*places)
 
 
 def _by_backend(backend: Any, trace: Trace) -> Program:

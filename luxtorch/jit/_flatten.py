@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock, local
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ import optree
 import torch
 import torch.utils._pytree as pytree
 
-from luxtorch.core import DTypeError
+from luxtorch.core import DEFERRED, DTypeError
 
 from ._constants import Constant, NotComparable, fingerprint, is_mutable
 
@@ -48,6 +48,53 @@ def flatten_torch_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]
         register_classes(new)
         leaves, spec = flatten(tree)
     return leaves, spec
+
+
+def assembler(spec: Spec) -> Callable[[Sequence[Any]], Any]:
+    """Return `unflatten` of a structure, with nodes in it that are assembled later if that is possible."""
+    if not _has_deferred(spec):
+        return spec.unflatten
+    tree = spec.unflatten(range(spec.num_leaves))
+    parts, outer = optree.tree_flatten(tree, lambda node: type(node) in DEFERRED, namespace=_NAMESPACE)
+    plan: list[tuple[Any, int, int, Any]] = []
+    place = 0
+    for part in parts:
+        make = DEFERRED.get(type(part))
+        inner = flatten(part)[1] if make else None
+        count = inner.num_leaves if inner else 1
+        plan.append((make, place, place + count, inner))
+        place += count
+
+    def assemble(leaves: Sequence[Any]) -> Any:
+        made = [make(leaves[i:j], inner) if make else leaves[i] for make, i, j, inner in plan]
+        return outer.unflatten(made)
+
+    return assemble
+
+
+def _has_deferred(spec: Spec) -> bool:
+    return spec.type in DEFERRED or any(map(_has_deferred, spec.children()))
+
+
+def deferred_leaves(args: Sequence[Any], specs: Sequence[Spec]) -> list[Any] | None:
+    """Return the leaves of arguments some of which are not assembled yet; None if none is, or the structure differs.
+
+    To assemble a training state and to flatten it again takes as long as a small step itself.
+
+    Args:
+        args: The arguments.
+        specs: The structures that they must have.
+    """
+    found = [arg._deferred if type(arg) in DEFERRED else None for arg in args]
+    if len(args) != len(specs) or not any(found):
+        return None
+    leaves: list[Any] = []
+    for arg, deferred, spec in zip(args, found, specs, strict=True):
+        own, structure = deferred or flatten(arg)
+        if structure is not spec and structure != spec:
+            return None
+        leaves += own
+    return leaves
 
 
 def _register(cls: Any) -> None:

@@ -79,9 +79,9 @@ def jit(
         options: Settings of inductor, as for `torch.compile`. With `{"triton.cudagraphs": True}` on one GPU, all
             kernels are started by one call, a CUDA graph, which pays for many small ones. Results are copied out of
             the graph, so the next call does not overwrite them, unlike with `torch.compile(mode="reduce-overhead")`.
-        background: Whether to replay at first, and compile in another thread meanwhile. `cache_info().compiling` tells
-            whether it still does, and the logger `luxtorch.jit` says at level INFO when the compiled program takes over.
-            From then on results may differ in the last bits; without, all calls run the same program.
+        background: Whether to replay at first, and compile in another thread meanwhile. The attribute `compiling` tells
+            for how many programs, and the logger `luxtorch.jit` at level INFO when a compiled one takes over. From then
+            on results may differ in the last bits; without this option all calls run the same program.
         maxsize: The number of graphs to keep; the least recently used is dropped first.
 
     Returns:
@@ -108,7 +108,7 @@ def jit(
         >>> for _ in range(3):
         ...     ps = step(ps, torch.ones(2))
         >>> ps, step.cache_info()
-        ({'scale': tensor([0.2160])}, CacheInfo(hits=2, misses=1, maxsize=64, currsize=1, compiling=0))
+        ({'scale': tensor([0.2160])}, CacheInfo(hits=2, misses=1, maxsize=64, currsize=1))
 
     Source: `jax.jit`; inductor and AOTAutograd are those of `torch.compile`. In Lux it is `@compile` of Reactant.
     """

@@ -23,7 +23,7 @@ from luxtorch.core import InputError, Static, described, unknown_name
 
 from ._compiled import Compiled, check_leaves, default_backend
 from ._constants import ComparedByIdentity, Constant, NotComparable, fingerprint, is_mutable, not_comparable_error
-from ._flatten import flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
+from ._flatten import deferred_leaves, flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
 from ._options import Options
 from ._purity import TracingError
 from ._user_line import user_line
@@ -42,14 +42,12 @@ class CacheInfo(NamedTuple):
         misses: The number of calls that compiled one.
         maxsize: The largest number of programs that are kept; the least recently used is dropped first.
         currsize: The number of programs.
-        compiling: How many of these are compiled in the background, while their graphs are replayed.
     """
 
     hits: int
     misses: int
     maxsize: int
     currsize: int
-    compiling: int = 0
 
 
 class Lowered(NamedTuple):
@@ -87,6 +85,12 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
         # Transforms and tracers run the function itself.
         if is_compiling() or functional() or watched():
             return self._fn(*args, **kwargs)
+        known = self._known
+        if known and not (kwargs or self._static):
+            deferred = deferred_leaves(args, known[0].signature.args)
+            if deferred is not None and known[0].signature.fits_leaves(deferred):
+                self._hits += 1
+                return known[0](deferred)  # type: ignore[no-any-return]
         leaves, spec = flatten(self._wrap_static(args, kwargs) if self._static else (args, kwargs))
         for compiled in self._known:
             if compiled.signature.fits(leaves, spec):
@@ -115,8 +119,12 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
 
     def cache_info(self) -> CacheInfo:
         """Return the statistics of the cache."""
-        compiling = sum(compiled.compiling for compiled in self._known)
-        return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known), compiling)
+        return CacheInfo(self._hits, self._misses, self._options.maxsize, len(self._known))
+
+    @property
+    def compiling(self) -> int:
+        """How many programs are compiled in the background at the moment, while their graphs are replayed."""
+        return sum(compiled.compiling for compiled in self._known)
 
     def cache_clear(self) -> None:
         """Clear the cache of compiled programs."""

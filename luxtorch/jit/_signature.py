@@ -33,6 +33,9 @@ class Signature:
 
     def __init__(self, leaves: Sequence[Any], spec: Spec, fakes: Sequence[Any]) -> None:
         self.spec = spec
+        args, kwargs = spec.children()
+        # The structures of arguments by position; none where there are arguments by name.
+        self.args: list[Spec] = [] if kwargs.num_children else args.children()
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.statics = {i: fingerprint(leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         self._layouts = [_layout(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -52,6 +55,10 @@ class Signature:
 
     def fits(self, leaves: list[Any], spec: Spec) -> bool:
         """Return whether a call with these leaves passes the guards."""
+        return self.fits_leaves(leaves) and spec == self.spec
+
+    def fits_leaves(self, leaves: list[Any]) -> bool:
+        """Return whether leaves pass the guards, whatever their structure."""
         if len(leaves) != self._count:
             return False
         if self.statics:
@@ -66,7 +73,6 @@ class Signature:
         return (
             self._same_tensors(*leaves)
             and self._same_settings()
-            and spec == self.spec
             and self._device == _default_device()
             and (self._condition is None or bool(self._condition(leaves)))
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torchopt.base import GradientTransformation
 
 from luxtorch import optim
 from luxtorch.core import (
+    DEFERRED,
     InputError,
     KeyNameError,
     LuxtorchError,
@@ -103,8 +104,10 @@ class TrainState:
     Source: Lux's `Training.TrainState`.
     """
 
-    __slots__ = ("_held", "_owned", "_statics")
+    __slots__ = ("_deferred", "_held", "_owned", "_statics")
 
+    _deferred: tuple[list[Any], Any] | None
+    """Leaves and structure of a state that a compiled step has returned, until somebody asks for a part of it."""
     _statics: Statics
     _held: Trees | None
     """The parts made of tensors; None once they were given away."""
@@ -126,10 +129,31 @@ class TrainState:
         ts._assign(statics, trees, owned)
         return ts
 
+    @classmethod
+    def _later(cls, leaves: list[Any], spec: Any) -> TrainState:
+        """Return a training state of these leaves; it is assembled when somebody asks for a part of it."""
+        ts = cls.__new__(cls)
+        object.__setattr__(ts, "_deferred", (leaves, spec))
+        return ts
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # The slots of a deferred state are empty.
+            if name not in TrainState.__slots__ or name == "_deferred":
+                raise AttributeError(f"A TrainState has no attribute {name!r}.", name=name, obj=self)
+            deferred = self._deferred
+            if deferred is not None:  # another thread may have been faster
+                leaves, spec = deferred
+                made = spec.unflatten(leaves)
+                self._assign(made._statics, made._held, made._owned)
+            return object.__getattribute__(self, name)
+
     def _assign(self, statics: Statics, trees: Trees, owned: tuple[int, ...] | None = None) -> None:
         object.__setattr__(self, "_statics", statics)
         object.__setattr__(self, "_held", trees)
         object.__setattr__(self, "_owned", owned)
+        object.__setattr__(self, "_deferred", None)
 
     def _with(self, trees: Trees, owned: tuple[int, ...] | None = None) -> TrainState:
         """Return a training state of the same model and rule."""
@@ -331,3 +355,4 @@ register_node(
     lambda children, statics: TrainState._of(statics, Trees(*children)),
     names=Trees._fields,
 )
+DEFERRED[TrainState] = TrainState._later

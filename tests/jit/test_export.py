@@ -1,4 +1,4 @@
-"""Compiled functions as files: they give what the function gives, for the arguments that they were exported for alone."""
+"""Compiled functions as files: they give what the function gives, for arguments like those that were exported."""
 
 from __future__ import annotations
 
@@ -133,12 +133,11 @@ def test_it_is_refused_inside_of_transforms(loaded, trees, transform):
 
 def test_another_process_runs_it_without_a_compiler(path, trees, rng):
     script = """
-import pickle, sys, time
+import pickle, sys
 import torch, luxtorch as lt
 ps, x = pickle.loads(sys.stdin.buffer.read())
-start = time.perf_counter()
 y = lt.load_jitted(sys.argv[1])(ps, x, scale=torch.ones(()))["y"]
-print(time.perf_counter() - start < 60, not any(name.startswith(("torch._inductor", "torch._dynamo")) for name in sys.modules))
+print(any(name.startswith(("torch._inductor", "torch._dynamo")) for name in sys.modules))
 print(pickle.dumps(y).hex())
 """
     x = torch.randn(6, 3, generator=rng)
@@ -151,7 +150,7 @@ print(pickle.dumps(y).hex())
         check=True,
     )
     first, y = ran.stdout.decode().splitlines()
-    assert first == "True True"
+    assert first == "False"
     model = lt.Chain(lt.Dense(3, 4, torch.tanh), lt.Dense(4, 2))
     torch.testing.assert_close(pickle.loads(bytes.fromhex(y)), expected(model, trees, x, 1.0))
 
@@ -282,7 +281,8 @@ def test_dataclasses_of_torch_are_nodes_in_the_next_process(folder, tmp_path, rn
     )
     read = (
         "import torch, luxtorch as lt, exported_nodes as m; "
-        "p = lt.load_jitted('pair.pt2')(m.Pair(torch.zeros(2), torch.ones(2))); print(type(p).__name__, p.a.sum() + p.b.sum())"
+        "p = lt.load_jitted('pair.pt2')(m.Pair(torch.zeros(2), torch.ones(2))); "
+        "print(type(p).__name__, p.a.sum() + p.b.sum())"
     )
     outputs = [
         subprocess.run(

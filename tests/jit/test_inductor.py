@@ -102,9 +102,9 @@ def test_when_the_compiled_program_takes_over_is_reported(batch, monkeypatch, ca
     jitted = jit(torch.sin, backend="inductor", background=True)
     with caplog.at_level("INFO", logger="luxtorch.jit"):
         jitted(batch[0])
-        assert jitted.cache_info().compiling == 1 and not caplog.messages
+        assert jitted.compiling == 1 and not caplog.messages
         waiting.pop()()
-    assert jitted.cache_info().compiling == 0
+    assert jitted.compiling == 0
     assert [message for message in caplog.messages if "takes over" in message]
     torch.testing.assert_close(jitted(batch[0]), batch[0].sin())
 
@@ -118,7 +118,7 @@ def test_background_failures_are_warned_of(batch, monkeypatch):
     jitted = jit(torch.sin, backend="inductor", background=True)
     with pytest.warns(RuntimeWarning, match="in the background failed.*no luck"):
         jitted(batch[0])
-    assert torch.equal(jitted(batch[0]), batch[0].sin()) and jitted.cache_info().compiling == 0
+    assert torch.equal(jitted(batch[0]), batch[0].sin()) and jitted.compiling == 0
 
 
 def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch):
