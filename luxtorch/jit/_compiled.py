@@ -30,7 +30,7 @@ from ._trace import Trace, trace
 _LOGGER = logging.getLogger("luxtorch.jit")
 
 # torch's compiler has global state: one compilation at a time.
-_COMPILING = RLock()
+COMPILING = RLock()
 
 
 _COMPUTED = ("input", "output", "number")
@@ -151,7 +151,7 @@ class Compiled(Assembled):
     ) -> None:
         self._bodies: list[Any] = []  # what the operators of the program call
         with keeping(self._bodies):
-            with _COMPILING:
+            with COMPILING:
                 self.trace = trace(fn, leaves, spec, dynamic)
                 self.stable_strides = stable_strides(self.trace)
                 if self.stable_strides:
@@ -220,7 +220,7 @@ class Compiled(Assembled):
         as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
         # A CUDA graph has memory of its own, so it cannot write into donated tensors.
         chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
-        with _COMPILING, keeping(self._bodies):
+        with COMPILING, keeping(self._bodies):
             program, self.code = compile_trace(self.trace, chosen, options)
         self._use(CudaGraph(program) if as_graph else program, chosen)
 
@@ -238,7 +238,7 @@ class Compiled(Assembled):
         from ._inductor import compile_differentiable, compiling
 
         settings = compiling(self.trace, options if backend == "inductor" else {})
-        with _COMPILING, settings, torch.enable_grad(), tracing_errors():
+        with COMPILING, settings, torch.enable_grad(), tracing_errors():
             return compile_differentiable(
                 self.trace, tensors, "inductor" if backend == "inductor" else "replay", options
             )

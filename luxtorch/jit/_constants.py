@@ -7,13 +7,13 @@ import functools
 import types
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import DTypeError, Layer
+from luxtorch.core import DTypeError, Layer, Static
 
 _Reader: TypeAlias = "Callable[[_Walk, Any, str], Any]"
 
@@ -323,3 +323,28 @@ def texts(key: Any) -> Iterator[str]:
     elif isinstance(key, (tuple, frozenset)):
         for item in key:
             yield from texts(item)
+
+
+def wrap_static(args: Any, kwargs: Any, names: Sequence[str], static: Collection[str]) -> tuple[Any, Any]:
+    """Wrap the static arguments as constants of the structure.
+
+    Args:
+        args: The arguments by position.
+        kwargs: Those by name.
+        names: The names of the first ones.
+        static: The names of static ones.
+    """
+    if not static:
+        return args, kwargs
+    args = tuple(
+        _as_static(names[i], value) if i < len(names) and names[i] in static else value for i, value in enumerate(args)
+    )
+    return args, {name: _as_static(name, value) if name in static else value for name, value in kwargs.items()}
+
+
+def _as_static(name: str, value: Any) -> Static[Constant]:
+    """Wrap an argument as a constant of the structure."""
+    try:
+        return Static(Constant(value))
+    except NotComparable as error:
+        raise not_comparable_error(error, value, name) from None

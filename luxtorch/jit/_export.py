@@ -18,10 +18,11 @@ from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, LuxtorchError, described
 
 from ._bodies import CALLERS
-from ._compiled import Assembled, check_leaves
-from ._constants import NotComparable, fingerprint
+from ._compiled import COMPILING, Assembled, check_leaves
+from ._constants import NotComparable, fingerprint, wrap_static
 from ._flatten import Spec, flatten, flatten_torch_nodes, node_classes, path_text, register_classes
 from ._programs import processor
+from ._purity import tracing_errors
 from ._sizes import Expression, static
 from ._strides import copy_strided
 from ._trace import Trace
@@ -59,7 +60,7 @@ class _Layout:
         return copy_strided(tensor, self.strides)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        sizes = ", ".join("any" if size is None else str(size) for size in self.sizes)
+        sizes = ", ".join("at least 2" if size is None else str(size) for size in self.sizes)
         return f"a tensor of shape ({sizes}{',' if len(self.sizes) == 1 else ''}), {self.dtype}, on {self.device}"
 
 
@@ -69,6 +70,8 @@ class _Interface:
 
     Attributes:
         name: The name of the function.
+        names: The names of its arguments.
+        static: Those that are static.
         spec: The structure of the arguments.
         layouts: The tensors among their leaves, by place.
         constants: The other leaves, by place.
@@ -79,6 +82,8 @@ class _Interface:
     """
 
     name: str
+    names: Sequence[str]
+    static: Sequence[str]
     spec: Spec
     layouts: Mapping[int, _Layout]
     constants: Mapping[int, Any]
@@ -88,8 +93,24 @@ class _Interface:
     numbers: Expression | None
 
 
-def export(trace: Trace, name: str, path: str | Path, options: Mapping[str, Any]) -> Path:
-    """Write the program of a trace into a file; see `Jitted.export`."""
+def export(
+    trace: Trace,
+    name: str,
+    names: Sequence[str],
+    constants: Sequence[str],
+    path: str | Path,
+    options: Mapping[str, Any],
+) -> Path:
+    """Write the program of a trace into a file; see `Jitted.export`.
+
+    Args:
+        trace: The trace.
+        name: The name of the function.
+        names: The names of its arguments.
+        constants: Those that are static.
+        path: The file.
+        options: Settings of Inductor.
+    """
     path = Path(path)
     if path.suffix != ".pt2":
         raise InputError("The name of an exported program must end with .pt2.", got=str(path))
@@ -114,6 +135,8 @@ def export(trace: Trace, name: str, path: str | Path, options: Mapping[str, Any]
     signature = trace.signature
     interface = _Interface(
         name,
+        names,
+        constants,
         signature.spec,
         {place: _Layout.of(fake) for place, fake in zip(signature.places, fakes, strict=True)},
         signature.values,
@@ -123,7 +146,7 @@ def export(trace: Trace, name: str, path: str | Path, options: Mapping[str, Any]
         trace.numbers,
     )
     about = {_KEY: _packed(interface), **_machine()}
-    with torch.no_grad():
+    with COMPILING, torch.no_grad(), tracing_errors():
         program = torch.export.export(trace.graph, tuple(signature.examples()), dynamic_shapes=tuple(dims))
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={**options, "aot_inductor.metadata": about}
@@ -205,7 +228,8 @@ class LoadedJitted(Assembled):
                 "A loaded program does not run inside of transforms or other compilers.",
                 fix="Transform the function itself, and export the result.",
             )
-        leaves, spec = flatten_torch_nodes(*flatten((args, kwargs)))
+        wanted = self._interface
+        leaves, spec = flatten_torch_nodes(*flatten(wrap_static(args, kwargs, wanted.names, wanted.static)))
         return super().__call__(self._checked(leaves, spec))
 
     def _checked(self, leaves: list[Any], spec: Spec) -> list[Any]:
@@ -248,7 +272,8 @@ def _misfit(where: str, expected: str, got: str) -> InputError:
         "A loaded program takes arguments like those that it was exported for.",
         expected=expected,
         got=got,
-        fix="Export another program for these; sizes that change are named by `dynamic=` of lt.jit.",
+        fix="Export another program for these. Sizes that change are named by `dynamic=` of lt.jit; 0 and 1 have "
+        "programs of their own.",
         where=where,
     )
 

@@ -22,7 +22,16 @@ from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, Static, described, unknown_name
 
 from ._compiled import Compiled, check_leaves, default_backend
-from ._constants import ComparedByIdentity, Constant, NotComparable, fingerprint, is_mutable, not_comparable_error
+from ._constants import (
+    ComparedByIdentity,
+    Constant,
+    NotComparable,
+    fingerprint,
+    is_mutable,
+    not_comparable_error,
+    wrap_static,
+)
+from ._export import export
 from ._flatten import deferred_leaves, flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
 from ._options import Options
 from ._purity import TracingError
@@ -183,8 +192,6 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
             >>> predict.export("dense.pt2", ps, torch.zeros(8, 3))  # doctest: +SKIP
             >>> y = lt.load_jitted("dense.pt2")(ps, torch.zeros(100, 3))  # doctest: +SKIP
         """
-        from ._export import export
-
         if args or kwargs:
             leaves, spec = flatten_torch_nodes(*flatten(self._wrap_static(args, kwargs)))
             check_leaves(leaves)
@@ -195,7 +202,8 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
         else:
             fix = "Call the function first, or pass arguments after the path."
             raise InputError("A function is exported for arguments, of which there are none yet.", fix=fix)
-        return export(found.trace, getattr(self, "__qualname__", repr(self)), path, self._options.inductor)
+        name = getattr(self, "__qualname__", repr(self))
+        return export(found.trace, name, self._names, self._static, path, self._options.inductor)
 
     def _traced(self, leaves: list[Any], spec: Any) -> Compiled:
         """Return a program that replays a trace."""
@@ -345,15 +353,7 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
                 raise TracingError(headline, fix="Return the new values instead.", where=user_line())
 
     def _wrap_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Wrap the static arguments as constants of the structure."""
-        if not self._static:
-            return args, kwargs
-        args = tuple(
-            _as_static(self._names[i], value) if i < len(self._names) and self._names[i] in self._static else value
-            for i, value in enumerate(args)
-        )
-        kwargs = {name: _as_static(name, value) if name in self._static else value for name, value in kwargs.items()}
-        return args, kwargs
+        return wrap_static(args, kwargs, self._names, self._static)
 
     def _call_unwrapped(self, args: Any, kwargs: Any) -> Any:
         if self._static:
@@ -377,14 +377,6 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
         return {
             i for name, leaves in zip(called, ranges, strict=True) if names is True or name in names for i in leaves
         }
-
-
-def _as_static(name: str, value: Any) -> Static[Constant]:
-    """Wrap an argument as a constant of the structure."""
-    try:
-        return Static(Constant(value))
-    except NotComparable as error:
-        raise not_comparable_error(error, value, name) from None
 
 
 def _parameters(fn: Any, used: Collection[str]) -> list[str]:
