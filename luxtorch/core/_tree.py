@@ -64,10 +64,9 @@ def register_node(
         _SINGLE[cls] = single
 
 
-DEFERRED: dict[type, Callable[[list[Any], Any], Any]] = {}
-"""Classes of nodes that can be assembled later, and functions that make such a node of its leaves and structure.
-
-What the attribute `_deferred` holds is these two, as long as nobody has asked for a part of the node, and then None."""
+DEFERRED: dict[type, Callable[..., Any]] = {}
+"""Classes of nodes that can be assembled later, and functions that make such a node, of its leaves, its structure for
+optree and that for torch. The attribute `_deferred` holds these until somebody asks for a part of the node."""
 
 
 def register_constant(cls: type[Any]) -> None:

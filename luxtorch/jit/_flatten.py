@@ -12,7 +12,7 @@ import optree
 import torch
 import torch.utils._pytree as pytree
 
-from luxtorch.core import DEFERRED, DTypeError
+from luxtorch.core import DEFERRED, DTypeError, tree_structure
 
 from ._constants import Constant, NotComparable, fingerprint, is_mutable
 
@@ -56,17 +56,17 @@ def assembler(spec: Spec) -> Callable[[Sequence[Any]], Any]:
         return spec.unflatten
     tree = spec.unflatten(range(spec.num_leaves))
     parts, outer = optree.tree_flatten(tree, lambda node: type(node) in DEFERRED, namespace=_NAMESPACE)
-    plan: list[tuple[Any, int, int, Any]] = []
+    plan: list[tuple[Any, int, int, Any, Any]] = []
     place = 0
     for part in parts:
         make = DEFERRED.get(type(part))
         inner = flatten(part)[1] if make else None
         count = inner.num_leaves if inner else 1
-        plan.append((make, place, place + count, inner))
+        plan.append((make, place, place + count, inner, tree_structure(part)))
         place += count
 
     def assemble(leaves: Sequence[Any]) -> Any:
-        made = [make(leaves[i:j], inner) if make else leaves[i] for make, i, j, inner in plan]
+        made = [make(leaves[i:j], *structures) if make else leaves[i] for make, i, j, *structures in plan]
         return outer.unflatten(made)
 
     return assemble
@@ -90,7 +90,7 @@ def deferred_leaves(args: Sequence[Any], specs: Sequence[Spec]) -> list[Any] | N
         return None
     leaves: list[Any] = []
     for arg, deferred, spec in zip(args, found, specs, strict=True):
-        own, structure = deferred or flatten(arg)
+        own, structure = deferred[:2] if deferred else flatten(arg)
         if structure is not spec and structure != spec:
             return None
         leaves += own

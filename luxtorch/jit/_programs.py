@@ -170,8 +170,12 @@ def _has_own_passes(config: Any) -> bool:
 def _settings() -> tuple[Any, ...]:
     """Return the settings of torch that Inductor's code depends on."""
     cuda = torch.backends.cuda.matmul
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
+        autocast,
         torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from luxtorch.core import (
     register_node,
     suggest,
     tree_leaves,
+    tree_unflatten,
 )
 from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
@@ -104,11 +105,12 @@ class TrainState:
     Source: Lux's `Training.TrainState`.
     """
 
-    __slots__ = ("_deferred", "_held", "_owned", "_statics")
+    __slots__ = ("_deferred", "_fixed", "_held", "_owned")
 
-    _deferred: tuple[list[Any], Any] | None
+    _deferred: tuple[Any, ...] | None
     """Leaves and structure of a state that a compiled step has returned, until somebody asks for a part of it."""
-    _statics: Statics
+    _fixed: Statics
+    """The parts that belong to the structure."""
     _held: Trees | None
     """The parts made of tensors; None once they were given away."""
     _owned: tuple[int, ...] | None
@@ -130,27 +132,26 @@ class TrainState:
         return ts
 
     @classmethod
-    def _later(cls, leaves: list[Any], spec: Any) -> TrainState:
-        """Return a training state of these leaves; it is assembled when somebody asks for a part of it."""
+    def _later(cls, *deferred: Any) -> TrainState:
+        """Return a training state of leaves and a structure; it is assembled when somebody asks for a part of it."""
         ts = cls.__new__(cls)
-        object.__setattr__(ts, "_deferred", (leaves, spec))
+        for name, value in (("_fixed", None), ("_held", None), ("_owned", None), ("_deferred", deferred)):
+            object.__setattr__(ts, name, value)
         return ts
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            # The slots of a deferred state are empty.
-            if name not in TrainState.__slots__ or name == "_deferred":
-                raise AttributeError(f"A TrainState has no attribute {name!r}.", name=name, obj=self)
-            deferred = self._deferred
-            if deferred is not None:  # another thread may have been faster
-                leaves, spec = deferred
-                made = spec.unflatten(leaves)
-                self._assign(made._statics, made._held, made._owned)
-            return object.__getattribute__(self, name)
+    def _whole(self) -> TrainState:
+        """Return the training state itself, assembled."""
+        if self._deferred is None:
+            return self
+        leaves, spec, structure = self._deferred
+        if torch.compiler.is_compiling():
+            return tree_unflatten(leaves, structure)  # type: ignore[no-any-return]  # what it traces it must not change
+        made = spec.unflatten(leaves)
+        self._assign(made._fixed, made._held)
+        return self
 
     def _assign(self, statics: Statics, trees: Trees, owned: tuple[int, ...] | None = None) -> None:
-        object.__setattr__(self, "_statics", statics)
+        object.__setattr__(self, "_fixed", statics)
         object.__setattr__(self, "_held", trees)
         object.__setattr__(self, "_owned", owned)
         object.__setattr__(self, "_deferred", None)
@@ -160,15 +161,21 @@ class TrainState:
         return TrainState._of(self._statics, trees, owned)
 
     @property
+    def _statics(self) -> Statics:
+        """The parts that belong to the structure."""
+        return self._whole()._fixed
+
+    @property
     def _trees(self) -> Trees:
         """The parts made of tensors, for a look that does not outlive the state; see `_shared`."""
-        if self._held is None:
+        held = self._whole()._held
+        if held is None:
             raise LuxtorchError(
                 "This TrainState was given away: a step with donate=True has reused its memory.",
                 expected="the TrainState that the step returned",
                 fix="Write `..., ts = single_train_step(objective, data, ts, donate=True)`, or leave donate=True out.",
             )
-        return self._held
+        return held
 
     def _shared(self) -> Trees:
         """Return the parts made of tensors, which somebody may hold from now on: no donated step writes into them."""
@@ -273,7 +280,8 @@ class TrainState:
                     else suggest(name, ("model", *Trees._fields)),
                 )
         trees = self._shared()
-        statics = Statics(fields.pop("model"), self._statics.rule) if "model" in fields else self._statics
+        statics = self._statics
+        statics = Statics(fields.pop("model"), statics.rule) if "model" in fields else statics
         return TrainState._of(statics, trees._replace(**fields))
 
     def with_rule(self, rule: GradientTransformation, *, steps: int | None = None) -> TrainState:
@@ -301,7 +309,7 @@ class TrainState:
         """
         trees = self._shared()
         optimizer_state = optim.transfer(trees.optimizer_state, rule, trees.parameters, steps=steps)
-        return TrainState._of(Statics(self._statics.model, rule), trees._replace(optimizer_state=optimizer_state))
+        return TrainState._of(Statics(self.model, rule), trees._replace(optimizer_state=optimizer_state))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise InputError(
@@ -315,7 +323,7 @@ class TrainState:
         return TrainState._of, (Statics(self.model, self._statics.rule), self._shared())
 
     def __repr__(self) -> str:
-        trees = self._held
+        trees = self._whole()._held
         if trees is None:
             return "TrainState(given away by donate=True)"
         lines = [
@@ -326,7 +334,7 @@ class TrainState:
         return "\n".join(("TrainState(", *(f"    {line}" for line in lines), ")"))
 
     def _repr_html_(self) -> str:
-        trees = self._held
+        trees = self._whole()._held
         if trees is None:
             return plain(repr(self))  # it was given away
         parameters, states = tree_html(trees.parameters, "parameters"), tree_html(trees.states, "states")

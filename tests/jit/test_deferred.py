@@ -97,6 +97,13 @@ def test_it_is_like_any_other(start, batch, use):
     assert USES[use](deferred) == USES[use](assembled)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_compile_takes_it_whole(start, batch, kind, same):
+    _, ts = jit(step, backend="replay")(fresh(start, kind), batch)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    same(compiled(ts, batch), step(ts, batch))
+
+
 def test_what_was_changed_by_hand_counts(start, batch, same):
     jitted = jit(step, backend="replay")
     _, ts = jitted(start, batch)

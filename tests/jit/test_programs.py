@@ -300,6 +300,9 @@ def test_other_settings_have_other_keys(monkeypatch):
     torch.use_deterministic_algorithms(True)
     keys.append(key())
     torch.use_deterministic_algorithms(False)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            keys.append(key())
     monkeypatch.setattr(_programs, "_machine", lambda: "another compiler")
     keys.append(key())
     monkeypatch.undo()
