@@ -23,6 +23,7 @@ LIVE_BY_THE_INSIDES = {
     "interop/pure/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
     "loops/_closure.py": "tracing",
+    "loops/_split.py": "operators of a graph",
     "layers/recurrent/_kernels.py": "kernels of recurrent layers",
     "optim/": "torch._foreach_*",
     "random/_philox.py": "kernels of random numbers",

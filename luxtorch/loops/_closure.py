@@ -31,9 +31,10 @@ from luxtorch.core import InputError, described, map_tensors, tensors
 from luxtorch.core._tree import is_node, tree_leaves, tree_map
 from luxtorch.jit._bodies import Body, traced_body
 from luxtorch.jit._purity import TracingError
-from luxtorch.jit._split import Split, split
 from luxtorch.jit._user_line import user_line
 from luxtorch.jit._writes import tensors_in, written
+
+from ._split import Split, split
 
 # How many bodies are being traced, one inside of the other: the modes below are for the tensors of one of them.
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)

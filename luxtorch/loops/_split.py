@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ._bodies import traced_body
+from luxtorch._torch import outside_transforms
+from luxtorch.jit._bodies import traced_body
 
 _aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def split(
     Returns:
         The parts, or None if the function cannot be split, since it writes into memory.
     """
-    with temporarily_clear_interpreter_stack():
+    with outside_transforms():
         body, constants = traced_body(joint, like)
         if _writes(body.graph):
             first = body  # with what its operators call
