@@ -6,6 +6,7 @@ import base64
 import pickle
 import platform
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,8 @@ def export(
         trace.numbers,
     )
     about = {_KEY: _packed(interface), **_machine()}
-    with COMPILING, torch.no_grad(), tracing_errors():
+    with COMPILING, torch.no_grad(), tracing_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies what torch deprecates
         program = torch.export.export(trace.graph, tuple(signature.examples()), dynamic_shapes=tuple(dims))
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={**options, "aot_inductor.metadata": about}
