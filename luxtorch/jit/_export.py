@@ -185,10 +185,11 @@ def load_jitted(path: str | Path) -> LoadedJitted:
         LuxtorchError: If it was written with another version of torch, or for another processor.
 
     Example:
-        >>> import torch, luxtorch as lt
-        >>> step = lt.jit(lambda x: x.sin() + 1)
-        >>> path = step.export("sine.pt2", torch.ones(3))  # doctest: +SKIP
-        >>> lt.load_jitted("sine.pt2")(torch.zeros(3))  # doctest: +SKIP
+        >>> import tempfile, torch, luxtorch as lt
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = lt.jit(torch.cos).export(f"{folder}/cosine.pt2", torch.ones(3))
+        ...     cosine = lt.load_jitted(path)
+        >>> cosine(torch.zeros(3))
         tensor([1., 1., 1.])
 
     Source: AOTInductor, the compiler of `torch.export`.

@@ -54,7 +54,10 @@ def assembler(spec: Spec) -> Callable[[Sequence[Any]], Any]:
     """Return `unflatten` of a structure, with nodes in it that are assembled later if that is possible."""
     if not _has_deferred(spec):
         return spec.unflatten
-    tree = spec.unflatten(range(spec.num_leaves))
+    try:
+        tree = spec.unflatten(range(spec.num_leaves))
+    except Exception:  # a node of a user's own that takes tensors alone
+        return spec.unflatten
     parts, outer = optree.tree_flatten(tree, lambda node: type(node) in DEFERRED, namespace=_NAMESPACE)
     plan: list[tuple[Any, int, int, Any, Any]] = []
     place = 0

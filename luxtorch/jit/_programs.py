@@ -60,7 +60,8 @@ def program_key(
     for node in graph.graph.find_nodes(op="get_attr"):
         constant = getattr(graph, node.target)
         digest.update(f"{_layout(constant)!r}\0".encode())
-        digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        numbers = constant.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(numbers.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -138,7 +139,7 @@ def _is_plain(node: fx.Node) -> bool:
         return True
     if node.op == "get_attr":
         value: Any = getattr(node.graph.owning_module, str(node.target), None)
-        return type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        return type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and not value.is_meta
     if node.target is not getitem:
         # The kernels of others may be other ones in the next process.
         known = isinstance(node.target, torch._ops.OpOverload)
@@ -158,7 +159,8 @@ def _values(tree: Any) -> Iterator[Any]:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, type(tensor)
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, lazy
 
 
 def _has_own_passes(config: Any) -> bool:

@@ -131,6 +131,18 @@ def test_it_goes_by_name_and_in_trees_too(start, batch, same):
     same(again, step(step(start, batch)[1], batch)[1])
 
 
+def test_nodes_beside_it_may_insist_on_tensors(start, batch):
+    class Strict:
+        def __init__(self, x):
+            self.x = x.detach()
+
+    torch.utils._pytree.register_pytree_node(Strict, lambda one: ([one.x], None), lambda xs, _: Strict(*xs))
+    jitted = jit(lambda ts, x: (step(ts, batch)[1], Strict(x + 1)), backend="replay")
+    for _ in range(2):
+        ts, strict = jitted(start, torch.zeros(2))
+    assert int(ts.step) == 1 and strict.x.tolist() == [1.0, 1.0]
+
+
 def test_a_donated_state_cannot_be_read_afterwards(start, batch):
     jitted = jit(step, backend="replay", donate="ts")
     _, ts = jitted(start, batch)
