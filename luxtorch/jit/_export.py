@@ -186,8 +186,9 @@ def load_jitted(path: str | Path) -> LoadedJitted:
 
     Example:
         >>> import tempfile, torch, luxtorch as lt
+        >>> from luxtorch.jit import jit
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = lt.jit(torch.cos).export(f"{folder}/cosine.pt2", torch.ones(3))
+        ...     path = jit(torch.cos).export(f"{folder}/cosine.pt2", torch.ones(3))
         ...     cosine = lt.load_jitted(path)
         >>> cosine(torch.zeros(3))
         tensor([1., 1., 1.])

@@ -186,9 +186,10 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
 
         Example:
             >>> import torch, luxtorch as lt
+            >>> from luxtorch.jit import jit
             >>> model = lt.Dense(3, 2)
             >>> ps, st = lt.setup(0, model)
-            >>> predict = lt.jit(lambda ps, x: model(x, ps, st)[0], dynamic="x")
+            >>> predict = jit(lambda ps, x: model(x, ps, st)[0], dynamic="x")
             >>> predict.export("dense.pt2", ps, torch.zeros(8, 3))  # doctest: +SKIP
             >>> y = lt.load_jitted("dense.pt2")(ps, torch.zeros(100, 3))  # doctest: +SKIP
         """
