@@ -214,6 +214,11 @@ class LoadedJitted(Assembled):
 
     It takes tensors of the shapes, dtypes and devices that it was exported for. It has no derivative, and does not run
     inside of transforms.
+
+    Example:
+        >>> import luxtorch as lt
+        >>> predict = lt.load_jitted("model.pt2")  # doctest: +SKIP
+        >>> y = predict(ps, x)  # doctest: +SKIP
     """
 
     def __init__(self, interface: _Interface, run: Callable[[list[Any]], Sequence[Tensor]]) -> None:
