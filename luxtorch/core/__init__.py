@@ -36,8 +36,6 @@ from ._stack import stack as stack
 from ._stack import unstack as unstack
 from ._stateful import StatefulLayer as StatefulLayer
 from ._static import Static as Static
-from ._traced_once import traced_once as traced_once
-from ._tree import DEFERRED as DEFERRED
 from ._tree import count as count
 from ._tree import flatten_names as flatten_names
 from ._tree import map_tensors as map_tensors

@@ -12,7 +12,8 @@ import optree
 import torch
 import torch.utils._pytree as pytree
 
-from luxtorch.core import DEFERRED, DTypeError, tree_structure
+from luxtorch.core import DTypeError, tree_structure
+from luxtorch.core._tree import DEFERRED
 
 from ._constants import Constant, NotComparable, fingerprint, is_mutable
 

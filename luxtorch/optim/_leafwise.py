@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from luxtorch.core import InputError, traced_once
+from luxtorch.core import InputError
+from luxtorch.core._traced_once import traced_once
 
 from ._hyperparameters import unpack
 from ._kernels import InPlace, Kernel, numbers, on_clones, unobserved

@@ -10,7 +10,6 @@ from torchopt.base import GradientTransformation
 
 from luxtorch import optim
 from luxtorch.core import (
-    DEFERRED,
     InputError,
     KeyNameError,
     LuxtorchError,
@@ -24,6 +23,7 @@ from luxtorch.core import (
 from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
 from luxtorch.core._table import plain, section, shown
+from luxtorch.core._tree import DEFERRED
 from luxtorch.optim.modifiers._chain import as_rule
 
 
