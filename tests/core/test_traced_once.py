@@ -135,7 +135,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.complex64, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_a_training_step_is_traced_as_without(name, dtype, rng, monkeypatch):
     rule = RULES[name]()
