@@ -188,7 +188,7 @@ else:
     left.plot([steps / LIMIT for _, steps in curve], label=f"steps of an episode, of {LIMIT}")
     left.set(xlabel=f"updates, of {WORLDS * LENGTH} steps each", ylim=(0, 1.02))
     left.legend()
-    shown = right.imshow(image, cmap="viridis")
+    shown = right.imshow(image.numpy(), cmap="viridis")
     right.set_facecolor("0.25")
     figure.colorbar(shown, label="expected reward")
     arrows = torch.tensor(moves)[logs.argmax(-1)]
