@@ -55,7 +55,12 @@ def test_a_step_is_that_of_torch(make_key, kind, bias, dtype, batch):
     layer = cell(2, 3, bias=bias)
     ps, fresh = level(reference, ""), lt.setup(0, layer)[0]
     assert {n: p.shape for n, p in ps.items()} == {n: p.shape for n, p in fresh.items()}
-    x = lt.random.normal(make_key(), (*batch, 2), dtype=dtype).requires_grad_()
+    x = lt.random.normal(make_key(), (*batch, 2), dtype=dtype)
+    if dtype in HALVES and "relu" in options.values():  # rounding near the kink would decide on the slope
+        x = x.abs()
+        for value in (*reference.parameters(), *ps.values()):
+            value.data.abs_()
+    x.requires_grad_()
     (y, carry), _ = layer(x, ps, {})
     (y, carry), st = layer((x, carry), ps, {})
     expected = reference(x, reference(x))
