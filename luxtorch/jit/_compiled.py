@@ -265,7 +265,7 @@ def _is_on_one_gpu(trace: Trace) -> bool:
         "No CUDA graph is made: all tensors must have fixed shapes and be on one GPU. `lt.to_device(ts, ...)` moves "
         "all of a training state, with the optimizer's numbers.",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=7,
     )
     return False
 

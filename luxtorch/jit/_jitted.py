@@ -33,7 +33,7 @@ from ._constants import (
 )
 from ._export import export
 from ._flatten import deferred_leaves, flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
-from ._options import Options
+from ._options import Backend, Options
 from ._purity import TracingError
 from ._user_line import user_line
 
@@ -197,7 +197,7 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
             leaves, spec = flatten_torch_nodes(*flatten(self._wrap_static(args, kwargs)))
             check_leaves(leaves)
             leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in _distinct(leaves)]
-            found = self._find(leaves, spec) or self._traced(leaves, spec)
+            found = self._find(leaves, spec) or self._new(leaves, spec, "replay")
         elif self._known:
             found = self._known[0]
         else:
@@ -206,13 +206,15 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
         name = getattr(self, "__qualname__", repr(self))
         return export(found.trace, name, self._names, self._static, path, self._options.inductor)
 
-    def _traced(self, leaves: list[Any], spec: Any) -> Compiled:
-        """Return a program that replays a trace."""
-        options = replace(self._options, backend="replay")
+    def _new(self, leaves: list[Any], spec: Any, backend: Backend) -> Compiled:
+        """Trace and compile a call, without keeping the program."""
         donated = self._leaves_of(spec, self._options.donate)
         dynamic = self._dynamic_dims(leaves, spec, donated)
-        self._constants(leaves, spec)
-        return Compiled(self._call_unwrapped, leaves, spec, donated, dynamic, options)
+        constants = self._constants(leaves, spec)
+        options = replace(self._options, backend=backend)
+        compiled = Compiled(self._call_unwrapped, leaves, spec, donated, dynamic, options)
+        self._check_unchanged(constants, self._constants(leaves, spec))
+        return compiled
 
     def _find_or_compile(self, leaves: list[Any], spec: Any) -> tuple[Compiled, list[Any]]:
         """Return the program for these leaves, and the leaves to call it with."""
@@ -254,14 +256,8 @@ class Jitted(ComparedByIdentity, Generic[P, R]):
             found = self._find(leaves, spec)
             if found is not None:
                 return found
-            options = self._options
-            if options.backend is None:
-                options = replace(options, backend=default_backend())
-            donated = self._leaves_of(spec, options.donate)
-            dynamic = self._dynamic_dims(leaves, spec, donated)
-            constants = self._constants(leaves, spec)
-            compiled = Compiled(self._call_unwrapped, leaves, spec, donated, dynamic, options)
-            self._check_unchanged(constants, self._constants(leaves, spec))
+            backend = self._options.backend
+            compiled = self._new(leaves, spec, default_backend() if backend is None else backend)
             self._misses += 1
             self._warn_of_fixed_sizes(compiled)
             if self._misses == _MANY:

@@ -141,9 +141,10 @@ class TrainState:
 
     def _whole(self) -> TrainState:
         """Return the training state itself, assembled."""
-        if self._deferred is None:
+        deferred = self._deferred  # read once: another thread may assemble it meanwhile
+        if deferred is None:
             return self
-        leaves, spec, structure = self._deferred
+        leaves, spec, structure = deferred
         if torch.compiler.is_compiling():
             return tree_unflatten(leaves, structure)  # type: ignore[no-any-return]  # what it traces it must not change
         made = spec.unflatten(leaves)
