@@ -124,6 +124,17 @@ torch_cond: Callable[..., Any] = torch.cond
 torch_scan: Callable[..., Any] = scan
 torch_while_loop: Callable[..., Any] = while_loop
 
+
+def replicated(tensor: Tensor, mesh: Any) -> Tensor:
+    """Return a tensor that every rank of a mesh has as one sharded tensor, outside of autograd."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+    spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
+    return DTensor(tensor, spec, requires_grad=False)
+
+
 # Memory.
 storage_users = torch._C._storage_Use_Count
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from luxtorch._linalg import RULES, by_rule
 from luxtorch._transforms import differentiated
 from luxtorch.core import map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from luxtorch.core._sharded import is_sharded
 from luxtorch.core._tree import TreeSpec
 
 try:
@@ -124,6 +125,8 @@ def _vjp_of_torch(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees],
 def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     """Return the value of `f(*xs)`, the product of its Jacobian with vectors, one for each leaf, and the aux."""
     f = _with_rules(f)
+    if any(map(is_sharded, us)):
+        return _jvp_of_pullbacks(f, xs, us)
     if not usable():
         return _jvp_of_torch(f, xs, us)
     tangents = iter(us)
@@ -151,6 +154,17 @@ def _jvp_of_torch(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tr
     transform: Callable[..., Any] = torch.func.jvp
     value, product, aux = transform(_packed(f, spec), tuple(leaves), tuple(us), has_aux=True)
     return value, product, unpack(aux)
+
+
+def _jvp_of_pullbacks(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+    """Return the same without forward mode, which torch does not have for sharded tensors.
+
+    A pullback is linear, so that the pullback of a pullback is the Jacobian itself.
+    """
+    value, aux = f(*xs)
+    pulled = vjp(lambda u: (vjp(f, xs)[1](u), None), (tree_map(torch.zeros_like, value),))[1]
+    (product,) = pulled(tree_unflatten(us, tree_flatten(xs)[1]))
+    return value, product, aux
 
 
 # Functorch levels.

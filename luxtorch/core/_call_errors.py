@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from luxtorch._errors import DTypeError, InputError, KeyNameError, LayerError, LuxtorchError, described, suggest
+from luxtorch.random._key import is_key
 
 from ._meta import META_KEY
+from ._sharded import is_sharded
 from ._tree import named_leaves, subtree, tensors, tree_leaves
 
 if TYPE_CHECKING:
@@ -130,7 +132,8 @@ def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> Luxtor
     wrong = None
     # An error that user code raises explains itself best.
     if not (_is_raised(error) and _is_foreign(homes[-1])):
-        wrong = _wrong_shapes(layer, ps) or _wrong_dtype(x, ps, message) or _wrong_device(x, ps, message)
+        wrong = _half_sharded(x, ps, st) or _wrong_shapes(layer, ps)
+        wrong = wrong or _wrong_dtype(x, ps, message) or _wrong_device(x, ps, message)
         # If the error comes from a function that the layer was given, that may be wrong instead of the input.
         given = any(_is_foreign(home) and home != type(layer).__module__ for home in homes)
         plain = type(error) is not AttributeError and not _is_about_dtypes(message)
@@ -212,6 +215,18 @@ def _wrong_shapes(layer: Layer, ps: Any) -> LuxtorchError | None:
     )
     fix = "Use the parameters that lt.setup makes for this very model; for a batch of models, call torch.vmap."
     return InputError(headline, expected=str(expected), got=str(got), fix=fix)
+
+
+def _half_sharded(x: Any, ps: Any, st: Any) -> LuxtorchError | None:
+    """Return the error for sharded and plain tensors of a layer; None if all are one of them."""
+    named = named_leaves({"input": x, "parameters": dict(ps), "states": dict(st)})
+    arrays = {name: leaf for name, leaf in named if isinstance(leaf, Tensor) and leaf.ndim and not is_key(leaf)}
+    plain = [name for name, leaf in arrays.items() if not is_sharded(leaf)]
+    if len(plain) in (0, len(arrays)):
+        return None
+    headline = "Sharded tensors must not meet plain ones, of which nobody knows whether all ranks have the same."
+    fix = "Place it too: distributed.place(tree, mesh, rules)."
+    return InputError(headline, got=f"'{plain[0]}' is not sharded, as others are", fix=fix)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -6,6 +6,14 @@ from ._average import average_states as average_states
 from ._checkpoint import load_checkpoint as load_checkpoint
 from ._checkpoint import save_checkpoint as save_checkpoint
 from ._data import shard_data as shard_data
+from ._mesh import Placement as Placement
+from ._mesh import Replicate as Replicate
+from ._mesh import Rules as Rules
+from ._mesh import Shard as Shard
+from ._mesh import describe as describe
+from ._mesh import mesh as mesh
+from ._mesh import place as place
+from ._mesh import tensor_parallel as tensor_parallel
 from ._sharded import Gathered as Gathered
 from ._sharded import gather_parameters as gather_parameters
 from ._sharded import scatter_gradients as scatter_gradients

@@ -15,8 +15,8 @@ from typing_extensions import Self
 from luxtorch._torch import compile_constant, forward_level
 from luxtorch._transforms import functional
 from luxtorch.core import tree_flatten, tree_leaves, tree_unflatten, wrong_type
+from luxtorch.core._sharded import is_sharded
 
-from ._sharded import is_sharded
 from ._world import collective, world_size
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from luxtorch._transforms import transformed, unwrapped
+from luxtorch._transforms import transformed
 from luxtorch.core import (
     InputError,
     Layer,
@@ -26,6 +26,7 @@ from luxtorch.core import (
     tree_unflatten,
     wrong_shape,
 )
+from luxtorch.core._sharded import is_sharded, sharded_part
 
 from ._world import collective, world_size
 
@@ -175,7 +176,7 @@ def _scattered(grad: Any, p: Any) -> Any:
         return grad
     if grad.shape != p.shape:
         raise wrong_shape("A gradient", grad, f"{tuple(p.shape)}, that of its parameter")
-    shards = _innermost(p)
+    shards = sharded_part(p)
     assert isinstance(shards, DTensor)
     return _scatter_mean(grad, shards.device_mesh, shards.placements)
 
@@ -223,16 +224,6 @@ class Gathered(WrapperLayer):
 # All-gather and reduce-scatter of a tensor with their derivatives.
 
 
-def _innermost(tensor: Tensor) -> Tensor:
-    """Return the tensor inside of the wrappers of torch.func, of which there are none under torch.compile."""
-    return tensor if is_compiling() else unwrapped(tensor)
-
-
-def is_sharded(leaf: object) -> bool:
-    """Return whether a leaf is a tensor of which every rank has a part."""
-    return isinstance(leaf, Tensor) and isinstance(_innermost(leaf), DTensor)
-
-
 def _gather(shards: Tensor) -> Tensor:
     """Return the whole tensor: an all-gather, whose derivative is `_scatter_mean`."""
     whole: Tensor = (_TracedGather if is_compiling() else _Gather).apply(shards)
@@ -257,7 +248,7 @@ class _TracedGather(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        shards = _innermost(inputs[0])
+        shards = sharded_part(inputs[0])
         assert isinstance(shards, DTensor)
         ctx.place = shards.device_mesh, shards.placements
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, named_leaves, out_of_range, tree_flatten, tree_map, tree_unflatten
+from luxtorch.core._sharded import is_sharded
 from luxtorch.random import fold_in
 from luxtorch.random._key import is_key
 
-from ._sharded import is_sharded
 from ._world import collective, rank, world_size
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from luxtorch.core import InputError, LuxtorchError, described
 from ._bodies import CALLERS
 from ._compiled import COMPILING, Assembled, check_leaves
 from ._constants import NotComparable, fingerprint, wrap_static
-from ._flatten import Spec, flatten, flatten_torch_nodes, node_classes, path_text, register_classes
+from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
 from ._programs import processor
 from ._purity import tracing_errors
 from ._sizes import Expression, static
@@ -123,6 +123,11 @@ def export(
                 fix="Write the loop in Python, so that it is unrolled; or let the other process compile the function, "
                 "which takes little time if it finds the program in the same cache.",
             )
+    if has_sharded(trace.signature.spec) or has_sharded(trace.out_spec):
+        raise InputError(
+            "A function of sharded tensors cannot be exported: the file would be for this mesh of processes.",
+            fix="Export it with whole tensors, or let the other processes compile it.",
+        )
     fakes = trace.fakes
     if not trace.outputs():
         raise InputError("An exported function must compute something: this one returns arguments and constants alone.")

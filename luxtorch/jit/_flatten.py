@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock, local
 from typing import Any, TypeAlias
@@ -28,6 +29,8 @@ _KEEP_ORDER.__enter__()
 
 _REGISTERING = Lock()
 _REGISTERED: set[type] = set()
+SHARDED: set[type] = set()
+"""The class of sharded tensors, once `jit` has met one: a node with this rank's part as its child."""
 
 # torch unflattens a torch.Size to a plain tuple.
 _LEAVES = {torch.Size}
@@ -42,13 +45,24 @@ def flatten_torch_nodes(leaves: list[Any], spec: Spec) -> tuple[list[Any], Spec]
     """Return leaves and structure with all nodes that are registered with torch flattened too.
 
     Classes that are registered with `torch.utils._pytree` alone, such as dataclasses and the outputs of many models,
-    are leaves to optree. They are registered with it here at their first occurrence.
+    are leaves to optree. They are registered with it here at their first occurrence, and so is DTensor.
     """
-    while new := {type(leaf) for leaf in leaves} & pytree.SUPPORTED_NODES.keys() - _LEAVES:
+    while new := {type(leaf) for leaf in leaves} & (pytree.SUPPORTED_NODES.keys() - _LEAVES | _sharded_class()):
         tree = spec.unflatten(leaves)
         register_classes(new)
         leaves, spec = flatten(tree)
     return leaves, spec
+
+
+def _sharded_class() -> set[Any]:
+    """Return the class of sharded tensors, if it is loaded and not registered yet."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return {tensor.DTensor} - SHARDED if tensor else set()
+
+
+def has_sharded(spec: Spec) -> bool:
+    """Return whether there is a sharded tensor in a structure."""
+    return spec.type in SHARDED or any(map(has_sharded, spec.children()))
 
 
 def assembler(spec: Spec) -> Callable[[Sequence[Any]], Any]:
@@ -101,6 +115,32 @@ def deferred_leaves(args: Sequence[Any], specs: Sequence[Spec]) -> list[Any] | N
     return leaves
 
 
+def _register_sharded(cls: Any) -> None:
+    """Register DTensor, for `jit` alone: what it computes are operators on this rank's part, and collectives.
+
+    Mesh, placements and global shape belong to the structure.
+    """
+
+    def flatten_sharded(tensor: Any) -> tuple[tuple[Any], Any]:
+        local = getattr(tensor, "_given", tensor._local_tensor)
+        if local is tensor._local_tensor and tensor.requires_grad and torch.is_grad_enabled():
+            local = tensor.to_local(grad_placements=tensor.placements)
+        return (local.wait() if hasattr(local, "wait") else local,), tensor._spec
+
+    def unflatten_sharded(spec: Any, children: Any) -> Any:
+        (local,) = children
+        if not (local.requires_grad and torch.is_grad_enabled()):
+            return cls(local, spec, requires_grad=False)
+        layout = {"shape": spec.shape, "stride": spec.stride}
+        tensor = cls.from_local(local, spec.mesh, spec.placements, run_check=False, **layout)
+        tensor._given = local  # an argument that comes back is known by its identity
+        return tensor
+
+    SHARDED.add(cls)
+    with contextlib.suppress(ValueError):  # another thread was faster
+        optree.register_pytree_node(cls, flatten_sharded, unflatten_sharded, namespace=_NAMESPACE)
+
+
 def _register(cls: Any) -> None:
     """Register with optree, for `jit` alone, a class that is registered with torch."""
 
@@ -135,7 +175,7 @@ def register_classes(classes: Iterable[type]) -> None:
     """Register with optree, for `jit` alone, classes that are registered with torch."""
     with _REGISTERING:
         for cls in classes:
-            _register(cls)
+            (_register_sharded if issubclass(cls, torch.Tensor) else _register)(cls)
 
 
 class _Context(Constant):

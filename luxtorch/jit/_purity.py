@@ -27,6 +27,7 @@ from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError, described
 
+from ._flatten import SHARDED
 from ._indexing import put, taken
 from ._sizes import any_symbol
 from ._user_line import called_by_user, package_of, user_line
@@ -76,6 +77,8 @@ class ConstantFolding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copies: dict[int, Tensor] = {}  # by the storages that they replace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if SHARDED and not SHARDED.isdisjoint(types):
+            return NotImplemented  # what a sharded tensor does is seen as what this rank's part does
         args, kwargs = self._current(args, kwargs or {})
         known = _is_known(func, args, kwargs)
         self.check(func, args, kwargs)

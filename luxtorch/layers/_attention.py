@@ -21,6 +21,7 @@ from luxtorch.core import (
     wrong_shape,
     wrong_type,
 )
+from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.init import Initializer, glorot_uniform, zeros
 
 from ._dropout import Dropout, dropped
@@ -77,8 +78,9 @@ def scaled_dot_product_attention(
         raise out_of_range("dropout_p", dropout_p, "between 0 and 1")
     if dropout_p > 0 and key is None:
         raise InputError("Dropout needs a key.", fix="Pass key=lt.random.key(0), a new one at each call.")
-    # The fused kernel is differentiable by plain autograd, and known to the compiler.
-    if dropout_p == 0 and not functional() and not (mask is not None and mask.requires_grad):
+    # The fused kernel is differentiable by plain autograd, and known to the compiler; sharded tensors lack it on a CPU.
+    unknown = functional() or (is_sharded(q) and q.device.type == "cpu")
+    if dropout_p == 0 and not unknown and not (mask is not None and mask.requires_grad):
         return _by_kernel(q, k, v, mask, is_causal, scale)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, scale=scale)
     if key is not None and dropout_p > 0:
@@ -122,7 +124,9 @@ def _combined_mask(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -
     In the combined mask a fully masked query attends to everything: so its softmax and the derivatives are finite,
     before the result is set to zero.
     """
-    causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril() if is_causal else None
+    causal = None
+    if is_causal:
+        causal = beside(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), q)
     if mask is None:
         return causal, None
     keep = mask if mask.dtype == torch.bool else mask != -math.inf

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luxtorch.core import TRAINING, Layer, Parameters, States, Static, out_of_range
 from luxtorch.core._call_errors import single_input
+from luxtorch.core._sharded import beside
 from luxtorch.random import bernoulli, split, where
 
 from ._shared import unfit
@@ -81,7 +82,7 @@ class Dropout(RandomMask):
 def dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
     """Zero elements by a random mask of the given shape, and scale the others; infinities and NaNs become zero too."""
     scale = 1 / (1 - p) if p < 1 else 1.0
-    return torch.where(bernoulli(key, 1 - p, shape), x * scale, 0.0)
+    return torch.where(beside(bernoulli(key, 1 - p, shape), x), x * scale, 0.0)
 
 
 # The limit of SELU for very negative inputs: -scale * alpha.
@@ -127,7 +128,7 @@ class AlphaDropout(RandomMask):
 
 def alpha_dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
     """Drop elements by a random mask of the given shape, and keep mean and variance; with p = 1 return zeros."""
-    kept = bernoulli(key, 1 - p, shape)
+    kept = beside(bernoulli(key, 1 - p, shape), x)
     if p == 1:
         return torch.where(kept, x, 0.0)
     scale = ((1 - p) * (1 + p * _SATURATION**2)) ** -0.5

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import Layer, Parameters, States
+from luxtorch.core._sharded import is_sharded
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
 
 from ._activations import Activation, activated, as_activation
-from ._shared import arguments_text, initial_weight_and_bias, require_size, unfit
+from ._shared import arguments_text, initial_weight_and_bias, linear, require_size, unfit
 
 
 class Dense(Layer):
@@ -67,7 +68,7 @@ class Dense(Layer):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x @ weight.T + bias), st)`."""
-        y = F.linear(x, ps["weight"], ps["bias"] if self.bias else None)
+        y = linear(x, ps["weight"], ps["bias"] if self.bias else None)
         return activated(y, self.activation), st
 
     def expected_input(self) -> str:
@@ -203,8 +204,8 @@ class Bilinear(Layer):
         x1, x2 = x if isinstance(x, tuple) else (x, x)
         self._check(x1, x2)
         weight, bias = ps["weight"], ps["bias"] if self.bias else None
-        if transformed():
-            # torch's kernel has no batching rule for weights.
+        if transformed() or is_sharded(x1):
+            # torch's kernel has no batching rule for weights, and none for sharded tensors.
             y = torch.einsum("...i,oij,...j->...o", x1, weight, x2)
             y = y if bias is None else y + bias
         else:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch.core import Layer, Parameters, States, out_of_range
+from luxtorch.core._sharded import beside
 
 from ._conv import SPATIAL, Padding, Pairs, PerDim, padded, pairs, per_dim, sizes, symmetric
 from ._shared import arguments_text, unfit, widened
@@ -341,7 +342,7 @@ class AdaptiveLPPool(_AdaptivePool):
     def _pool(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         powers = _ADAPTIVE_MEAN[len(size)](x.pow(self.p), size)
         for dim, number in zip(range(-len(size), 0), size, strict=True):
-            window = torch.arange(number, device=x.device)
+            window = beside(torch.arange(number, device=x.device), x)
             ends, starts = -(-(window + 1) * x.shape[dim] // number), window * x.shape[dim] // number
             powers = powers * (ends - starts).to(x.dtype).view(-1, *(1,) * (-1 - dim))
         return powers.pow(1 / self.p)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import traced
@@ -20,6 +21,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
+from luxtorch.core._sharded import is_sharded
 from luxtorch.loops import scan
 from luxtorch.random import fold_in
 
@@ -87,6 +89,15 @@ UNROLLED = 16
 """How many steps a graph may have one by one, which is faster; more are one operator, compiled in the time of one."""
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`."""
+    if x.ndim > 1 or not is_sharded(weight):
+        return F.linear(x, weight, bias)
+    # With sharded tensors torch's linear takes no vector, and returns a dimension too many under vmap.
+    y = weight @ x
+    return y if bias is None else y + bias
+
+
 def over_steps(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, unrolled: int = UNROLLED
 ) -> tuple[Any, Any]:
@@ -96,7 +107,8 @@ def over_steps(
     """
     leaves, structure = tree_flatten(xs)
     outputs = []
-    if traced() and not torch.compiler.is_compiling() and leaves[0].shape[0] > unrolled:
+    whole = not (torch.compiler.is_compiling() or is_sharded(leaves[0]))
+    if traced() and whole and leaves[0].shape[0] > unrolled:
         if not torch.is_autocast_enabled(leaves[0].device.type):
             return scan(step, carry, xs)
         # After the first step the carry has the dtype that all others return.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, Layer, Parameters, States, out_of_range, suggest
+from luxtorch.core._sharded import beside
 
 from ._shared import require_size, unfit, widened
 
@@ -99,7 +100,7 @@ class Upsample(Layer):
             size = self.size[dim - 2] if isinstance(self.size, tuple) else self.size
             factor = self.scale_factor[dim - 2] if isinstance(self.scale_factor, tuple) else self.scale_factor
             positions = torch.arange(x.shape[dim], dtype=dtype, device=x.device)[None, None]
-            x = x.index_select(dim, F.interpolate(positions, size, factor, self.mode)[0, 0].long())
+            x = x.index_select(dim, beside(F.interpolate(positions, size, factor, self.mode)[0, 0].long(), x))
         return x
 
     def expected_input(self) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
+from luxtorch.core._sharded import beside
 
 from ._classes import as_floats
 from ._loss import Loss, machine_epsilon
@@ -70,7 +71,7 @@ class BinaryCrossEntropyLoss(Loss):
         if self.label_smoothing:
             y = y * (1 - self.label_smoothing) + self.label_smoothing / 2
         weight, pos_weight = (
-            None if value is None else torch.tensor(value, dtype=y_hat.dtype, device=y_hat.device)
+            None if value is None else beside(torch.tensor(value, dtype=y_hat.dtype, device=y_hat.device), y_hat)
             for value in (self.weight, self.pos_weight)
         )
         if self.logits:

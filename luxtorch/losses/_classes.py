@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.core import InputError, out_of_range, wrong_type
+from luxtorch.core._sharded import beside
 from luxtorch.core._weighted import watched_means
 
 from ._loss import Loss, as_numbers, machine_epsilon, total
@@ -119,7 +120,9 @@ class ClassLoss(Loss):
 
     def weights(self, scores: Tensor) -> Tensor | None:
         """Return the weights of the classes as a tensor beside the scores."""
-        return None if self.weight is None else torch.tensor(self.weight, dtype=scores.dtype, device=scores.device)
+        if self.weight is None:
+            return None
+        return beside(torch.tensor(self.weight, dtype=scores.dtype, device=scores.device), scores)
 
     def _require_weights(self, classes: int) -> None:
         if self.weight is not None and len(self.weight) != classes:

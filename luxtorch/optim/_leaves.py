@@ -20,6 +20,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
+from luxtorch.core._sharded import placed_like
 from luxtorch.core._tree import TreeSpec
 
 
@@ -71,6 +72,8 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
             _check_gradient(ps, grads, name)
         if grads is not None and grads.layout is not torch.strided:
             grads = grads.to_dense()
+        if grads is not None and type(grads) is not Tensor:
+            grads = placed_like(grads, ps)
         if ps.is_complex():
             leaves.in_parts.append(name)
             ps, grads = parts(ps), None if grads is None else parts(grads)

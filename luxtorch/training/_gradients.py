@@ -21,6 +21,7 @@ from luxtorch.core import (
     tree_unflatten,
     wrong_type,
 )
+from luxtorch.core._sharded import is_sharded
 from luxtorch.core._weighted import watching_means
 
 from ._train_state import TrainState
@@ -73,7 +74,8 @@ def _check_weight(weight: Any) -> None:
 def all_finite(*trees: Any) -> Tensor:
     """Return whether all numbers of some trees are finite, as a 0-d boolean tensor."""
     found = [torch.isfinite(tensor).all() for tree in trees for tensor in tensors(tree)]
-    return torch.stack(found).all() if found else torch.tensor(True)
+    finite = torch.stack(found).all() if found else torch.tensor(True)
+    return finite.full_tensor() if is_sharded(finite) else finite  # type: ignore[attr-defined, no-any-return]
 
 
 def select(ok: Tensor, new: Any, old: Any) -> Any:

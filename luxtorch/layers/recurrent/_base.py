@@ -22,6 +22,7 @@ from luxtorch.core import (
     wrong_shape,
     wrong_type,
 )
+from luxtorch.core._sharded import beside
 from luxtorch.layers._shared import over_steps
 
 
@@ -73,7 +74,7 @@ class StepMask:
 
 def running_steps(lengths: Tensor, time: int) -> Tensor:
     """Return a mask of the steps before the end of each sequence, (time, ...)."""
-    steps = torch.arange(time, device=lengths.device)
+    steps = beside(torch.arange(time, device=lengths.device), lengths)
     return steps.reshape(-1, *(1,) * lengths.ndim) < lengths
 
 

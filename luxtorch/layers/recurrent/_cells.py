@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, Parameters, States, described, out_of_range
+from luxtorch.core._sharded import beside
 from luxtorch.init import Initializer, glorot_uniform, zeros
 from luxtorch.layers._activations import Activation, activated, as_activation
 from luxtorch.layers._shared import arguments_text, require_size, unfit
@@ -107,7 +108,8 @@ class WeightedCell(Cell):
             elif key is None or init == zeros:
                 carry.append(ps["weight_hh"].new_zeros(shape))
             else:
-                carry.append(init(fold_in(key, name), shape).to(ps["weight_hh"].dtype))
+                drawn = init(fold_in(key, name), shape).to(ps["weight_hh"].dtype)
+                carry.append(beside(drawn, x))
         return tuple(carry), new
 
     def step(self, x: Tensor, carry: Any, ps: Parameters, st: States) -> tuple[tuple[Any, Any], States]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import functional, reverse_alone, saved_aside, traced, transformed
-from luxtorch.layers._shared import over_steps
+from luxtorch.core._sharded import is_sharded
+from luxtorch.layers._shared import linear, over_steps
 
 Carry: TypeAlias = tuple[Tensor, ...]
 
@@ -18,17 +18,17 @@ Carry: TypeAlias = tuple[Tensor, ...]
 def add_recurrent(projected: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """Add the projection of the hidden state."""
     # One fused operation where possible: a step spends its time here.
-    return torch.addmm(projected, h, weight.t()) if h.ndim == 2 else projected + F.linear(h, weight)
+    return torch.addmm(projected, h, weight.t()) if h.ndim == 2 else projected + linear(h, weight)
 
 
 def project(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Return the projection of the input, for one step or for many at once."""
-    return F.linear(x, weights[0], weights[2] + weights[3] if len(weights) >= 4 else None)
+    return linear(x, weights[0], weights[2] + weights[3] if len(weights) >= 4 else None)
 
 
 def project_gru(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Return the projection of the input, without `bias_hh`, part of which the reset gate multiplies."""
-    return F.linear(x, weights[0], weights[2] if len(weights) >= 4 else None)
+    return linear(x, weights[0], weights[2] if len(weights) >= 4 else None)
 
 
 def lstm_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
@@ -41,7 +41,7 @@ def lstm_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Car
 def gru_step(projected: Tensor, carry: Carry, weights: Sequence[Tensor]) -> Carry:
     """Return the next hidden state."""
     size = carry[0].shape[-1]
-    recurrent = F.linear(carry[0], weights[1], weights[3] if len(weights) >= 4 else None)
+    recurrent = linear(carry[0], weights[1], weights[3] if len(weights) >= 4 else None)
     r, z = (projected[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
     n = (projected[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
     return (n + z * (carry[0] - n),)
@@ -87,7 +87,7 @@ def scanned(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) ->
         weights: weight_ih, weight_hh and, if there are any, bias_ih and bias_hh.
     """
     kernel, tensors = cell.kernel, (xs, *carry, *weights)
-    if kernel is None or not _fits(cell.gates, xs, carry, weights):
+    if kernel is None or is_sharded(xs) or not _fits(cell.gates, xs, carry, weights):
         return stepwise(cell, xs, carry, weights)
     # An exported program must run without luxtorch and its operators.
     if (traced() or functional()) and reverse_alone() and not torch.compiler.is_exporting():

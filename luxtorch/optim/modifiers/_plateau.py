@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import out_of_range
+from luxtorch.core._sharded import beside
 
 from .._hyperparameters import Number, Range, Share, unpack
 from .._leaves import Leaves
@@ -76,7 +77,7 @@ class ReduceLROnPlateau(ListRule):
         state: RuleState = super().init(params)
         like = next(iter(self.leaves_of(params).params), torch.zeros(()))
         # Of one element, not 0-d: torch.compile would trace everything twice, see `pack`.
-        one = torch.ones(1, dtype=torch.float64, device=like.device)
+        one = beside(torch.ones(1, dtype=torch.float64, device=like.device), like)
         worst = one * (float("inf") if self.mode == "min" else float("-inf"))
         watched = {"scale": one, "best": worst, "bad": torch.zeros_like(one), "rest": torch.zeros_like(one)}
         return state._replace(leaves={**state.leaves, ALL: watched})

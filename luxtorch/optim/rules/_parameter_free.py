@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from luxtorch.core._sharded import beside
+
 from .._hyperparameters import Betas, Number, Numbers, Range, unpack
 from .._leafwise import counted, sqrt, zeros
 from .._leaves import Leaves
@@ -99,6 +101,7 @@ class Prodigy(ListRule):
         state: RuleState = super().init(params)
         like = next(iter(self.leaves_of(params).params), torch.zeros(()))
         d = state.hyper[..., -1:].to(like.device, torch.float32) if isinstance(state.hyper, Tensor) else like
+        d = beside(d, like)
         return state._replace(leaves={**state.leaves, ALL: {"d": d, "r": torch.zeros_like(d)}})
 
     def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from luxtorch import random
 from luxtorch.autodiff import hvp
 from luxtorch.core import out_of_range
+from luxtorch.core._sharded import beside
 
 from .._hyperparameters import Betas, Number, Range
 from .._kernels import unobserved
@@ -100,7 +101,7 @@ class Sophia(ListRule):
         value_fn, key = needed(self, leaves, "value_fn"), needed(self, leaves, "key")
         places = {name: random.fold_in(key, i) for i, name in enumerate(leaves.names)}
         signs = {
-            name: random.bernoulli(places[name], 0.5, tuple(p.shape)).to(p.device, p.dtype) * 2 - 1
+            name: beside(random.bernoulli(places[name], 0.5, tuple(p.shape)).to(p.device, p.dtype), p) * 2 - 1
             for name, p in params.items()
         }
         products = hvp(value_fn, params, signs, mode="forward")
@@ -157,7 +158,7 @@ class SOAP(AdamLike):
             return new
         for side, size in zip(("left", "right"), p.shape, strict=True):
             new[side] = p.new_zeros(size, size)
-            new[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device)
+            new[f"{side}_basis"] = beside(torch.eye(size, dtype=p.dtype, device=p.device), p)
         return new
 
     def shared(self, h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

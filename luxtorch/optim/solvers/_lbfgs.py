@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luxtorch.components import ComponentVector
 from luxtorch.core import InputError, out_of_range, tree_leaves
+from luxtorch.core._sharded import is_sharded
 
 from .._hyperparameters import Number
 from .._kernels import unobserved
@@ -163,12 +164,12 @@ def direction(memory: Slots, g: Tensor, as_numbers: bool) -> Tensor:
 
 
 def can_read(g: Tensor, memory: Slots) -> bool:
-    """Say whether tensors may be read as numbers: nothing traces them, no tape records them, and no GPU has them.
+    """Say whether tensors may be read as numbers: nothing traces or records them, and they are whole and on the CPU.
 
     There, a pair that is no pair is left out, and a product with a number and a sum are one pass.
     """
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (g, *memory.values()))
-    return unobserved() and g.is_cpu and not recorded
+    return unobserved() and g.is_cpu and not (recorded or is_sharded(g))
 
 
 def check_size(g: Tensor, memory: Slots) -> None:

@@ -1,0 +1,191 @@
+"""What the processes of the tests of meshes do; each function runs on every rank of a world."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Replicate as Copied
+from torch.distributed.tensor import Shard as Split
+
+import luxtorch as lt
+from luxtorch import distributed, optim, training
+from luxtorch.core import InputError, tree_leaves, tree_map
+from luxtorch.jit import jit
+from luxtorch.random._key import is_key
+
+WORDS, WIDTH, LENGTH, BATCH = 11, 16, 6, 8
+# With a smaller eps it would divide rounding errors by themselves: the gradient of an attention's key bias is zero.
+RULE = optim.AdamW(0.02, eps=1e-4)
+
+
+def language_model(layers: int, dropout: float = 0.1) -> Any:
+    block = lt.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=dropout, norm_first=True, is_causal=True)
+    return lt.Chain(lt.Embedding(WORDS, WIDTH), lt.TransformerEncoder(block, layers), lt.Dense(WIDTH, WORDS))
+
+
+def text() -> tuple[Tensor, Tensor]:
+    words = lt.random.randint(lt.random.key(1), (BATCH, LENGTH + 1), 0, WORDS)
+    return words[:, :-1], words[:, 1:]
+
+
+def cross_entropy(model: Any, ps: Any, st: Any, data: Any) -> Any:
+    x, y = data
+    scores, st = model(x, ps, st)
+    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten()), st, {}
+
+
+def whole(tree: Any) -> Any:
+    """Return a tree with plain tensors, gathered on all ranks."""
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+
+
+def step(data: Any, ts: training.TrainState) -> tuple[Tensor, training.TrainState]:
+    _, loss, _, ts = training.single_train_step(cross_entropy, data, ts)
+    return loss, ts
+
+
+def train(step: Any, data: Any, ts: training.TrainState, steps: int) -> tuple[Tensor, training.TrainState]:
+    losses = []
+    for _ in range(steps):
+        loss, ts = step(data, ts)
+        losses.append(whole(loss.detach()))
+    return torch.stack(losses), ts
+
+
+def placed(model: Any, data: int) -> tuple[Any, Any, Any]:
+    """Return parameters, states and text on a mesh of axes `data` and `model`."""
+    mesh = distributed.mesh("cpu", data=data, model=-1)
+    ps, st = lt.setup(0, model)
+    batch = distributed.place(text(), mesh, {"*": distributed.Shard(0, "data")})
+    return distributed.place(ps, mesh, distributed.tensor_parallel(model)), st, batch
+
+
+def alone(layers: int, steps: int) -> tuple[Tensor, Any]:
+    model = language_model(layers)
+    losses, ts = train(step, text(), training.TrainState(model, *lt.setup(0, model), RULE), steps)
+    return losses, ts.parameters
+
+
+def losses(folder: Path, data: int, layers: int, steps: int) -> dict[str, Any]:
+    """Return the losses of a language model on a mesh, eager and jitted, and where the parameters are in the end."""
+    model, found = language_model(layers), {}
+    ps, st, batch = placed(model, data)
+    jitted = jit(step, backend="replay")
+    for way, one in {"eager": step, "jit": jitted, "donated": jit(step, backend="replay", donate="ts")}.items():
+        fresh = tree_map(lambda leaf: leaf.clone(), ps)  # as donated ones are used up
+        values, ts = train(one, batch, training.TrainState(model, fresh, st, RULE), steps)
+        found[way] = values, whole(ts.parameters)
+        moved = [n for n, (a, b) in enumerate(zip(tree_leaves(ps), tree_leaves(ts.parameters), strict=True))
+                 if a.placements != b.placements]  # fmt: skip
+        found[f"{way} moved"] = torch.tensor(moved)
+    found["compiled"] = torch.tensor(jitted.cache_info().misses)
+    return found
+
+
+def rules() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield each rule of `optim` that steps a mixed tree by gradients alone, or with the loss."""
+    for name in dir(optim):
+        cls = getattr(optim, name)
+        if isinstance(cls, type) and issubclass(cls, optim.Rule) and cls is not optim.Rule:
+            matrices = name == "Muon"
+            try:
+                yield name, cls(0.02), {"weight": (4, 6)} if matrices else {"weight": (4, 6), "bias": (4,), "scale": ()}
+            except (TypeError, InputError):  # it wraps another rule, or takes a number of steps
+                continue
+
+
+def rule_steps(folder: Path) -> dict[str, Any]:
+    """Return what each rule makes of sharded parameters in three steps, and of whole ones."""
+    mesh, found = distributed.mesh("cpu", model=-1), {}
+    places = {"weight": distributed.Shard(1, "model"), "*": distributed.Replicate()}
+    for name, rule, shapes in rules():
+
+        def run(ps: Any, place: Any, rule: Any = rule) -> Any:
+            def loss(ps: Any) -> Tensor:
+                return sum(((p - 0.3) ** 2).sum() * (i + 1) for i, p in enumerate(ps.values()))
+
+            ps = place(ps)
+            opt_state = optim.setup(rule, ps)
+            extra = {"key": lt.random.key(3)} if rule.__class__.__name__ == "Sophia" else {}
+            for _ in range(3):
+                grads = lt.gradient(loss, ps)
+                opt_state, ps = optim.update(opt_state, ps, grads, value=loss(ps), value_fn=loss, **extra)
+            return whole(ps)
+
+        ps = {n: lt.random.normal(lt.random.key(i), shape) for i, (n, shape) in enumerate(shapes.items())}
+        found[name] = run(ps, lambda ps: ps), run(ps, lambda ps: distributed.place(ps, mesh, places))
+    return found
+
+
+def spread(leaf: Any, mesh: DeviceMesh, split: bool) -> Any:
+    """Return a tensor split along its first even dimension, or copied; keys and counts as they are."""
+    if not isinstance(leaf, Tensor) or is_key(leaf) or not (leaf.ndim or leaf.is_floating_point()):
+        return leaf
+    even = [dim for dim, size in enumerate(leaf.shape) if size % mesh.size() == 0]
+    return distribute_tensor(leaf.detach(), mesh, [Split(even[0]) if split and even else Copied()])
+
+
+def forms() -> Iterator[tuple[str, Any, Any]]:
+    """Yield each form of a layer that the law checker is given, with each of its inputs that has elements."""
+    for file in sorted((Path(__file__).parents[1] / "layers").glob("test_*.py")):
+        if "\nFORMS = {" not in file.read_text():
+            continue
+        for name, (layer, inputs, *_) in runpy.run_path(str(file))["FORMS"].items():
+            for n, x in enumerate(map(_drawn, inputs)):
+                # torch never ends with the placement of a view of no elements.
+                if all(leaf.numel() for leaf in tree_leaves((x, *lt.setup(0, layer))) if isinstance(leaf, Tensor)):
+                    yield f"{file.stem}: {name}, input {n}", layer, x
+
+
+def _drawn(spec: Any) -> Any:
+    if isinstance(spec, Tensor):
+        return spec
+    if isinstance(spec, dict):
+        return {name: _drawn(part) for name, part in spec.items()}
+    if all(isinstance(size, int) for size in spec):
+        return lt.random.normal(lt.random.key(sum(spec)), spec)
+    return tuple(map(_drawn, spec))
+
+
+def layer_outcomes(folder: Path, split: bool) -> dict[str, str]:
+    """Return for each form of a layer what is different from plain tensors: nothing, or the error."""
+    mesh, found = distributed.mesh("cpu", ranks=-1), {}
+    for name, layer, x in forms():
+        ps, st = lt.setup(0, layer)
+        expected = _outputs(layer, x, ps, st)
+        try:
+            x, ps, st = tree_map(lambda leaf: spread(leaf, mesh, split), (x, ps, st))
+            got = _outputs(layer, x, ps, st)
+        except Exception as error:
+            found[name] = f"refused: {type(error).__name__}: {error}"
+            continue
+        try:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            found[name] = "same"
+        except AssertionError as error:
+            found[name] = f"differs: {error}"
+    return found
+
+
+def _outputs(layer: Any, x: Any, ps: Any, st: Any) -> Any:
+    """Return output, new state, and the gradient of a loss of the output, as whole tensors."""
+
+    def loss(ps: Any) -> Any:
+        y, _ = layer(x, ps, st)
+        return sum((leaf.square().sum() for leaf in tree_leaves(y) if _is_number(leaf)), torch.zeros(()))
+
+    y, new = layer(x, ps, st)
+    grads = lt.gradient(loss, ps) if any(map(_is_number, tree_leaves(ps))) else ()
+    leaves = [leaf for leaf in tree_leaves(whole((y, new, grads))) if isinstance(leaf, Tensor)]
+    return [leaf.view(torch.int64) if leaf.dtype == torch.uint64 else leaf for leaf in leaves]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
