@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch._torch import replicated
-from luxtorch._transforms import unwrapped, vmap_levels
+from luxtorch._torch import add_batch_dim, batch_dim_of, get_unwrapped, is_batched, is_wrapped, level_of, replicated
+from luxtorch._transforms import unwrapped
 
 
 def sharded_part(value: object) -> Tensor | None:
@@ -32,10 +33,17 @@ def beside(tensor: Tensor, other: Tensor) -> Tensor:
     same on all ranks. Those that a layer makes itself are: masks, positions, weights of classes.
     """
     sharded = sharded_part(other)
-    if sharded is None or is_sharded(tensor) or vmap_levels(tensor):
+    if sharded is None or is_sharded(tensor):
         return tensor
-    # It is wrapped by the transforms at work, although it has no derivative.
-    return replicated(unwrapped(tensor), sharded.device_mesh)  # type: ignore[attr-defined]
+    return _replicated(tensor, sharded.device_mesh)  # type: ignore[attr-defined]
+
+
+def _replicated(tensor: Tensor, mesh: Any) -> Tensor:
+    if not is_wrapped(tensor):
+        return replicated(tensor, mesh)
+    # It has no derivative, though it is wrapped where one is taken; of wrappers, only those of vmap stay.
+    inner = _replicated(get_unwrapped(tensor), mesh)
+    return add_batch_dim(inner, batch_dim_of(tensor), level_of(tensor)) if is_batched(tensor) else inner
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -47,3 +55,50 @@ def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     if not (is_sharded(tensor) and is_sharded(other)) or tensor.placements == other.placements:  # type: ignore[attr-defined]
         return tensor
     return tensor.redistribute(placements=other.placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def settled(y: Tensor, gather: int | None = None) -> Tensor:
+    """Return what a layer has computed with the sums over ranks taken, and see that those of its gradient are.
+
+    Left alone, a sum would wait for an operator that needs it. That may be a product with a whole weight, which torch
+    then splits by samples, so that the weights travel. Gradients by all users of `y` are added before they are summed
+    over ranks: once.
+
+    Args:
+        y: The output.
+        gather: A dimension that is not to be split, from the end.
+    """
+    sharded: Any = sharded_part(y)
+    if sharded is None:
+        return y
+    from torch.distributed.tensor import Replicate
+
+    split = -1 if gather is None else sharded.ndim + gather
+    placements = [Replicate() if place.is_partial() or place.is_shard(split) else place for place in sharded.placements]
+    if torch.compiler.is_compiling():
+        return y.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+    result: Tensor = _Settled.apply(y, placements)
+    return result
+
+
+class _Settled(torch.autograd.Function):
+    """Take the sums over ranks, forward and backward; as to its numbers, it is the identity."""
+
+    @staticmethod
+    def forward(y: Any, placements: Any) -> Tensor:
+        return y.view_as(y) if y.placements == tuple(placements) else y.redistribute(placements=placements)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        sharded: Any = sharded_part(output)
+        ctx.placements = sharded.placements
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        sharded: Any = sharded_part(grad)
+        unsettled = sharded is not None and any(place.is_partial() for place in sharded.placements)
+        return (_Settled.apply(grad, ctx.placements) if unsettled else grad), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], y: Tensor, placements: Any) -> tuple[Tensor, int]:
+        return _Settled.apply(y, placements), in_dims[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, Layer, Parameters, States, described, out_of_range, wrong_shape, wrong_type
+from luxtorch.core._sharded import settled
 from luxtorch.init import Initializer, normal
 from luxtorch.random import fold_in
 
@@ -82,9 +83,9 @@ class Embedding(Layer):
         weight = ps["weight"].flatten(0, len(self._rows) - 1)
         try:
             if self.padding_idx is None or not transformed():
-                return F.embedding(indices, weight, self.padding_idx), st
+                return settled(F.embedding(indices, weight, self.padding_idx), gather=-1), st
             # In forward mode torch's kernel does not stop the gradient of the padding row.
-            y = F.embedding(indices, weight)
+            y = settled(F.embedding(indices, weight), gather=-1)
             return torch.where((indices == self.padding_idx)[..., None], y.detach(), y), st
         except IndexError as error:
             raise index_error(x, error, expected=self.expected_input()) from error

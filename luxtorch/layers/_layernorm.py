@@ -21,6 +21,7 @@ from luxtorch._transforms import (
 )
 from luxtorch.core import Layer, Parameters, States, out_of_range
 from luxtorch.core._renamed import renamed_option
+from luxtorch.core._sharded import settled
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
@@ -177,7 +178,8 @@ class LayerNorm(_LastDimensionsNorm):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalized input and `st`."""
-        return activated(layer_normalized(x, self.shape, *affine_of(self, ps), self.eps), self.activation), st
+        y = settled(layer_normalized(x, self.shape, *affine_of(self, ps), self.eps))
+        return activated(y, self.activation), st
 
 
 @renamed_option("init_scale", "init_weight")
@@ -230,7 +232,7 @@ class RMSNorm(_LastDimensionsNorm):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalized input and `st`."""
-        return F.rms_norm(x, self.shape, ps["weight"] if self.affine else None, self.eps), st
+        return settled(F.rms_norm(x, self.shape, ps["weight"] if self.affine else None, self.eps)), st
 
 
 def _last_dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:

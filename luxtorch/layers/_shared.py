@@ -21,7 +21,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
-from luxtorch.core._sharded import is_sharded
+from luxtorch.core._sharded import is_sharded, settled
 from luxtorch.loops import scan
 from luxtorch.random import fold_in
 
@@ -91,10 +91,11 @@ UNROLLED = 16
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`."""
-    if x.ndim > 1 or not is_sharded(weight):
+    if not is_sharded(weight):
         return F.linear(x, weight, bias)
-    # With sharded tensors torch's linear takes no vector, and returns a dimension too many under vmap.
-    y = weight @ x
+    # With sharded tensors torch's linear takes no vector, and returns a dimension too many under vmap. The bias comes
+    # after the sum over ranks.
+    y = settled(F.linear(x, weight) if x.ndim > 1 else weight @ x)
     return y if bias is None else y + bias
 
 

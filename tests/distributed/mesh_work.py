@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,3 +190,129 @@ def _outputs(layer: Any, x: Any, ps: Any, st: Any) -> Any:
 
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def derivatives(ps: Any, data: Any, model: Any, st: Any) -> dict[str, Any]:
+    """Return derivatives of all kinds of a loss of sharded or whole parameters."""
+
+    def loss(ps: Any) -> Tensor:
+        x, y = data
+        return (model(x, ps, st)[0] - y).square().mean()
+
+    bias = ps["layer_2"]["bias"]
+    return {
+        "gradient": lt.gradient(loss, ps),
+        "value": lt.withgradient(loss, ps)[0],
+        "pullback": lt.pullback(loss, ps)[1](loss(ps).detach() * 0 + 2.0),
+        "jvp": lt.jacobian_vector_product(loss, ps, ps),
+        "hvp": lt.hvp(loss, ps, ps),
+        "hvp, forward": lt.hvp(loss, ps, ps, mode="forward"),
+        "gradient of a norm": lt.gradient(
+            lambda ps: sum(g.square().sum() for g in tree_leaves(lt.gradient(loss, ps))), ps
+        ),
+        "vmap over inputs": torch.func.vmap(lambda x: model(x, ps, st)[0])(data[0]),
+        "vmap over models": torch.func.vmap(lambda scale: loss(tree_map(lambda p: p * scale, ps)))(bias),
+    }
+
+
+def operations(folder: Path) -> dict[str, Any]:
+    """Return pairs of what becomes of whole and of sharded tensors."""
+    mesh = distributed.mesh("cpu", data=1, model=-1)
+    model = lt.Chain(lt.Dense(8, 6, "tanh"), lt.Dense(6, 4))
+    ps, st = lt.setup(0, model)
+    data = lt.random.normal(lt.random.key(1), (8, 8)), lt.random.normal(lt.random.key(2), (8, 4))
+    rules = distributed.tensor_parallel(model)
+    sharded, batch = distributed.place((ps, data), mesh, {f"0.{name}": rule for name, rule in rules.items()} | {
+        "1.*": distributed.Shard(0, "data")})  # fmt: skip
+    found: dict[str, Any] = {"placed": (ps, whole(sharded))}
+    expected, got = derivatives(ps, data, model, st), derivatives(sharded, batch, model, st)
+    found |= {name: (expected[name], whole(got[name])) for name in expected}
+    for name, options in {"accumulate": {"accumulate": 2}, "skip": {"skip_nonfinite": True}}.items():
+        after = []
+        for params, given in ((ps, data), (sharded, batch)):
+            ts = training.TrainState(model, params, st, RULE)
+            for _ in range(2):
+                ts = training.single_train_step(lt.MSELoss(), given, ts, **options)[-1]
+            after.append(whole((ts.parameters, ts.states)))
+        found[name] = tuple(after)
+    ema = lt.EMA(0.5)
+    averages = [ema.parameters(ema.update(ema.init(params), params)) for params in (ps, sharded)]
+    found["ema"] = averages[0], whole(averages[1])
+    frozen = [lt.freeze(model, params, st, "layer_1") for params in (ps, sharded)]
+    outputs = [layer(x, ps, st)[0] for (layer, ps, st), x in zip(frozen, (data[0], batch[0]), strict=True)]
+    found["frozen"] = outputs[0], whole(outputs[1])
+
+    def loss(ps: Any, data: Any) -> Tensor:
+        return (model(data[0], ps, st)[0] - data[1]).square().mean()
+
+    jitted, taped = jit(loss, backend="replay"), []
+    for params, given in ((ps, data), (sharded, batch)):
+        leaf = tree_map(lambda p: p.detach().requires_grad_(), params)
+        jitted(leaf, given).backward()
+        taped.append([p.grad for p in tree_leaves(leaf)])
+    found["tape through jit"] = taped[0], whole(taped[1])
+
+    own = batch[0].to_local()[: 4 if mesh.size() == 2 else 8]
+    parts = distributed.place(own, distributed.mesh("cpu", data=-1), {"*": distributed.Shard(0, "data")}, local=True)
+    found["local parts"] = torch.tensor(parts.shape), torch.tensor([8, 8])
+    elsewhere = distributed.place(sharded, distributed.mesh("cpu", other=-1), {"*": distributed.Replicate()})
+    found["moved to another mesh"] = ps, whole(elsewhere)
+    return found
+
+
+def mistakes(folder: Path) -> dict[str, str]:
+    """Return what is said of each mistake that two ranks make together."""
+    mesh, shard = distributed.mesh("cpu", data=1, model=2), distributed.Shard
+    model = lt.Chain(lt.Dense(8, 6, "tanh"), lt.Dense(6, 4))
+    ps, st = lt.setup(0, model)
+    sharded = distributed.place(ps, mesh, distributed.tensor_parallel(model))
+    predict = jit(lambda ps, x: model(x, ps, st)[0], backend="replay")
+    x = torch.ones(2, 8)
+    attempts = {
+        "plain input": lambda: model(x, sharded, st),
+        "plain parameters": lambda: model(distributed.place(x, mesh, {"*": shard(0, "data")}), ps, st),
+        "vector": lambda: lt.ComponentVector(sharded),
+        "odd size": lambda: distributed.place({"x": torch.ones(3, 2)}, mesh, {"x": shard(0, "model")}),
+        "export": lambda: predict.export(folder / "step.pt2", sharded, distributed.place(x, mesh, {"*": Copy})),
+        "sizes": lambda: distributed.mesh("cpu", data=2, model=2),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            said[name] = "nothing"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+Copy = distributed.Replicate()
+
+
+def state_on(data: int) -> training.TrainState:
+    model = language_model(1)
+    ps, st, _ = placed(model, data)
+    return training.TrainState(model, ps, st, RULE)
+
+
+def saved_by_mesh(folder: Path, data: int) -> Any:
+    """Take two steps, save a checkpoint, and return the parameters and moments."""
+    ts = train(step, placed(language_model(1), data)[2], state_on(data), 2)[1]
+    distributed.save_checkpoint(folder / "state", ts)
+    return lt.flatten_names(whole({"ps": ts.parameters, "moments": optim.slots(ts.optimizer_state, "exp_avg")}))
+
+
+def loaded_by_mesh(folder: Path, data: int) -> Any:
+    """Return the same from the checkpoint, on another mesh."""
+    ts = distributed.load_checkpoint(folder / "state", state_on(data))
+    return lt.flatten_names(whole({"ps": ts.parameters, "moments": optim.slots(ts.optimizer_state, "exp_avg")}))
+
+
+def collectives(folder: Path, data: int, layers: int) -> dict[str, int]:
+    """Return how often each collective is called in a step."""
+    from collections import Counter
+
+    ps, st, batch = placed(language_model(layers), data)
+    jitted = jit(step, backend="replay")
+    graph = jitted.lower(batch, training.TrainState(language_model(layers), ps, st, RULE)).graph
+    return dict(Counter(re.findall(r"_c10d_functional\.(?!wait)(\w+)\.default", graph)))
