@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -17,10 +18,12 @@ from luxtorch import distributed
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["luxtorch.distributed", "luxtorch.optim", "luxtorch.training"])
 
+_MEETINGS = itertools.count()
+
 
 def start(work: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout: float = 60.0) -> list[Any]:
     """Start the processes of a world, which return `work(folder, *args)`."""
-    meeting = f"file://{folder}/{work.__name__}_{ranks}_meeting"
+    meeting = f"file://{folder}/meeting_{next(_MEETINGS)}"
     processes = [
         CONTEXT.Process(target=_run, args=(work, meeting, rank, ranks, folder, args, timeout)) for rank in range(ranks)
     ]
@@ -33,8 +36,11 @@ def run(work: Callable[..., Any], ranks: int, folder: Path, *args: Any, limit: f
     """Return what the processes of a world return, in the order of their ranks."""
     processes = start(work, ranks, folder, *args)
     end = time.monotonic() + limit
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+    # Where one has failed, the others would wait for it.
+    while time.monotonic() < end and {process.exitcode for process in processes} <= {None, 0}:
+        if all(process.exitcode == 0 for process in processes):
+            break
+        time.sleep(0.02)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
