@@ -127,12 +127,18 @@ torch_while_loop: Callable[..., Any] = while_loop
 
 def replicated(tensor: Tensor, mesh: Any) -> Tensor:
     """Return a tensor that every rank of a mesh has as one sharded tensor, outside of autograd."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
-    spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
-    return DTensor(tensor, spec, requires_grad=False)
+    return around(tensor, DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta))
+
+
+def around(part: Tensor, spec: Any) -> Tensor:
+    """Return the sharded tensor with this part on this rank, outside of autograd."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, spec, requires_grad=False)
 
 
 # Memory.

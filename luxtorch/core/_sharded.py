@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch._torch import add_batch_dim, batch_dim_of, get_unwrapped, is_batched, is_wrapped, level_of, replicated
+from luxtorch._torch import (
+    add_batch_dim,
+    around,
+    batch_dim_of,
+    get_unwrapped,
+    is_batched,
+    is_wrapped,
+    level_of,
+    replicated,
+)
 from luxtorch._transforms import unwrapped
 
+from ._tree import map_tensors
 
-def sharded_part(value: object) -> Tensor | None:
+_MODULE = "torch.distributed.tensor"
+
+
+def sharded_part(value: object) -> Any:
     """Return the `DTensor` that a value is, inside of the wrappers of torch.func; None if it is another thing."""
-    module = sys.modules.get("torch.distributed.tensor")  # what is not loaded has made no tensor
+    module = sys.modules.get(_MODULE)  # what is not loaded has made no tensor
     if module is None or not isinstance(value, Tensor):
         return None
     inner = value if torch.compiler.is_compiling() else unwrapped(value)
@@ -35,7 +49,7 @@ def beside(tensor: Tensor, other: Tensor) -> Tensor:
     sharded = sharded_part(other)
     if sharded is None or is_sharded(tensor):
         return tensor
-    return _replicated(tensor, sharded.device_mesh)  # type: ignore[attr-defined]
+    return _replicated(tensor, sharded.device_mesh)
 
 
 def _replicated(tensor: Tensor, mesh: Any) -> Tensor:
@@ -52,9 +66,40 @@ def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     A gradient is where the last operator of the backward pass has put it, often as a sum that is not taken yet; a
     parameter that steps by it would be there too.
     """
-    if not (is_sharded(tensor) and is_sharded(other)) or tensor.placements == other.placements:  # type: ignore[attr-defined]
+    came, wanted = sharded_part(tensor), sharded_part(other)
+    if came is None or wanted is None or came.placements == wanted.placements:
         return tensor
-    return tensor.redistribute(placements=other.placements)  # type: ignore[attr-defined, no-any-return]
+    return tensor.redistribute(placements=wanted.placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether one of some tensors is sharded, and not wrapped by a transform."""
+    return _MODULE in sys.modules and any(sharded_part(tensor) is tensor for tensor in tensors)
+
+
+def own_parts(tree: Any) -> Any:
+    """Return a tree with this rank's parts of sharded tensors, with their derivatives."""
+    return map_tensors(_own_part, tree)
+
+
+def _own_part(tensor: Any) -> Any:
+    sharded = sharded_part(tensor)
+    if sharded is None or sharded is not tensor:
+        return tensor
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    part: Any = sharded.to_local(grad_placements=sharded.placements) if recorded else sharded._local_tensor
+    return part.wait() if hasattr(part, "wait") else part
+
+
+def sharded_as(whole: Any, part: Tensor) -> Tensor:
+    """Return this rank's new part in the form of a tensor, which may be sharded."""
+    sharded = sharded_part(whole)
+    if sharded is None or sharded is not whole or is_sharded(part):
+        return part
+    if not (part.requires_grad and torch.is_grad_enabled()):
+        return around(part, sharded._spec)
+    layout = {"shape": sharded.shape, "stride": sharded.stride()}
+    return type(sharded).from_local(part, sharded.device_mesh, sharded.placements, run_check=False, **layout)  # type: ignore[no-any-return]
 
 
 def settled(y: Tensor, gather: int | None = None) -> Tensor:
@@ -68,7 +113,7 @@ def settled(y: Tensor, gather: int | None = None) -> Tensor:
         y: The output.
         gather: A dimension that is not to be split, from the end.
     """
-    sharded: Any = sharded_part(y)
+    sharded = sharded_part(y)
     if sharded is None:
         return y
     from torch.distributed.tensor import Replicate
@@ -90,12 +135,12 @@ class _Settled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
-        sharded: Any = sharded_part(output)
+        sharded = sharded_part(output)
         ctx.placements = sharded.placements
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sharded: Any = sharded_part(grad)
+        sharded = sharded_part(grad)
         unsettled = sharded is not None and any(place.is_partial() for place in sharded.placements)
         return (_Settled.apply(grad, ctx.placements) if unsettled else grad), None
 

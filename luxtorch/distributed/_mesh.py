@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed import tensor as placements
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -101,7 +102,7 @@ def mesh(device: str | None = None, /, **axes: int) -> DeviceMesh:
         raise InputError("A mesh needs an axis.", fix="Name one with its size, as in distributed.mesh(data=-1).")
     initialize()
     if not initialized():  # a process of its own: collectives need a group nevertheless
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with collective("arrangement in a mesh"):
         return init_device_mesh(device, _sizes(axes), mesh_dim_names=tuple(axes))
@@ -338,7 +339,8 @@ def _split(layer: Any, path: str, axis: str, rules: dict[str, Placement]) -> Non
 
 def _pairs(layer: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return the dense layers that follow each other in a chain, two and two, with others without parts between."""
-    found, first = [], ""
+    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    first = ""
     for name, child in layer.children().items() if hasattr(layer, "__iter__") else ():
         dense = {"in_features", "out_features"} <= set(dir(child))
         if dense and first:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError
+from luxtorch.core._sharded import any_sharded, own_parts, sharded_as
 from luxtorch.core._traced_once import traced_once
 
 from ._hyperparameters import unpack
@@ -111,11 +112,29 @@ class LeafwiseRule(ListRule):
     def step(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
         """Return the new parameters and the new state, by the kernel where it can be used."""
         check_names(leaves.names, state.leaves)
+        if any_sharded(leaves.params) and self.elementwise():
+            return self._step_of_parts(leaves, state)
         try:
             return self._fused_step(leaves, state) or super().step(leaves, state)
         except RuntimeError:
             _check_shapes(self, leaves, state)
             raise
+
+    def elementwise(self) -> bool:
+        """Say whether the formula knows nothing but the elements, so that it may be that of this rank's part."""
+        return not self.splits_vectors() and type(self).updates is LeafwiseRule.updates
+
+    def _step_of_parts(self, leaves: Leaves, state: RuleState) -> tuple[list[Tensor], RuleState]:
+        """Return the step of sharded parameters: that of this rank's parts, without torch's dispatch of each operator.
+
+        The gradients are in the places of the parameters, and so is what the state remembers of them.
+        """
+        own = leaves._replace(params=own_parts(leaves.params), grads=own_parts(leaves.grads))
+        params, new = self.step(own, state._replace(leaves=own_parts(state.leaves)))
+        slots = {}
+        for name, old in state.leaves.items():
+            slots[name] = {slot: sharded_as(old[slot], value) for slot, value in new.leaves[name].items()}
+        return list(map(sharded_as, leaves.params, params)), new._replace(leaves=slots)
 
     def updates(self, leaves: Leaves, state: RuleState) -> tuple[Updates, RuleState]:
         """Return what becomes of the gradients by the formula, and the new state."""

@@ -20,7 +20,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
-from luxtorch.core._sharded import placed_like
+from luxtorch.core._sharded import is_sharded, placed_like
 from luxtorch.core._tree import TreeSpec
 
 
@@ -72,8 +72,10 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
             _check_gradient(ps, grads, name)
         if grads is not None and grads.layout is not torch.strided:
             grads = grads.to_dense()
-        if grads is not None and type(grads) is not Tensor:
+        if grads is not None and (type(grads) is not Tensor or type(ps) is not Tensor):
             grads = placed_like(grads, ps)
+            if is_sharded(grads) != is_sharded(ps):
+                raise _half_sharded(ps, name)
         if ps.is_complex():
             leaves.in_parts.append(name)
             ps, grads = parts(ps), None if grads is None else parts(grads)
@@ -243,6 +245,15 @@ def _structure_error(ps: Any, grads: Any, name: str) -> InputError:
         expected=f"{type(ps).__name__}{' of the same axes or length' if same else ''}, or None",
         got=type(grads).__name__,
         fix="Take the gradient with respect to the very tree that is passed as parameters.",
+        where=name or "the gradients",
+    )
+
+
+def _half_sharded(ps: Tensor, name: str) -> InputError:
+    return InputError(
+        "The gradient of a sharded parameter must be sharded, and that of a plain one plain.",
+        got=f"a {'sharded' if is_sharded(ps) else 'plain'} parameter",
+        fix="Compute the loss with the parameters that are passed here.",
         where=name or "the gradients",
     )
 

@@ -74,8 +74,8 @@ def _check_weight(weight: Any) -> None:
 def all_finite(*trees: Any) -> Tensor:
     """Return whether all numbers of some trees are finite, as a 0-d boolean tensor."""
     found = [torch.isfinite(tensor).all() for tree in trees for tensor in tensors(tree)]
-    finite = torch.stack(found).all() if found else torch.tensor(True)
-    return finite.full_tensor() if is_sharded(finite) else finite  # type: ignore[attr-defined, no-any-return]
+    found = [one.full_tensor() if is_sharded(one) else one for one in found]  # type: ignore[attr-defined]
+    return torch.stack(found).all() if found else torch.tensor(True)
 
 
 def select(ok: Tensor, new: Any, old: Any) -> Any:

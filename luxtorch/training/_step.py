@@ -13,6 +13,7 @@ from luxtorch import optim
 from luxtorch._torch import storage_id, storage_users
 from luxtorch._transforms import transformed
 from luxtorch.core import map_tensors, tensors
+from luxtorch.core._sharded import any_sharded, own_parts
 from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair
 from luxtorch.optim._rule import negative
@@ -47,27 +48,36 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
         owned is None or sum(map(storage_users, owned)) > len(owned) * _alone()
     )  # before views of them are made here
     names, params, gs, *_ = pair(trees.parameters, grads)
+    sharded = any_sharded(params)
+    own = own_parts if sharded else _same
+    if sharded and not rule.elementwise():
+        return None
+    params, gs = own(params), own(gs)
     frozen = set(layout.frozen)
     if not all(g is None or _readable(p, g) for p, g in zip(params, gs, strict=True)):
         return None
     ps, slots = trees.parameters, state.leaves
     if shared:
-        if slots.keys() != set(names) or not all(
-            _writable(p, slots[name]) for name, p in zip(names, params, strict=True)
-        ):
+        parts = own(slots)
+        if slots.keys() != set(names) or not all(_writable(p, parts[n]) for n, p in zip(names, params, strict=True)):
             return None
         ps = map_tensors(_copy, ps)
         slots = {name: {slot: _copy(value) for slot, value in leaf.items()} for name, leaf in slots.items()}
-        owned = tuple(storage_id(p) for p in tensors(ps))
-        params = pair(ps, None).params
+        owned = tuple(storage_id(p) for p in own(tensors(ps)))
+        params = own(pair(ps, None).params)
     chosen = [i for i, g in enumerate(gs) if g is not None and names[i] not in frozen]
     if chosen:
         gs = negative(gs) if rule.maximize else gs
-        rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], [slots[names[i]] for i in chosen], *values)
+        remembered = [own(slots[names[i]]) for i in chosen]
+        rule.in_place([params[i] for i in chosen], [gs[i] for i in chosen], remembered, *values)
         state = state.after(slots)
     new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)
     ts._give_away()
     return ts._with(new, owned)
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 @cache
