@@ -125,13 +125,13 @@ torch_scan: Callable[..., Any] = scan
 torch_while_loop: Callable[..., Any] = while_loop
 
 
-def replicated(tensor: Tensor, mesh: Any) -> Tensor:
-    """Return a tensor that every rank of a mesh has as one sharded tensor, outside of autograd."""
-    from torch.distributed.tensor import Replicate
+def unsplit(part: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Return a tensor of which every rank has the whole, or a summand, as one sharded tensor, outside of autograd."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
-    return around(tensor, DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta))
+    return around(
+        part, DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
+    )
 
 
 def around(part: Tensor, spec: Any) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from luxtorch._torch import (
     is_batched,
     is_wrapped,
     level_of,
-    replicated,
+    unsplit,
 )
 from luxtorch._transforms import unwrapped
 
@@ -54,22 +55,44 @@ def beside(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _replicated(tensor: Tensor, mesh: Any) -> Tensor:
     if not is_wrapped(tensor):
-        return replicated(tensor, mesh)
+        from torch.distributed.tensor import Replicate
+
+        return unsplit(tensor, mesh, [Replicate()] * mesh.ndim)
     # It has no derivative, though it is wrapped where one is taken; of wrappers, only those of vmap stay.
     inner = _replicated(get_unwrapped(tensor), mesh)
     return add_batch_dim(inner, batch_dim_of(tensor), level_of(tensor)) if is_batched(tensor) else inner
 
 
-def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor in the places of another, if both are sharded.
+def placed_like(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return gradients in the places of their parameters, where both are sharded.
 
-    A gradient is where the last operator of the backward pass has put it, often as a sum that is not taken yet; a
-    parameter that steps by it would be there too.
+    A gradient is where the last operator of the backward pass has put it, often as a sum over ranks that is not taken
+    yet; a parameter that steps by it would be there too. Sums over the same ranks travel together.
     """
-    came, wanted = sharded_part(tensor), sharded_part(other)
-    if came is None or wanted is None or came.placements == wanted.placements:
-        return tensor
-    return tensor.redistribute(placements=wanted.placements)  # type: ignore[attr-defined, no-any-return]
+    placed, together = list(gradients), defaultdict[Any, list[int]](list)
+    if not any_sharded(parameters):
+        return placed
+    from torch.distributed.tensor import Replicate
+
+    for i, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+        came, wanted = sharded_part(gradient), sharded_part(parameter)
+        if came is None or wanted is None or came.placements == wanted.placements:
+            continue
+        pairs = list(zip(came.placements, wanted.placements, strict=True))
+        only_sums = all(a == b or (a.is_partial() and b.is_replicate()) for a, b in pairs)
+        recorded = came is not gradient or (came.requires_grad and torch.is_grad_enabled())
+        if recorded or not only_sums:
+            placed[i] = gradient.redistribute(placements=wanted.placements)  # type: ignore[union-attr]
+        else:
+            sums = tuple(a if a.is_partial() else Replicate() for a, _ in pairs)  # of one dimension: each rank has all
+            together[came.device_mesh, sums, came.dtype].append(i)
+    for (mesh, sums, _), members in together.items():
+        parts = [_own_part(placed[i]) for i in members]
+        flat: Any = unsplit(torch.cat([part.reshape(-1) for part in parts]), mesh, sums)
+        total = _own_part(flat.redistribute(placements=[Replicate()] * mesh.ndim))
+        for i, part, summed in zip(members, parts, total.split([part.numel() for part in parts]), strict=True):
+            placed[i] = around(summed.view(part.shape), sharded_part(parameters[i])._spec)
+    return placed
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -135,14 +158,17 @@ class _Settled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
-        sharded = sharded_part(output)
-        ctx.placements = sharded.placements
+        pairs = list(zip(sharded_part(inputs[0]).placements, sharded_part(output).placements, strict=True))
+        # A sum has no place to go back to; what was gathered is split again.
+        ctx.placements = [after if before.is_partial() else before for before, after in pairs]
+        ctx.gathered = any(before != after and not before.is_partial() for before, after in pairs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         sharded = sharded_part(grad)
-        unsettled = sharded is not None and any(place.is_partial() for place in sharded.placements)
-        return (_Settled.apply(grad, ctx.placements) if unsettled else grad), None
+        sums = sharded is not None and any(place.is_partial() for place in sharded.placements)
+        again = sharded is not None and (sums or ctx.gathered)
+        return (_Settled.apply(grad, ctx.placements) if again else grad), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], y: Tensor, placements: Any) -> tuple[Tensor, int]:

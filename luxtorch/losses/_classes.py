@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.core import InputError, out_of_range, wrong_type
-from luxtorch.core._sharded import beside
+from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.core._weighted import watched_means
 
 from ._loss import Loss, as_numbers, machine_epsilon, total
@@ -93,7 +93,8 @@ class ClassLoss(Loss):
 
     def picked(self, scores: Tensor, y: Tensor, reduction: str) -> Tensor:
         """Return minus the scores of the target classes."""
-        if scores.ndim > 2 and not reverse_alone():
+        # torch's kernel would gather sharded scores.
+        if (scores.ndim > 2 and not reverse_alone()) or (scores.ndim > 1 and is_sharded(scores)):
             return self._gathered(scores, y, reduction)
         try:
             return F.nll_loss(scores, y, self.weights(scores), ignore_index=self.ignore_index, reduction=reduction)

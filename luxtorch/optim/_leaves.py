@@ -20,7 +20,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
-from luxtorch.core._sharded import is_sharded, placed_like
+from luxtorch.core._sharded import any_sharded, is_sharded, placed_like
 from luxtorch.core._tree import TreeSpec
 
 
@@ -63,6 +63,8 @@ def pair(ps: Any, grads: Any) -> Leaves:
     """
     leaves = Leaves([], [], [], [])
     _walk(ps, grads, "", leaves)
+    if any_sharded(leaves.params):
+        leaves = leaves._replace(grads=placed_like(leaves.grads, leaves.params))
     return leaves
 
 
@@ -72,10 +74,8 @@ def _walk(ps: Any, grads: Any, name: str, leaves: Leaves) -> None:
             _check_gradient(ps, grads, name)
         if grads is not None and grads.layout is not torch.strided:
             grads = grads.to_dense()
-        if grads is not None and (type(grads) is not Tensor or type(ps) is not Tensor):
-            grads = placed_like(grads, ps)
-            if is_sharded(grads) != is_sharded(ps):
-                raise _half_sharded(ps, name)
+        if grads is not None and type(grads) is not type(ps) and is_sharded(grads) != is_sharded(ps):
+            raise _half_sharded(ps, name)
         if ps.is_complex():
             leaves.in_parts.append(name)
             ps, grads = parts(ps), None if grads is None else parts(grads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ def text() -> tuple[Tensor, Tensor]:
 def cross_entropy(model: Any, ps: Any, st: Any, data: Any) -> Any:
     x, y = data
     scores, st = model(x, ps, st)
-    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten()), st, {}
+    return lt.CrossEntropyLoss(dim=-1)(scores, y), st, {}
 
 
 def whole(tree: Any) -> Any:
@@ -308,11 +307,14 @@ def loaded_by_mesh(folder: Path, data: int) -> Any:
     return lt.flatten_names(whole({"ps": ts.parameters, "moments": optim.slots(ts.optimizer_state, "exp_avg")}))
 
 
-def collectives(folder: Path, data: int, layers: int) -> dict[str, int]:
-    """Return how often each collective is called in a step."""
-    from collections import Counter
-
+def collectives(folder: Path, data: int, layers: int) -> dict[str, list[int]]:
+    """Return how many bytes go into each collective of a step, by its name; the data axis has `data` ranks."""
     ps, st, batch = placed(language_model(layers), data)
     jitted = jit(step, backend="replay")
-    graph = jitted.lower(batch, training.TrainState(language_model(layers), ps, st, RULE)).graph
-    return dict(Counter(re.findall(r"_c10d_functional\.(?!wait)(\w+)\.default", graph)))
+    jitted(batch, training.TrainState(language_model(layers), ps, st, RULE))
+    found: dict[str, list[int]] = {}
+    for node in jitted._known[0].trace.graph.graph.nodes:
+        if "_c10d_functional" in str(node.target) and "wait_tensor" not in str(node.target):
+            name, given = str(node.target).split(".")[1], node.args[0].meta["val"]
+            found.setdefault(name, []).append(given.numel() * given.element_size())
+    return found
