@@ -129,9 +129,8 @@ def unsplit(part: Tensor, mesh: Any, placements: Any) -> Tensor:
     """Return a tensor of which every rank has the whole, or a summand, as one sharded tensor, outside of autograd."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    return around(
-        part, DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
-    )
+    meta = TensorMeta(part.shape, part.stride(), part.dtype)
+    return around(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta))
 
 
 def around(part: Tensor, spec: Any) -> Tensor:

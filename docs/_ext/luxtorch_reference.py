@@ -140,7 +140,7 @@ class TutorialOrder:
     """Sort the tutorials: those to begin with first, then those that are not named here, the one for clusters last."""
 
     FIRST = ("basics", "polynomial_fitting", "digits", "own_layer", "ensemble_digits", "neural_ode", "pinn_heat")
-    LAST = ("ddp_digits",)
+    LAST = ("ddp_digits", "tensor_parallel")
 
     def __init__(self, src_dir: str) -> None:
         pass

@@ -63,7 +63,7 @@ def _replicated(tensor: Tensor, mesh: Any) -> Tensor:
     return add_batch_dim(inner, batch_dim_of(tensor), level_of(tensor)) if is_batched(tensor) else inner
 
 
-def placed_like(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def placed_like(gradients: Sequence[Any], parameters: Sequence[Tensor]) -> list[Any]:
     """Return gradients in the places of their parameters, where both are sharded.
 
     A gradient is where the last operator of the backward pass has put it, often as a sum over ranks that is not taken
@@ -80,9 +80,9 @@ def placed_like(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
             continue
         pairs = list(zip(came.placements, wanted.placements, strict=True))
         only_sums = all(a == b or (a.is_partial() and b.is_replicate()) for a, b in pairs)
-        recorded = came is not gradient or (came.requires_grad and torch.is_grad_enabled())
+        recorded = came is not gradient or (bool(came.requires_grad) and torch.is_grad_enabled())
         if recorded or not only_sums:
-            placed[i] = gradient.redistribute(placements=wanted.placements)  # type: ignore[union-attr]
+            placed[i] = gradient.redistribute(placements=wanted.placements)
         else:
             sums = tuple(a if a.is_partial() else Replicate() for a, _ in pairs)  # of one dimension: each rank has all
             together[came.device_mesh, sums, came.dtype].append(i)

@@ -116,8 +116,10 @@ def least_bytes(data, model, layers):
     ("ranks", "data", "layers"), [(2, 1, 1), (2, 1, 3), pytest.param(4, 2, 2, marks=pytest.mark.slow)]
 )
 def test_a_step_sends_as_little_as_there_can_be(ranks, data, layers, tmp_path):
-    """Four sums a layer, after both pairs of dense layers, forward and backward; one gather of the embedding's features;
-    all gradients together over the data axis, and the sum of the losses and their number.
+    """See that nothing is sent but four sums a layer, the features of the embedding, and what the data axis adds up.
+
+    The sums come after both pairs of dense layers, forward and backward. Over the data axis all gradients go together,
+    and the sum of the losses and their number.
     """
     expected = least_bytes(data, ranks // data, layers)
     for found in run(collectives, ranks, tmp_path, data, layers):
