@@ -217,6 +217,7 @@ def _tidy(graph: fx.GraphModule) -> None:
             node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
     _merge_equal(graph.graph)
     graph.graph.eliminate_dead_code()
+    _overlap_collectives(graph.graph)
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     constants = [name for name, _ in (*graph.named_buffers(), *graph.named_parameters())]
     for name in constants:
@@ -257,6 +258,73 @@ def _merge_equal(graph: fx.Graph) -> None:
             continue
         if first is not node:
             node.replace_all_uses_with(first)
+
+
+def _overlap_collectives(graph: fx.Graph) -> None:
+    """Let the processor work while messages travel: wait when a result is needed, and send the next one before.
+
+    The order in which collectives start stays, as all ranks must agree on it. At most two are under way, since what
+    they send and receive is in memory: of a model whose parameters are gathered layer by layer, this layer's and the
+    next one's.
+    """
+    nodes = list(graph.nodes)
+    starts = [node for node in nodes if _is_collective(node) and node.target is not _WAIT]
+    if not starts or any(node.op == "call_function" and writes(node.target) for node in nodes):
+        return
+    waits = {node.all_input_nodes[0]: node for node in nodes if node.target is _WAIT}
+    order: dict[fx.Node, None] = {}
+    upcoming, under_way = iter(starts), list[fx.Node]()
+    following = next(upcoming, None)
+
+    def emit(node: fx.Node) -> None:
+        nonlocal following
+        for given in node.all_input_nodes:
+            if given not in order:
+                emit(given)
+        if node is following:
+            if len(under_way) == _UNDER_WAY:
+                finish(waits[under_way[0]])
+            if node in waits:
+                under_way.append(node)
+            following = next(upcoming, None)
+        if node.target is not _WAIT:
+            order[node] = None
+            return
+        finish(node)
+        if following is not None and _is_ready(following, order):
+            emit(following)
+
+    def finish(wait: fx.Node) -> None:
+        under_way.remove(wait.all_input_nodes[0])
+        order[wait] = None
+
+    for node in nodes:
+        if node not in order and node.target is not _WAIT and node.op != "output":
+            emit(node)
+    output = graph.output_node()
+    emit(output)
+    for node in order:
+        if node is not output:
+            output.prepend(node)
+
+
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_UNDER_WAY = 2
+
+
+def _is_collective(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def _is_ready(node: fx.Node, order: Collection[fx.Node]) -> bool:
+    """Return whether what a collective sends is there, but for a few operators that wait for nothing."""
+    missing, left = [given for given in node.all_input_nodes if given not in order], 4
+    while missing and left:
+        one, left = missing.pop(), left - 1
+        if _is_collective(one):
+            return False
+        missing += [given for given in one.all_input_nodes if given not in order]
+    return not missing
 
 
 def _has_storage(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from luxtorch import distributed, optim, training
 from luxtorch.core import InputError, tree_leaves, tree_map
 from luxtorch.jit import jit
 from luxtorch.random._key import is_key
+
+from .work import WAYS, begin, problem
 
 WORDS, WIDTH, LENGTH, BATCH = 11, 16, 6, 8
 # With a smaller eps it would divide rounding errors by themselves: the gradient of an attention's key bias is zero.
@@ -158,7 +161,7 @@ def layer_outcomes(folder: Path, split: bool) -> dict[str, str]:
     """Return for each form of a layer what is different from plain tensors: nothing, or the error."""
     mesh, found = distributed.mesh("cpu", ranks=-1), {}
     for name, layer, x in forms():
-        ps, st = lt.setup(0, layer)
+        x, ps, st = lt.f64((x, *lt.setup(0, layer)))  # so that rounding decides nothing
         expected = _outputs(layer, x, ps, st)
         try:
             x, ps, st = tree_map(lambda leaf: spread(leaf, mesh, split), (x, ps, st))
@@ -167,7 +170,7 @@ def layer_outcomes(folder: Path, split: bool) -> dict[str, str]:
             found[name] = f"refused: {type(error).__name__}: {error}"
             continue
         try:
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
             found[name] = "same"
         except AssertionError as error:
             found[name] = f"differs: {error}"
@@ -318,3 +321,34 @@ def collectives(folder: Path, data: int, layers: int) -> dict[str, list[int]]:
             name, given = str(node.target).split(".")[1], node.args[0].meta["val"]
             found.setdefault(name, []).append(given.numel() * given.element_size())
     return found
+
+
+def jitted_curves(folder: Path) -> dict[str, Any]:
+    """Return the losses of each way to train on shares of a batch, eager and jitted, and the number of programs."""
+    batches, found = problem()[2], {}
+    for way in WAYS:
+        curves = []
+        ts, step = begin(way, "clipped")
+        jitted = jit(step, backend="replay")
+        for one in (step, jitted):
+            state, values = ts, []
+            for batch in batches[:3]:
+                loss, state = one(state, distributed.shard_data(batch))
+                values.append(loss)
+            curves.append(torch.stack(values))
+        found[way] = (*curves, jitted.cache_info().misses)
+    return found
+
+
+def gather_events(folder: Path) -> list[str]:
+    """Return the order of collectives and products in the gradient of a model that is gathered layer by layer."""
+    layer = lt.Checkpointed(distributed.Gathered(lt.Dense(4, 4, "tanh")))
+    model = lt.Chain(layer, layer, layer)
+    ps, st = lt.setup(0, model)
+    ps = distributed.shard_parameters({name: lt.ComponentVector(part) for name, part in ps.items()})
+    x = torch.ones(2, 4)
+    gradient = jit(lambda ps: lt.gradient(lambda ps: model(x, ps, st)[0].sum(), ps), backend="replay")
+    kinds = {"all_gather_into_tensor": "gather", "wait_tensor": "wait", "addmm": "product", "mm": "product"}
+    kinds["reduce_scatter_tensor"] = "scatter"
+    called = re.findall(r"torch\.ops\.\w+\.(\w+)\.", gradient.lower(ps).graph)
+    return [kinds[name] for name in called if name in kinds]
