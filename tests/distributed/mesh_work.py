@@ -352,3 +352,47 @@ def gather_events(folder: Path) -> list[str]:
     kinds["reduce_scatter_tensor"] = "scatter"
     called = re.findall(r"torch\.ops\.\w+\.(\w+)\.", gradient.lower(ps).graph)
     return [kinds[name] for name in called if name in kinds]
+
+
+def guide(folder: Path) -> None:
+    """Run the blocks of the guide, one after another."""
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(block.replace("distributed.shutdown()", ""), scope)
+
+
+def held(folder: Path) -> dict[str, float]:
+    """Return which part of the bytes of parameters and moments this rank holds, of a fully sharded model."""
+    model = lt.Chain(*[lt.Checkpointed(distributed.Gathered(lt.Dense(32, 32, "tanh")))] * 4)
+    ps, st = lt.setup(0, model)
+    sharded = distributed.shard_parameters({name: lt.ComponentVector(part) for name, part in ps.items()})
+    ts = training.TrainState(model, sharded, st, optim.Adam(0.01))
+    data = torch.ones(4, 32), torch.zeros(4, 32)
+    ts = training.single_train_step(lt.MSELoss(), data, ts)[-1]
+    moments = [optim.slots(ts.optimizer_state, name) for name in ("exp_avg", "exp_avg_sq")]
+    whole = sum(leaf.nbytes for leaf in tree_leaves(ps))
+
+    def own(tree: Any) -> int:
+        return sum(leaf.to_local().nbytes for leaf in tree_leaves(tree))
+
+    return {"parameters": own(ts.parameters) / whole, "moments": own(moments) / (2 * whole)}
+
+
+def compiled_by_inductor(folder: Path) -> list[Tensor]:
+    """Return the losses of a few steps on a mesh, eager and compiled, and those of one process."""
+    model = lt.Chain(lt.Dense(8, 16, "gelu"), lt.LayerNorm(16), lt.Dropout(0.2), lt.Dense(16, 4))
+    ps, st = lt.setup(0, model)
+    data = lt.random.normal(lt.random.key(1), (8, 8)), lt.random.normal(lt.random.key(2), (8, 4))
+    mesh = distributed.mesh("cpu", data=1, model=-1)
+    sharded = distributed.place(ps, mesh, distributed.tensor_parallel(model))
+    batch = distributed.place(data, mesh, {"*": distributed.Shard(0, "data")})
+
+    def step(data: Any, ts: Any) -> Any:
+        return training.single_train_step(lt.MSELoss(), data, ts)[1::2]
+
+    found = []
+    for one, params, given in ((step, ps, data), (step, sharded, batch), (jit(step), sharded, batch)):
+        losses, _ = train(one, given, training.TrainState(model, params, st, RULE), 4)
+        found.append(losses)
+    return found

@@ -14,7 +14,10 @@ from .mesh_work import (
     WORDS,
     alone,
     collectives,
+    compiled_by_inductor,
     gather_events,
+    guide,
+    held,
     jitted_curves,
     layer_outcomes,
     loaded_by_mesh,
@@ -144,3 +147,22 @@ def test_a_step_sends_as_little_as_there_can_be(ranks, data, layers, tmp_path):
     for found in run(collectives, ranks, tmp_path, data, layers):
         assert sorted(found["all_reduce"]) == sorted(expected["all_reduce"])
         assert found.get("all_gather_into_tensor") == expected.get("all_gather_into_tensor")
+
+
+@pytest.mark.slow
+def test_the_guide_runs_on_two_processes(tmp_path):
+    assert run(guide, 2, tmp_path) == [None, None]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_each_rank_holds_its_share_of_parameters_and_moments(ranks, tmp_path):
+    for found in run(held, ranks, tmp_path):
+        print({name: f"{part:.3f}" for name, part in found.items()}, "of the bytes are on one of", ranks)
+        assert all(abs(part * ranks - 1) < 0.05 for part in found.values()), found
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_step_on_a_mesh(tmp_path):
+    for whole, eager, compiled in run(compiled_by_inductor, 2, tmp_path):
+        torch.testing.assert_close(eager, whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(compiled, whole, rtol=0, atol=1e-5)
