@@ -125,11 +125,18 @@ torch_scan: Callable[..., Any] = scan
 torch_while_loop: Callable[..., Any] = while_loop
 
 
-def unsplit(part: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """Return a tensor of which every rank has the whole, or a summand, as one sharded tensor, outside of autograd."""
+def unsplit(part: Tensor, mesh: Any, placements: Any, shape: Any = None) -> Tensor:
+    """Return a sharded tensor of this rank's part, outside of autograd.
+
+    Args:
+        part: The part, contiguous.
+        mesh: The mesh.
+        placements: A placement for each axis of the mesh.
+        shape: The global shape; by default that of the part, which every rank has as a whole, or as a summand.
+    """
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    meta = TensorMeta(part.shape, part.stride(), part.dtype)
+    meta = TensorMeta(torch.Size(shape or part.shape), part.stride(), part.dtype)
     return around(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta))
 
 

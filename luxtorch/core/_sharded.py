@@ -20,7 +20,7 @@ from luxtorch._torch import (
     level_of,
     unsplit,
 )
-from luxtorch._transforms import unwrapped
+from luxtorch._transforms import unwrapped, vmap_levels
 
 from ._tree import map_tensors
 
@@ -61,6 +61,27 @@ def _replicated(tensor: Tensor, mesh: Any) -> Tensor:
     # It has no derivative, though it is wrapped where one is taken; of wrappers, only those of vmap stay.
     inner = _replicated(get_unwrapped(tensor), mesh)
     return add_batch_dim(inner, batch_dim_of(tensor), level_of(tensor)) if is_batched(tensor) else inner
+
+
+def own_rows(x: Tensor) -> tuple[int, int] | None:
+    """Return the first row that this rank has of a tensor, and how many; None if it is not split by rows alone."""
+    sharded = sharded_part(x)
+    if sharded is None or sharded.ndim != x.ndim or vmap_levels(x):
+        return None
+    split = [axis for axis, place in enumerate(sharded.placements) if not place.is_replicate()]
+    if len(split) != 1 or not sharded.placements[split[0]].is_shard(0):
+        return None
+    ranks, own = sharded.device_mesh.size(split[0]), sharded.device_mesh.get_local_rank(split[0])
+    most = -(-x.shape[0] // ranks)
+    return min(own * most, x.shape[0]), int(sharded._local_tensor.shape[0])
+
+
+def rows_beside(rows: Tensor, other: Tensor) -> Tensor:
+    """Return this rank's rows of a tensor as a tensor that is split like another; see `own_rows`."""
+    sharded = sharded_part(other)
+    while is_wrapped(rows):
+        rows = get_unwrapped(rows)
+    return unsplit(rows, sharded.device_mesh, sharded.placements, (other.shape[0], *rows.shape[1:]))
 
 
 def placed_like(gradients: Sequence[Any], parameters: Sequence[Tensor]) -> list[Any]:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luxtorch._torch import is_batched
 from luxtorch.core import TRAINING, Layer, Parameters, States, Static, out_of_range
 from luxtorch.core._call_errors import single_input
-from luxtorch.core._sharded import beside
+from luxtorch.core._sharded import beside, own_rows, rows_beside
 from luxtorch.random import bernoulli, split, where
+from luxtorch.random._draws import bernoulli_rows
 
 from ._shared import unfit
 
@@ -82,7 +84,15 @@ class Dropout(RandomMask):
 def dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
     """Zero elements by a random mask of the given shape, and scale the others; infinities and NaNs become zero too."""
     scale = 1 / (1 - p) if p < 1 else 1.0
-    return torch.where(beside(bernoulli(key, 1 - p, shape), x), x * scale, 0.0)
+    return torch.where(_kept(x, key, p, shape), x * scale, 0.0)
+
+
+def _kept(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
+    """Draw what is kept; of an input that is split by rows, for this rank's rows alone."""
+    rows = own_rows(x) if shape and shape[0] == x.shape[0] else None
+    if rows is None or is_batched(key):
+        return beside(bernoulli(key, 1 - p, shape), x)
+    return rows_beside(bernoulli_rows(key, 1 - p, shape, *rows), x)
 
 
 # The limit of SELU for very negative inputs: -scale * alpha.
@@ -128,7 +138,7 @@ class AlphaDropout(RandomMask):
 
 def alpha_dropped(x: Tensor, key: Tensor, p: float, shape: tuple[int, ...]) -> Tensor:
     """Drop elements by a random mask of the given shape, and keep mean and variance; with p = 1 return zeros."""
-    kept = beside(bernoulli(key, 1 - p, shape), x)
+    kept = _kept(x, key, p, shape)
     if p == 1:
         return torch.where(kept, x, 0.0)
     scale = ((1 - p) * (1 + p * _SATURATION**2)) ** -0.5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._errors import InputError, out_of_range, wrong_type
 
-from . import _ops
+from . import _ops, _philox
 from ._key import checked
 
 
@@ -128,6 +128,16 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
         shape = p.shape if isinstance(p, Tensor) else ()
     dtype = p.dtype if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     return uniform(key, shape, dtype=dtype) < p
+
+
+def bernoulli_rows(key: Tensor, p: float, shape: Sequence[int], first: int, rows: int) -> Tensor:
+    """Return some rows of what `bernoulli` draws; the others are not drawn where the kernel can begin anywhere."""
+    if not _philox.begins_anywhere(key.device.type):
+        return bernoulli(key, p, shape)[first : first + rows].contiguous()
+    width = math.prod(shape[1:])
+    later, skipped = _philox.advanced(key, first * width)
+    drawn = uniform(later, (skipped + rows * width,), dtype=torch.float32)
+    return drawn[skipped:].reshape(rows, *shape[1:]) < p
 
 
 def randint(

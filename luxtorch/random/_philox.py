@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from luxtorch._torch import outside_transforms, without_modes
+
 
 @cache
 def has_kernels(device_type: str) -> bool:
@@ -47,6 +49,28 @@ def normal(key: Tensor, shape: Sequence[int], mean: float, std: float, dtype: to
     """Draw from a normal distribution; each key of a batch draws its own slice of the output."""
     out = torch.empty(shape, dtype=dtype, device=key.device)
     return torch.ops.aten._philox_normal_(out, _aligned(key, out), mean, std)  # type: ignore[no-any-return]
+
+
+_BLOCK = 4
+"""How many float32 numbers come of one count; the second number of a key is the first count."""
+
+
+def advanced(key: Tensor, start: int) -> tuple[Tensor, int]:
+    """Return a key that draws the float32 numbers from `start` on, after as many others as are returned too."""
+    count = torch.tensor([0, start // _BLOCK], device=key.device)
+    return (key.view(torch.int64) + count).view(torch.uint64), start % _BLOCK
+
+
+@cache
+def begins_anywhere(device_type: str) -> bool:
+    """Tell whether the numbers that a kernel draws depend on the count alone, not on how many are drawn."""
+    if not has_kernels(device_type) or device_type == "meta":
+        return False
+    with outside_transforms(), without_modes():
+        key = torch.zeros(2, dtype=torch.uint64, device=device_type)
+        drawn = uniform(key, (1000,), 0.0, 1.0, torch.float32)
+        later, skipped = advanced(key, 333)
+        return torch.equal(uniform(later, (100,), 0.0, 1.0, torch.float32)[skipped:], drawn[333 : 433 - skipped])
 
 
 def _aligned(key: Tensor, out: Tensor) -> Tensor:
