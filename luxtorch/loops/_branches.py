@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import traced, transform_level, vmap_levels
 from luxtorch.core import DTypeError, InputError, described, out_of_range, wrong_type
+from luxtorch.core._sharded import is_sharded
 from luxtorch.core._tree import named_leaves
 
 from . import _compiler
@@ -118,10 +119,11 @@ def check_condition(name: str, value: Any) -> None:
 
 def _branch(index: Tensor, branches: Sequence[Any], names: Sequence[str], operands: tuple[Tree, ...]) -> Tree:
     index = current(index)
-    if not vmap_levels(index) and (not traced() or is_constant(index)):
+    sharded = is_sharded(index)
+    if not vmap_levels(index) and (not traced() or (is_constant(index) and not sharded)):
         return branches[nearest(index, len(branches))](*operands)
     operands = as_passed(operands)
-    if not traced():
+    if not traced() or sharded:
         results = [branch(*operands) for branch in branches]
         check_results(results, names)
         packed = [Packed(result) for result in results]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,24 @@ from ._solvers import SOLVERS, ConvergenceError, Map, distance, everywhere, gmre
 from ._trees import Packed
 
 Z = TypeVar("Z")
-Residual: TypeAlias = Callable[..., Tensor]
+
+
+class Residual(NamedTuple):
+    """A function of `(z, *tensors)` that is to be zero, and how finely it is computed.
+
+    Attributes:
+        of: The function.
+        eps: The relative rounding error of its coarsest numbers.
+    """
+
+    of: Callable[..., Tensor]
+    eps: float
+
+    def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """Return the value."""
+        return self.of(z, *tensors)
+
+
 """A function of a flat vector and of tensors that returns a flat vector: zero at the solution."""
 Solve: TypeAlias = "Callable[[Callable[[Any], Any], Any], Any]"
 LinearSolver = Literal["auto", "dense", "gmres"]
@@ -153,7 +170,7 @@ def fixed_point(
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
         return form.ravel(image(form.unravel(v), *packed.tree(tensors))) - v
 
-    return form.unravel(_differentiable(residual, z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
+    return form.unravel(_differentiable(Residual(residual, form.eps), z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
 
 
 def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear_solver: LinearSolver = "auto") -> Z:
@@ -214,7 +231,7 @@ def custom_root(f: Callable[..., Z], z0: Z, solve: Solve, *operands: Any, linear
     def residual(v: Tensor, *tensors: Tensor) -> Tensor:
         return form.ravel(value(form.unravel(v), *packed.tree(tensors)))
 
-    return form.unravel(_differentiable(residual, z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
+    return form.unravel(_differentiable(Residual(residual, form.eps), z, packed.tensors, linear_solver))  # type: ignore[no-any-return]
 
 
 class Form:
@@ -243,6 +260,7 @@ class Form:
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
         # Linear algebra has no half precision.
         self.dtype = reduce(torch.promote_types, self.real_dtypes, torch.float32)
+        self.eps = max(torch.finfo(dtype).eps for dtype in self.real_dtypes)
         self.device = leaves[0].device
 
     def ravel(self, tree: Any) -> Tensor:
@@ -428,19 +446,19 @@ class _Root(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         _, dim, *dims = in_dims
         z = z.expand(info.batch_size, *z.shape) if dim is None else z.movedim(dim, 0)
-        return _Root.apply(torch.vmap(residual, (0, *dims)), z, *tensors), 0
+        return _Root.apply(residual._replace(of=torch.vmap(residual.of, (0, *dims))), z, *tensors), 0
 
 
 def _linear(product: Callable[..., Map], residual: Residual, b: Tensor, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Solve linear equations with the Jacobian at z: a root once more, with derivatives by b, z and the tensors."""
     with _aside():
         matrix = product(residual, z.detach(), [tensor.detach() for tensor in tensors])
-        solution = gmres(lambda v: matrix(v).detach(), b.detach())
+        solution = gmres(lambda v: matrix(v).detach(), b.detach(), residual.eps)
 
     def equation(v: Tensor, b: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
         return product(residual, z, tensors)(v) - b
 
-    return _Root.apply(equation, solution, b, z, *tensors)  # type: ignore[no-any-return]
+    return _Root.apply(Residual(equation, residual.eps), solution, b, z, *tensors)  # type: ignore[no-any-return]
 
 
 def _straight(residual: Residual, z: Tensor, tensors: Sequence[Tensor]) -> Map:

@@ -10,6 +10,7 @@ import torch
 
 from luxtorch._transforms import traced
 from luxtorch.core import map_tensors, tensors
+from luxtorch.core._sharded import is_sharded
 from luxtorch.core._tree import tree_map
 
 from . import _compiler
@@ -59,6 +60,8 @@ def scan(
     mode, and its batches. One derivative by reverse mode saves what it needs of each step. Derivatives of derivatives
     save the carry before each step, and compute the step again from there.
 
+    Over sharded tensors the loop unrolls.
+
     Inside of torch.compile and torch.export it is torch's own `scan`; that has no rules for the transforms of
     torch.func, nor derivatives with integers in the carry or the sequence, so there, and where gradients could be
     recorded of such, the loop unrolls.
@@ -103,7 +106,7 @@ def scan(
         check_number("checkpoint", checkpoint, 1)
     n = length_of(xs, length)
     init, xs = as_passed(init), as_passed(xs)
-    staged = traced()
+    staged = traced() and not any(map(is_sharded, tensors((init, xs))))
     if (not staged and not checkpoint) or (isinstance(n, int) and n == 0):
         return _loop(f, init, xs, n, reverse)
     known = isinstance(n, int)

@@ -127,16 +127,21 @@ def newton(f: Map, z: Tensor) -> tuple[Next, Memory]:
 SOLVERS: dict[str, Solver] = {"anderson": anderson, "iteration": plain, "newton": newton}
 
 
-def gmres(matrix: Map, b: Tensor) -> Tensor:
+def gmres(matrix: Map, b: Tensor, eps: float) -> Tensor:
     """Return x with `matrix(x) = b`, by restarted GMRES.
 
     Where operators are recorded no error can ask for numbers: there, what was not found is NaN.
+
+    Args:
+        matrix: The matrix, as a function.
+        b: The right side.
+        eps: The relative rounding error of the products.
 
     Raises:
         ConvergenceError: If the residual stays above `eps ** 0.7` of `b`.
     """
     shape, b = b.shape, b.flatten()
-    tol = torch.finfo(b.dtype).eps ** 0.7
+    tol = eps**0.7
     bound = tol * b.norm()
 
     def apply(v: Tensor) -> Tensor:

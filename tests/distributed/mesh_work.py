@@ -254,6 +254,22 @@ def operations(folder: Path) -> dict[str, Any]:
         taped.append([p.grad for p in tree_leaves(leaf)])
     found["tape through jit"] = taped[0], whole(taped[1])
 
+    def loop(xs: Tensor, w: Tensor) -> Any:
+        ys = lt.scan(lambda c, x: (torch.tanh(c @ w + x), c.sum(-1)), torch.zeros_like(xs[0]), xs)
+        return ys, lt.cond(xs.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), xs)
+
+    loops = lt.random.normal(lt.random.key(3), (5, 4, 8)), lt.random.normal(lt.random.key(4), (8, 8)) / 8
+    placed_loops = distributed.place(loops, mesh, {"0": Copy, "1": distributed.Shard(1, "model")})
+    for name, one in {"loops": loop, "loops in jit": jit(loop, backend="replay")}.items():
+        found[name] = loop(*loops), whole(one(*placed_loops))
+    adapted, few, given = lt.lora(model, ps, st, rng=1, rank=2)
+    spread_out = distributed.place((few, given), mesh, {f"*{name}": rule for name, rule in rules.items()})
+    found["lora"] = adapted(data[0], few, given)[0], whole(adapted(batch[0], *spread_out)[0])
+    members = lt.Ensemble(model, 4)
+    many = lt.setup(0, members)[0]
+    by_member = distributed.place(many, mesh, {"*": distributed.Shard(0, "model")})
+    found["ensemble"] = members(data[0], many, st)[0], whole(members(batch[0], by_member, st)[0])
+
     own = batch[0].to_local()[: 4 if mesh.size() == 2 else 8]
     parts = distributed.place(own, distributed.mesh("cpu", data=-1), {"*": distributed.Shard(0, "data")}, local=True)
     found["local parts"] = torch.tensor(parts.shape), torch.tensor([8, 8])
