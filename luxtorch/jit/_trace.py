@@ -268,10 +268,10 @@ def _overlap_collectives(graph: fx.Graph) -> None:
     next one's.
     """
     nodes = list(graph.nodes)
-    starts = [node for node in nodes if _is_collective(node) and node.target is not _WAIT]
+    starts = [node for node in nodes if _is_collective(node) and not _is_wait(node)]
     if not starts or any(node.op == "call_function" and writes(node.target) for node in nodes):
         return
-    waits = {node.all_input_nodes[0]: node for node in nodes if node.target is _WAIT}
+    waits = {node.all_input_nodes[0]: node for node in nodes if _is_wait(node)}
     order: dict[fx.Node, None] = {}
     upcoming, under_way = iter(starts), list[fx.Node]()
     following = next(upcoming, None)
@@ -287,7 +287,7 @@ def _overlap_collectives(graph: fx.Graph) -> None:
             if node in waits:
                 under_way.append(node)
             following = next(upcoming, None)
-        if node.target is not _WAIT:
+        if not _is_wait(node):
             order[node] = None
             return
         finish(node)
@@ -295,11 +295,12 @@ def _overlap_collectives(graph: fx.Graph) -> None:
             emit(following)
 
     def finish(wait: fx.Node) -> None:
-        under_way.remove(wait.all_input_nodes[0])
+        if wait.all_input_nodes[0] in under_way:
+            under_way.remove(wait.all_input_nodes[0])
         order[wait] = None
 
     for node in nodes:
-        if node not in order and node.target is not _WAIT and node.op != "output":
+        if node not in order and not _is_wait(node) and node.op != "output":
             emit(node)
     output = graph.output_node()
     emit(output)
@@ -308,12 +309,15 @@ def _overlap_collectives(graph: fx.Graph) -> None:
             output.prepend(node)
 
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _UNDER_WAY = 2
 
 
 def _is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def _is_wait(node: fx.Node) -> bool:
+    return _is_collective(node) and "wait_tensor" in str(node.target)
 
 
 def _is_ready(node: fx.Node, order: Collection[fx.Node]) -> bool:
