@@ -19,7 +19,7 @@ from luxtorch import distributed, optim, training
 from luxtorch.jit import jit
 
 SCRIPT = Path(__file__).resolve()
-OUTPUT = SCRIPT.parent / "output"
+PICTURE = SCRIPT.parent / "output/tensor_parallel.png"
 STEPS, BATCH, LENGTH, WIDTH = 60, 16, 32, 64
 
 # %%
@@ -42,7 +42,7 @@ model = lt.Chain(
 
 
 def windows(step):
-    """Return a batch of windows of the text, the same in every process, and what comes next in each."""
+    """Return windows of the text, the same in every process, and what comes next."""
     key = lt.random.fold_in(lt.random.key(1), step)
     starts = lt.random.randint(key, (BATCH, 1), 0, len(tokens) - LENGTH)
     rows = tokens[starts + torch.arange(LENGTH + 1)]
@@ -79,7 +79,7 @@ def train(ps, place):
     fast, losses = jit(step, backend="replay", donate="ts"), []
     for i in range(STEPS):
         loss, ts = fast(place(windows(i)), ts)
-        losses.append(loss.full_tensor() if hasattr(loss, "full_tensor") else loss)
+        losses.append(getattr(loss, "full_tensor", lambda loss=loss: loss)())
     return torch.stack(losses), ts
 
 
@@ -89,9 +89,11 @@ def main():
     ranks = distributed.world_size()
     mesh = distributed.mesh(data=2 if ranks == 4 else 1, model=-1)
     ps = lt.f64(lt.setup(0, model)[0])  # for the sake of the comparison
-    rules = distributed.tensor_parallel(model)
-    batches = {"*": distributed.Shard(0, "data")}
-    losses, ts = train(distributed.place(ps, mesh, rules), lambda batch: distributed.place(batch, mesh, batches))
+
+    def spread(batch):
+        return distributed.place(batch, mesh, {"*": distributed.Shard(0, "data")})
+
+    losses, ts = train(distributed.place(ps, mesh, distributed.tensor_parallel(model)), spread)
     held = sum(leaf.to_local().nbytes for leaf in lt.core.tree_leaves(ts.parameters))
     if distributed.rank() == 0:
         print(f"{ranks} processes, {dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))}")
@@ -139,9 +141,9 @@ def draw(losses, alone, sharded):
     right.set_yticks(range(len(named)), [name.removesuffix(".weight") for name, _ in named], fontsize=6)
     right.invert_yaxis()
     right.set(xlabel="thousands of numbers", title="who holds what: split, or a copy each", axisbelow=True)
-    OUTPUT.mkdir(exist_ok=True)
-    figure.savefig(OUTPUT / "tensor_parallel.png", dpi=120)
-    print(f"picture: {OUTPUT / 'tensor_parallel.png'}")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
+    print(f"picture: {PICTURE}")
 
 
 # %%
@@ -153,8 +155,15 @@ def draw(losses, alone, sharded):
 if "RANK" in os.environ:
     main()
 else:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([sys.executable, *launcher, SCRIPT], capture_output=True, text=True, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout)
     if done.returncode:
         raise RuntimeError(done.stderr)
+    if PICTURE.exists():
+        from matplotlib import pyplot as plt
+
+        figure = plt.figure(figsize=(11, 4.2), frameon=False)
+        figure.add_axes((0, 0, 1, 1)).imshow(plt.imread(PICTURE))
+        figure.gca().axis("off")
