@@ -32,7 +32,11 @@ def sharded_part(value: object) -> Any:
     module = sys.modules.get(_MODULE)  # what is not loaded has made no tensor
     if module is None or not isinstance(value, Tensor):
         return None
-    inner = value if torch.compiler.is_compiling() else unwrapped(value)
+    if torch.compiler.is_compiling():
+        return value if isinstance(value, module.DTensor) else None
+    if type(value) is Tensor and not is_wrapped(value):  # as nearly always: each layer asks
+        return None
+    inner = unwrapped(value)
     return inner if isinstance(inner, module.DTensor) else None
 
 

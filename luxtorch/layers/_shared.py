@@ -21,7 +21,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
-from luxtorch.core._sharded import is_sharded, settled
+from luxtorch.core._sharded import is_sharded, settled, sharded_part
 from luxtorch.loops import scan
 from luxtorch.random import fold_in
 
@@ -91,7 +91,7 @@ UNROLLED = 16
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`."""
-    if not is_sharded(weight):
+    if sharded_part(weight) is None:
         return F.linear(x, weight, bias)
     # With sharded tensors torch's linear takes no vector, and returns a dimension too many under vmap. The bias comes
     # after the sum over ranks.
