@@ -15,7 +15,7 @@ from torch.distributed import tensor as placements
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from luxtorch._transforms import transformed
+from luxtorch._transforms import transformed, watched
 from luxtorch.core import (
     InputError,
     KeyNameError,
@@ -144,8 +144,8 @@ def place(tree: T, mesh: DeviceMesh, rules: Rules, *, local: bool = False) -> T:
 
     Raises:
         KeyNameError: If no pattern fits a name, or the mesh has no axis of a name.
-        InputError: If a tensor lacks a dimension, or its size is not a multiple of the axis; if two axes split one
-            dimension; or inside of a transform or a compiled function.
+        InputError: If a tensor lacks a dimension, or its size is not a multiple of the ranks that share it; if an axis
+            splits it twice; if local parts differ in shape; or inside of a transform or a compiled function.
         DTypeError: If a rule is not a placement.
         DistributedError: If a rank has died, or does not take part in time.
 
@@ -170,27 +170,45 @@ def place(tree: T, mesh: DeviceMesh, rules: Rules, *, local: bool = False) -> T:
 
     Source: `torch.distributed.tensor.distribute_tensor`; `jax.device_put` with a `NamedSharding`.
     """
-    if transformed():
+    if transformed() or watched():
         raise InputError(
             "place must be called outside of transforms and compiled functions.", fix="Call place before training."
         )
     for rule in rules.values():
         _check_axes(rule, mesh)
+    if local:
+        _check_equal_parts(tree)
 
     def placed(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or is_key(leaf) or not (leaf.ndim or leaf.is_floating_point()):
             return leaf
         name = path_name(path)
         rule = _rule_of(name, rules)
-        return leaf if rule is None else _placed(leaf, name, mesh, _of_torch(rule, name, leaf, mesh, local), local)
+        return leaf if rule is None else _placed(leaf, mesh, _of_torch(rule, name, leaf, mesh, local), local)
 
     with collective("placement"):
         moved: T = tree_map_with_path(placed, tree)
     return moved
 
 
+def _check_equal_parts(tree: Any) -> None:
+    """Raise on all ranks unless their parts have the same shapes."""
+    own = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree) if isinstance(leaf, Tensor)}
+    found: list[Any] = [None] * world_size()
+    with collective("comparison of the parts"):
+        dist.all_gather_object(found, own)
+    other = next((rank for rank, shapes in enumerate(found) if shapes != found[0]), None)
+    if other is not None:
+        fix = "Give each rank as many samples: drop the last ones, or repeat some."
+        got = f"{found[0]} on rank 0 and {found[other]} on rank {other}"
+        raise InputError("The parts of all ranks must have the same names and shapes.", got=got, fix=fix)
+
+
 def _check_axes(rule: Any, mesh: DeviceMesh) -> None:
     parts = rule if isinstance(rule, tuple) else (rule,)
+    axes = [part.axis for part in parts if isinstance(part, Shard)]
+    if len(set(axes)) < len(axes):
+        raise InputError("An axis of a mesh must not split a tensor twice.", got=str(rule))
     for part in parts:
         if isinstance(part, Shard):
             if part.axis not in (mesh.mesh_dim_names or ()):
@@ -211,29 +229,26 @@ def _of_torch(rule: Placement, name: str, leaf: Tensor, mesh: DeviceMesh, local:
     """Return a placement for each axis of the mesh."""
     axes: tuple[str, ...] = mesh.mesh_dim_names or ()
     found: list[Any] = [placements.Replicate()] * mesh.ndim
-    dims: set[int] = set()
+    sharing = [1] * leaf.ndim
     for part in rule if isinstance(rule, tuple) else (rule,):
         if not isinstance(part, Shard):
             continue
         if not -leaf.ndim <= part.dim < leaf.ndim:
             raise out_of_range(f"The dimension that splits '{name}'", part.dim, f"one of its {leaf.ndim} dimensions")
-        dim, ranks = part.dim % leaf.ndim, mesh.size(axes.index(part.axis))
-        if dim in dims:
-            got = f"{rule} for '{name}'"
-            raise InputError("Two axes of a mesh must not split the same dimension.", got=got)
-        if leaf.shape[dim] % ranks and not local:
+        dim, number = part.dim % leaf.ndim, axes.index(part.axis)
+        sharing[dim] *= mesh.size(number)
+        if leaf.shape[dim] % sharing[dim] and not local:
             raise InputError(
                 f"The size of a dimension must be a multiple of the ranks that share it: dimension {dim} of '{name}'.",
-                expected=f"a multiple of {ranks}, the size of the axis '{part.axis}'",
+                expected=f"a multiple of {sharing[dim]}, for {rule}",
                 got=f"{leaf.shape[dim]}, of the shape {tuple(leaf.shape)}",
                 fix="Split another dimension, or let every rank have it by Replicate().",
             )
-        dims.add(dim)
-        found[axes.index(part.axis)] = placements.Shard(dim)
+        found[number] = placements.Shard(dim)
     return found
 
 
-def _placed(leaf: Tensor, name: str, mesh: DeviceMesh, where: Sequence[Any], local: bool) -> Tensor:
+def _placed(leaf: Tensor, mesh: DeviceMesh, where: Sequence[Any], local: bool) -> Tensor:
     if isinstance(leaf, DTensor):
         if leaf.device_mesh == mesh:
             return leaf.redistribute(placements=where)

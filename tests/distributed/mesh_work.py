@@ -291,6 +291,16 @@ def mistakes(folder: Path) -> dict[str, str]:
         "plain parameters": lambda: model(distributed.place(x, mesh, {"*": shard(0, "data")}), ps, st),
         "vector": lambda: lt.ComponentVector(sharded),
         "odd size": lambda: distributed.place({"x": torch.ones(3, 2)}, mesh, {"x": shard(0, "model")}),
+        "axis twice": lambda: distributed.place(ps, mesh, {"*": (shard(0, "model"), shard(1, "model"))}),
+        "parts": lambda: distributed.place(
+            torch.ones(2 + distributed.rank(), 2), mesh, {"*": shard(0, "model")}, local=True
+        ),
+        "inside of jit": lambda: jit(lambda x: distributed.place(x, mesh, {"*": Copy}), backend="replay")(x),
+        "dimension": lambda: distributed.place({"x": torch.ones(2)}, mesh, {"x": shard(1, "model")}),
+        "no rule": lambda: distributed.place(ps, mesh, {"*.weight": Copy}),
+        "no axis": lambda: distributed.place(ps, mesh, {"*": shard(0, "modle")}),
+        "no placement": lambda: distributed.place(ps, mesh, {"*": 0}),
+        "plain gradient": lambda: optim.update(optim.setup(RULE, sharded), sharded, ps),
         "export": lambda: predict.export(folder / "step.pt2", sharded, distributed.place(x, mesh, {"*": Copy})),
         "sizes": lambda: distributed.mesh("cpu", data=2, model=2),
     }
