@@ -131,8 +131,9 @@ def place(tree: T, mesh: DeviceMesh, rules: Rules, *, local: bool = False) -> T:
     the same places. Tensors that meet must all be placed, or be numbers.
 
     Args:
-        tree: Any tree. Random keys, integers without dimensions, and what is not a tensor are kept as they are: every
-            rank has them. What is placed already moves, to another mesh as well.
+        tree: Any tree. Random keys, integers without dimensions, the hyperparameters of an optimizer, and what is not a
+            tensor are kept as they are: every rank has them. Other numbers without dimensions are copied, whatever the
+            rule says. What is placed already moves, to another mesh as well.
         mesh: The mesh, from `distributed.mesh`.
         rules: Placements by patterns of whole dotted names. `*` stands for anything, `?` for a character, and `*.` at
             the beginning for nothing as well: "*.bias" is every bias. The first pattern that fits decides.
@@ -182,6 +183,8 @@ def place(tree: T, mesh: DeviceMesh, rules: Rules, *, local: bool = False) -> T:
     def placed(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or is_key(leaf) or not (leaf.ndim or leaf.is_floating_point()):
             return leaf
+        if any(getattr(key, "name", "") == _HYPERPARAMETERS for key in path):
+            return leaf
         name = path_name(path)
         rule = _rule_of(name, rules)
         return leaf if rule is None else _placed(leaf, mesh, _of_torch(rule, name, leaf, mesh, local), local)
@@ -189,6 +192,10 @@ def place(tree: T, mesh: DeviceMesh, rules: Rules, *, local: bool = False) -> T:
     with collective("placement"):
         moved: T = tree_map_with_path(placed, tree)
     return moved
+
+
+_HYPERPARAMETERS = "hyper"
+"""The attribute of an optimizer's state (no key of a dict is a name) that the kernels read on the CPU."""
 
 
 def _check_equal_parts(tree: Any) -> None:
@@ -231,7 +238,7 @@ def _of_torch(rule: Placement, name: str, leaf: Tensor, mesh: DeviceMesh, local:
     found: list[Any] = [placements.Replicate()] * mesh.ndim
     sharing = [1] * leaf.ndim
     for part in rule if isinstance(rule, tuple) else (rule,):
-        if not isinstance(part, Shard):
+        if not isinstance(part, Shard) or not leaf.ndim:
             continue
         if not -leaf.ndim <= part.dim < leaf.ndim:
             raise out_of_range(f"The dimension that splits '{name}'", part.dim, f"one of its {leaf.ndim} dimensions")
@@ -268,7 +275,7 @@ def describe(tree: Any) -> str:
         tree: Any tree.
 
     Returns:
-        A line for each tensor, and the sum of the bytes. "this rank alone" is said of tensors that are not placed.
+        A line for each tensor, and the sum of the bytes. A plain tensor, which each rank has for itself, is "not placed".
 
     Example:
         >>> import torch
@@ -298,7 +305,7 @@ def describe(tree: Any) -> str:
 
 def _where(leaf: Tensor) -> str:
     if not isinstance(leaf, DTensor):
-        return "this rank alone"
+        return "not placed"
     axes = leaf.device_mesh.mesh_dim_names or tuple(map(str, range(leaf.device_mesh.ndim)))
     pairs = list(zip(leaf.placements, axes, strict=True))
     shards = [f"Shard({place.dim}, {axis!r})" for place, axis in pairs if isinstance(place, placements.Shard)]

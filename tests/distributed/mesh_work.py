@@ -237,6 +237,16 @@ def operations(folder: Path) -> dict[str, Any]:
                 ts = training.single_train_step(lt.MSELoss(), given, ts, **options)[-1]
             after.append(whole((ts.parameters, ts.states)))
         found[name] = tuple(after)
+    ts = training.single_train_step(lt.MSELoss(), data, training.TrainState(model, ps, st, RULE))[-1]
+    state_rules = {f"*.{name}*": rule for name, rule in rules.items()}
+    later = []
+    for given, state in (
+        (data, ts),
+        (batch, distributed.place(ts, mesh, state_rules)),
+        (batch, distributed.place(ts, mesh, {"*": Copy})),
+    ):
+        later.append(whole(training.single_train_step(lt.MSELoss(), given, state)[-1].parameters))
+    found["placed training state"], found["copied training state"] = (later[0], later[1]), (later[0], later[2])
     ema = lt.EMA(0.5)
     averages = [ema.parameters(ema.update(ema.init(params), params)) for params in (ps, sharded)]
     found["ema"] = averages[0], whole(averages[1])
