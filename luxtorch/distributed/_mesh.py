@@ -275,7 +275,7 @@ def describe(tree: Any) -> str:
         tree: Any tree.
 
     Returns:
-        A line for each tensor, and the sum of the bytes. A plain tensor, which each rank has for itself, is "not placed".
+        A line for each tensor, and the sum of the bytes. A plain tensor, which each rank has alone, is "not placed".
 
     Example:
         >>> import torch
