@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from luxtorch._linalg import RULES, by_rule
 from luxtorch._transforms import differentiated
 from luxtorch.core import map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from luxtorch.core._sharded import is_sharded
+from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.core._tree import TreeSpec
 
 try:
@@ -125,8 +125,9 @@ def _vjp_of_torch(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Tree], Trees],
 def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     """Return the value of `f(*xs)`, the product of its Jacobian with vectors, one for each leaf, and the aux."""
     f = _with_rules(f)
-    if any(map(is_sharded, us)):
-        return _jvp_of_pullbacks(f, xs, us)
+    leaves = tree_leaves(xs)
+    if any(map(is_sharded, leaves)):
+        return _jvp_of_pullbacks(f, xs, [beside(u, x) for u, x in zip(us, leaves, strict=True)])
     if not usable():
         return _jvp_of_torch(f, xs, us)
     tangents = iter(us)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from luxtorch.core import InputError, tree_leaves, tree_map
+from luxtorch.core._sharded import beside
 
 from ._arguments import check_chunk_size
 from ._torch_func import Tree, WithAux, jvp
@@ -72,7 +73,8 @@ def one_hot(index: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     vectors, start = [], 0
     for tensor in like:
         places = torch.arange(start, start + tensor.numel(), device=tensor.device)
-        vectors.append((places == index.to(tensor.device)).to(tensor.dtype).view(tensor.shape))
+        vector = (places == index.to(tensor.device)).to(tensor.dtype).view(tensor.shape)
+        vectors.append(beside(vector, tensor))
         start += tensor.numel()
     return tuple(vectors)
 

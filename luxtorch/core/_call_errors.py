@@ -132,7 +132,7 @@ def _explain(error: Exception, layer: Layer, x: Any, ps: Any, st: Any) -> Luxtor
     wrong = None
     # An error that user code raises explains itself best.
     if not (_is_raised(error) and _is_foreign(homes[-1])):
-        wrong = _half_sharded(x, ps, st) or _wrong_shapes(layer, ps)
+        wrong = _half_sharded(x, ps, st) or _badly_split(homes) or _wrong_shapes(layer, ps)
         wrong = wrong or _wrong_dtype(x, ps, message) or _wrong_device(x, ps, message)
         # If the error comes from a function that the layer was given, that may be wrong instead of the input.
         given = any(_is_foreign(home) and home != type(layer).__module__ for home in homes)
@@ -227,6 +227,14 @@ def _half_sharded(x: Any, ps: Any, st: Any) -> LuxtorchError | None:
     headline = "Sharded tensors must not meet plain ones, of which nobody knows whether all ranks have the same."
     fix = "Place it too: distributed.place(tree, mesh, rules)."
     return InputError(headline, got=f"'{plain[0]}' is not sharded, as others are", fix=fix)
+
+
+def _badly_split(homes: Iterable[str]) -> LuxtorchError | None:
+    """Return the error for tensors that torch cannot compute with as they are split; None if it is another."""
+    if not any(home.startswith("torch.distributed.tensor") for home in homes):
+        return None
+    fix = "Split other dimensions, or let all ranks have the tensors: distributed.Replicate()."
+    return InputError("Sharded tensors must be split so that torch can compute with them.", fix=fix)
 
 
 def _listed(names: Iterable[str]) -> str:

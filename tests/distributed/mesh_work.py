@@ -201,6 +201,9 @@ def derivatives(ps: Any, data: Any, model: Any, st: Any) -> dict[str, Any]:
         x, y = data
         return (model(x, ps, st)[0] - y).square().mean()
 
+    def output(ps: Any, bias: Any) -> Tensor:
+        return model(data[0], {**ps, "layer_2": {**ps["layer_2"], "bias": bias}}, st)[0]
+
     bias = ps["layer_2"]["bias"]
     return {
         "gradient": lt.gradient(loss, ps),
@@ -212,6 +215,10 @@ def derivatives(ps: Any, data: Any, model: Any, st: Any) -> dict[str, Any]:
         "gradient of a norm": lt.gradient(
             lambda ps: sum(g.square().sum() for g in tree_leaves(lt.gradient(loss, ps))), ps
         ),
+        "jacobian": lt.jacobian(lambda bias: output(ps, bias).sum(0), bias),
+        "jacobian, forward": lt.jacobian(lambda bias: output(ps, bias).sum(0), bias, mode="forward"),
+        "hessian": lt.hessian(lambda bias: output(ps, bias).square().mean(), bias),
+        "per-sample gradients": lt.per_sample_gradients(lambda ps, st, x: model(x, ps, st)[0].sum(), ps, st, data[0]),
         "vmap over inputs": torch.func.vmap(lambda x: model(x, ps, st)[0])(data[0]),
         "vmap over models": torch.func.vmap(lambda scale: loss(tree_map(lambda p: p * scale, ps)))(bias),
     }
