@@ -268,8 +268,17 @@ def _placed(leaf: Tensor, mesh: DeviceMesh, where: Sequence[Any], local: bool) -
     return result.requires_grad_(leaf.requires_grad)
 
 
-def describe(tree: Any) -> str:
+class Places(str):
+    """A text that is shown as it is, without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def describe(tree: Any) -> Places:
     """Return a table of what lies where: names, global shapes, placements, and the bytes on this rank.
+
+    Print the result, on one rank, or let a notebook show it.
 
     Args:
         tree: Any tree.
@@ -282,7 +291,7 @@ def describe(tree: Any) -> str:
         >>> from luxtorch import distributed
         >>> mesh = distributed.mesh("cpu", data=-1)
         >>> batch = distributed.place({"x": torch.zeros(4, 2)}, mesh, {"x": distributed.Shard(0, "data")})
-        >>> print(distributed.describe(batch))
+        >>> distributed.describe(batch)
         x  (4, 2)  Shard(0, 'data')  32 bytes
         32 bytes on this rank
         >>> distributed.shutdown()
@@ -300,7 +309,7 @@ def describe(tree: Any) -> str:
         "  ".join([*(text.ljust(width) for text, width in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])])
         for row in rows
     ]
-    return "\n".join([*lines, f"{total:,} bytes on this rank"])
+    return Places("\n".join([*lines, f"{total:,} bytes on this rank"]))
 
 
 def _where(leaf: Tensor) -> str:
