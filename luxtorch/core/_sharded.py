@@ -139,6 +139,15 @@ def _own_part(tensor: Any) -> Any:
     return part.wait() if hasattr(part, "wait") else part
 
 
+def everywhere(true: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Return whether a boolean is true on all ranks that some tensors are shared by: one all-reduce."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = next(tensor for tensor in tensors if is_sharded(tensor)).device_mesh  # type: ignore[attr-defined]
+    least: Any = DTensor.from_local(true.to(torch.uint8), mesh, [Partial("min")] * mesh.ndim, run_check=False)
+    return least.full_tensor() > 0  # type: ignore[no-any-return]
+
+
 def sharded_as(whole: Any, part: Tensor) -> Tensor:
     """Return this rank's new part in the form of a tensor, which may be sharded."""
     sharded = sharded_part(whole)

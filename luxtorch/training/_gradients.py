@@ -21,7 +21,7 @@ from luxtorch.core import (
     tree_unflatten,
     wrong_type,
 )
-from luxtorch.core._sharded import is_sharded
+from luxtorch.core._sharded import any_sharded, everywhere, own_parts
 from luxtorch.core._weighted import watching_means
 
 from ._train_state import TrainState
@@ -73,9 +73,10 @@ def _check_weight(weight: Any) -> None:
 
 def all_finite(*trees: Any) -> Tensor:
     """Return whether all numbers of some trees are finite, as a 0-d boolean tensor."""
-    found = [torch.isfinite(tensor).all() for tree in trees for tensor in tensors(tree)]
-    found = [one.full_tensor() if is_sharded(one) else one for one in found]  # type: ignore[attr-defined]
-    return torch.stack(found).all() if found else torch.tensor(True)
+    checked = [tensor for tree in trees for tensor in tensors(tree)]
+    found = [torch.isfinite(part).all() for part in own_parts(checked)]
+    finite = torch.stack(found).all() if found else torch.tensor(True)
+    return everywhere(finite, checked) if any_sharded(checked) else finite
 
 
 def select(ok: Tensor, new: Any, old: Any) -> Any:

@@ -13,7 +13,7 @@ from luxtorch import optim
 from luxtorch._torch import storage_id, storage_users
 from luxtorch._transforms import transformed
 from luxtorch.core import map_tensors, tensors
-from luxtorch.core._sharded import any_sharded, own_parts
+from luxtorch.core._sharded import any_sharded, own_parts, placed_like
 from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair
 from luxtorch.optim._rule import negative
@@ -74,6 +74,15 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
     new = Trees(ps, st, optim.OptState(layout, state), trees.step + 1, trees.skipped)
     ts._give_away()
     return ts._with(new, owned)
+
+
+def _placed(grads: Any, ts: TrainState) -> Any:
+    """Return gradients whose sums over ranks are taken: of summands nobody knows whether the sum is finite."""
+    leaves, params = tensors(grads), tensors(ts._trees.parameters)
+    if len(leaves) != len(params) or not any_sharded(params):
+        return grads
+    placed = iter(placed_like(leaves, params))
+    return map_tensors(lambda _: next(placed), grads)
 
 
 def _same(tree: Any) -> Any:
@@ -149,6 +158,8 @@ def apply_gradients(
     Source: `Training.apply_gradients` of Lux.
     """
     check_state(ts)
+    if skip_nonfinite:
+        grads = _placed(grads, ts)
     ok = all_finite(grads) if skip_nonfinite else None
     return _stepped(ts, grads, ts._trees.states, ok, donate, extra)
 
@@ -211,6 +222,8 @@ def single_train_step(
     """
     check_state(ts)
     grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
+    if skip_nonfinite:
+        grads = _placed(grads, ts)
     ok = all_finite(loss, grads) if skip_nonfinite else None
     return grads, loss, stats, _stepped(ts, grads, st, ok, donate, {"value": loss})
 
