@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import getitem
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 
 from ._strides import is_dense
 from ._trace import NO_OPS
+from ._writes import writes
 
 Program: TypeAlias = Callable[[list[Any]], Sequence[Tensor]]
 """A function of a list of input tensors, which it may clear, that returns the outputs of a graph."""
@@ -44,7 +46,9 @@ def replay(graph: fx.GraphModule) -> Program:
     def checked(node: fx.Node, value: Any) -> Any:
         nonlocal certain
         certain = certain and (type(value) is Tensor or not isinstance(value, Tensor))
-        order = _other_order(value, node.meta.get("val"))
+        # What an operator writes into is where its caller wants it.
+        source: Any = node.args[0] if node.target is getitem else node
+        order = None if writes(source.target) else _other_order(value, node.meta.get("val"))
         return value if order is None else _reordered(value, orders.setdefault(node, order))
 
     def first(inputs: list[Any]) -> Sequence[Tensor]:
