@@ -121,8 +121,10 @@ def placed_like(gradients: Sequence[Any], parameters: Sequence[Tensor]) -> list[
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether one of some tensors is sharded, and not wrapped by a transform."""
-    return _MODULE in sys.modules and any(sharded_part(tensor) is tensor for tensor in tensors)
+    """Tell whether one of some tensors is sharded, and neither wrapped by a transform nor traced by torch.compile."""
+    if _MODULE not in sys.modules or torch.compiler.is_compiling():
+        return False
+    return any(sharded_part(tensor) is tensor for tensor in tensors)
 
 
 def own_parts(tree: Any) -> Any:
@@ -171,14 +173,12 @@ def settled(y: Tensor, gather: int | None = None) -> Tensor:
         gather: A dimension that is not to be split, from the end.
     """
     sharded = sharded_part(y)
-    if sharded is None:
+    if sharded is None or torch.compiler.is_compiling():
         return y
     from torch.distributed.tensor import Replicate
 
     split = -1 if gather is None else sharded.ndim + gather
     placements = [Replicate() if place.is_partial() or place.is_shard(split) else place for place in sharded.placements]
-    if torch.compiler.is_compiling():
-        return y.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
     result: Tensor = _Settled.apply(y, placements)
     return result
 

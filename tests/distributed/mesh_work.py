@@ -25,7 +25,7 @@ from .work import WAYS, begin, problem
 
 WORDS, WIDTH, LENGTH, BATCH = 11, 16, 6, 8
 # With a smaller eps it would divide rounding errors by themselves: the gradient of an attention's key bias is zero.
-RULE = optim.AdamW(0.02, eps=1e-4)
+RULE = optim.AdamW(0.01, eps=1e-4)
 
 
 def language_model(layers: int, dropout: float = 0.1) -> Any:
