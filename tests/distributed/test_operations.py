@@ -223,7 +223,6 @@ MISTAKES = {
     "sizes": "InputError: .*same first dimension, the number of items.*'0' has 4, '1' has 6",
     "structure": r"InputError: .*must have the structure of the parameters.*weight.*bias.*gather_parameters\(ps\)",
     "shape": r"InputError: A gradient has the wrong shape.*\(4,\).*\(5,\)",
-    "forward": "InputError: A tangent of sharded parameters must be sharded.*tensor of shape.*reverse mode",
     "occupied": "DistributedError: .*cannot be written.*FileExistsError.*is not a checkpoint",
     "no folder": "DistributedError: .*cannot be written.*FileNotFoundError",
     "leaf": "DTypeError: The leaf 'a' must be a tensor.*3",

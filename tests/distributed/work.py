@@ -356,7 +356,6 @@ def mistaken(folder: Path) -> dict[str, str]:
         "sizes": lambda: distributed.shard_data((torch.ones(4), torch.ones(6))),
         "structure": lambda: distributed.scatter_gradients({"bias": torch.ones(4)}, ps),
         "shape": lambda: distributed.scatter_gradients({"weight": torch.ones(5)}, ps),
-        "forward": lambda: lt.gradient(lambda ps: whole(ps)[0].sum(), ps, mode="forward"),
         "occupied": lambda: distributed.save_checkpoint(folder / "other", good),
         "no folder": lambda: distributed.save_checkpoint(folder / "no" / "step", good),
         "leaf": lambda: distributed.save_checkpoint(folder / "new", {"a": 3}),
