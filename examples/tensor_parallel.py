@@ -79,7 +79,7 @@ def train(ps, place):
     fast, losses = jit(step, backend="replay", donate="ts"), []
     for i in range(STEPS):
         loss, ts = fast(place(windows(i)), ts)
-        losses.append(getattr(loss, "full_tensor", lambda loss=loss: loss)())
+        losses.append(loss.full_tensor() if hasattr(loss, "full_tensor") else loss)
     return torch.stack(losses), ts
 
 

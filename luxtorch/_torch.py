@@ -124,6 +124,8 @@ torch_cond: Callable[..., Any] = torch.cond
 torch_scan: Callable[..., Any] = scan
 torch_while_loop: Callable[..., Any] = while_loop
 
+# Sharded tensors.
+
 
 def unsplit(part: Tensor, mesh: Any, placements: Any, shape: Any = None) -> Tensor:
     """Return a sharded tensor of this rank's part, outside of autograd.

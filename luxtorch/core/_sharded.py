@@ -82,9 +82,7 @@ def own_rows(x: Tensor) -> tuple[int, int] | None:
 
 def rows_beside(rows: Tensor, other: Tensor) -> Tensor:
     """Return this rank's rows of a tensor as a tensor that is split like another; see `own_rows`."""
-    sharded = sharded_part(other)
-    while is_wrapped(rows):
-        rows = get_unwrapped(rows)
+    sharded, rows = sharded_part(other), unwrapped(rows)
     return unsplit(rows, sharded.device_mesh, sharded.placements, (other.shape[0], *rows.shape[1:]))
 
 
@@ -112,9 +110,9 @@ def placed_like(gradients: Sequence[Any], parameters: Sequence[Tensor]) -> list[
             sums = tuple(a if a.is_partial() else Replicate() for a, _ in pairs)  # of one dimension: each rank has all
             together[came.device_mesh, sums, came.dtype].append(i)
     for (mesh, sums, _), members in together.items():
-        parts = [_own_part(placed[i]) for i in members]
+        parts = [own_part(placed[i]) for i in members]
         flat: Any = unsplit(torch.cat([part.reshape(-1) for part in parts]), mesh, sums)
-        total = _own_part(flat.redistribute(placements=[Replicate()] * mesh.ndim))
+        total = own_part(flat.redistribute(placements=[Replicate()] * mesh.ndim))
         for i, part, summed in zip(members, parts, total.split([part.numel() for part in parts]), strict=True):
             placed[i] = around(summed.view(part.shape), sharded_part(parameters[i])._spec)
     return placed
@@ -129,10 +127,11 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 
 def own_parts(tree: Any) -> Any:
     """Return a tree with this rank's parts of sharded tensors, with their derivatives."""
-    return map_tensors(_own_part, tree)
+    return map_tensors(own_part, tree)
 
 
-def _own_part(tensor: Any) -> Any:
+def own_part(tensor: Any) -> Any:
+    """Return this rank's part of a sharded tensor, with its derivative; others, and wrapped ones, as they are."""
     sharded = sharded_part(tensor)
     if sharded is None or sharded is not tensor:
         return tensor
@@ -145,7 +144,7 @@ def everywhere(true: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """Return whether a boolean is true on all ranks that some tensors are shared by: one all-reduce."""
     from torch.distributed.tensor import DTensor, Partial
 
-    mesh = next(tensor for tensor in tensors if is_sharded(tensor)).device_mesh  # type: ignore[attr-defined]
+    mesh = next(tensor for tensor in tensors if sharded_part(tensor) is tensor).device_mesh
     least: Any = DTensor.from_local(true.to(torch.uint8), mesh, [Partial("min")] * mesh.ndim, run_check=False)
     return least.full_tensor() > 0  # type: ignore[no-any-return]
 
@@ -155,10 +154,17 @@ def sharded_as(whole: Any, part: Tensor) -> Tensor:
     sharded = sharded_part(whole)
     if sharded is None or sharded is not whole or is_sharded(part):
         return part
+    return with_spec(part, sharded._spec)
+
+
+def with_spec(part: Tensor, spec: Any) -> Tensor:
+    """Return the sharded tensor with this part on this rank, with its derivative."""
     if not (part.requires_grad and torch.is_grad_enabled()):
-        return around(part, sharded._spec)
-    layout = {"shape": sharded.shape, "stride": sharded.stride()}
-    return type(sharded).from_local(part, sharded.device_mesh, sharded.placements, run_check=False, **layout)  # type: ignore[no-any-return]
+        return around(part, spec)
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": spec.shape, "stride": spec.stride}
+    return DTensor.from_local(part, spec.mesh, spec.placements, run_check=False, **layout)
 
 
 def settled(y: Tensor, gather: int | None = None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from luxtorch.core import DTypeError, tree_structure
+from luxtorch.core._sharded import own_part, with_spec
 from luxtorch.core._tree import DEFERRED
 
 from ._constants import Constant, NotComparable, fingerprint, is_mutable
@@ -122,18 +123,13 @@ def _register_sharded(cls: Any) -> None:
     """
 
     def flatten_sharded(tensor: Any) -> tuple[tuple[Any], Any]:
-        local = getattr(tensor, "_given", tensor._local_tensor)
-        if local is tensor._local_tensor and tensor.requires_grad and torch.is_grad_enabled():
-            local = tensor.to_local(grad_placements=tensor.placements)
-        return (local.wait() if hasattr(local, "wait") else local,), tensor._spec
+        return (tensor._given if hasattr(tensor, "_given") else own_part(tensor),), tensor._spec
 
     def unflatten_sharded(spec: Any, children: Any) -> Any:
         (local,) = children
-        if not (local.requires_grad and torch.is_grad_enabled()):
-            return cls(local, spec, requires_grad=False)
-        layout = {"shape": spec.shape, "stride": spec.stride}
-        tensor = cls.from_local(local, spec.mesh, spec.placements, run_check=False, **layout)
-        tensor._given = local  # an argument that comes back is known by its identity
+        tensor: Any = with_spec(local, spec)
+        if tensor._local_tensor is not local:
+            tensor._given = local  # an argument that comes back is known by its identity
         return tensor
 
     SHARDED.add(cls)

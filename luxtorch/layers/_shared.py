@@ -21,7 +21,7 @@ from luxtorch.core import (
     tree_map,
     tree_unflatten,
 )
-from luxtorch.core._sharded import is_sharded, settled, sharded_part
+from luxtorch.core._sharded import settled, sharded_part
 from luxtorch.loops import scan
 from luxtorch.random import fold_in
 
@@ -108,8 +108,7 @@ def over_steps(
     """
     leaves, structure = tree_flatten(xs)
     outputs = []
-    whole = not (torch.compiler.is_compiling() or is_sharded(leaves[0]))
-    if traced() and whole and leaves[0].shape[0] > unrolled:
+    if traced() and not torch.compiler.is_compiling() and leaves[0].shape[0] > unrolled:
         if not torch.is_autocast_enabled(leaves[0].device.type):
             return scan(step, carry, xs)
         # After the first step the carry has the dtype that all others return.

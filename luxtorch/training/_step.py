@@ -13,9 +13,9 @@ from luxtorch import optim
 from luxtorch._torch import storage_id, storage_users
 from luxtorch._transforms import transformed
 from luxtorch.core import map_tensors, tensors
-from luxtorch.core._sharded import any_sharded, own_parts, placed_like
+from luxtorch.core._sharded import any_sharded, own_parts
 from luxtorch.optim._kernels import numbers, unobserved
-from luxtorch.optim._leaves import pair
+from luxtorch.optim._leaves import pair, rebuild
 from luxtorch.optim._rule import negative
 
 from ._gradients import Objective, all_finite, check_state, gradients, select
@@ -78,11 +78,8 @@ def update_donated(ts: TrainState, grads: Any, st: Any) -> TrainState | None:
 
 def _placed(grads: Any, ts: TrainState) -> Any:
     """Return gradients whose sums over ranks are taken: of summands nobody knows whether the sum is finite."""
-    leaves, params = tensors(grads), tensors(ts._trees.parameters)
-    if len(leaves) != len(params) or not any_sharded(params):
-        return grads
-    placed = iter(placed_like(leaves, params))
-    return map_tensors(lambda _: next(placed), grads)
+    ps = ts._trees.parameters
+    return rebuild(ps, iter(pair(ps, grads).grads)) if any_sharded(tensors(ps)) else grads
 
 
 def _same(tree: Any) -> Any:
@@ -158,9 +155,10 @@ def apply_gradients(
     Source: `Training.apply_gradients` of Lux.
     """
     check_state(ts)
+    ok = None
     if skip_nonfinite:
         grads = _placed(grads, ts)
-    ok = all_finite(grads) if skip_nonfinite else None
+        ok = all_finite(grads)
     return _stepped(ts, grads, ts._trees.states, ok, donate, extra)
 
 
@@ -222,9 +220,10 @@ def single_train_step(
     """
     check_state(ts)
     grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
+    ok = None
     if skip_nonfinite:
         grads = _placed(grads, ts)
-    ok = all_finite(loss, grads) if skip_nonfinite else None
+        ok = all_finite(loss, grads)
     return grads, loss, stats, _stepped(ts, grads, st, ok, donate, {"value": loss})
 
 
