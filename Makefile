@@ -49,7 +49,7 @@ docs: .venv/.stamp ## build the site in build/docs, running every example; with 
 	@echo "The site begins at build/docs/index.html."
 
 visit: .venv/.stamp ## open every page of the built site in headless Chromium
-	VISIT=1 .venv/bin/pytest -q tests/docs/test_visit.py
+	SHARE=1/1 VISIT=1 .venv/bin/pytest -q tests/docs/test_visit.py # all of it: a share may be empty
 
 pictures: .venv/.stamp ## draw the pictures of the README again, by the examples
 	for one in ensemble_digits neural_ode pinn_heat; do .venv/bin/python examples/$$one.py || exit 1; done
