@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luxtorch._errors import InputError, out_of_range, wrong_type
+from luxtorch._errors import out_of_range, wrong_shape, wrong_type
 
 from . import _ops, _philox
-from ._key import checked
+from ._checks import drawn, finite, number, parameters, single
+from ._key import is_whole
 
 
 def uniform(
@@ -29,13 +30,20 @@ def uniform(
     Returns:
         A tensor of `shape` on the key's device.
 
+    Raises:
+        InputError: If `low` is above `high`, or one is not finite.
+        DTypeError: If one is not a number. For bounds that are tensors, scale and shift a standard draw.
+
     Example:
         >>> import luxtorch.random as lr
         >>> lr.uniform(lr.key(0), (2, 3)).shape
         torch.Size([2, 3])
     """
-    shape, dtype = _checked(key, shape, dtype)
-    return _ops.call(_ops.uniform, "uniform", key, shape, float(low), float(high), dtype)
+    shape, dtype = drawn(key, shape, dtype)
+    low, high = finite("low", low), finite("high", high)
+    if low > high:
+        raise out_of_range("low", low, f"at most high, which is {high}")
+    return _ops.call(_ops.uniform, "uniform", key, shape, low, high, dtype)
 
 
 def normal(
@@ -53,13 +61,20 @@ def normal(
     Returns:
         A tensor of `shape` on the key's device.
 
+    Raises:
+        InputError: If `std` is negative, or a number is not finite.
+        DTypeError: If one is not a number. For tensors, scale and shift a standard draw.
+
     Example:
         >>> import luxtorch.random as lr
         >>> lr.normal(lr.key(0), (2, 3)).shape
         torch.Size([2, 3])
     """
-    shape, dtype = _checked(key, shape, dtype)
-    return _ops.call(_ops.normal, "normal", key, shape, float(mean), float(std), dtype)
+    shape, dtype = drawn(key, shape, dtype)
+    mean, std = finite("mean", mean), finite("std", std)
+    if std < 0:
+        raise out_of_range("std", std, "at least 0")
+    return _ops.call(_ops.normal, "normal", key, shape, mean, std, dtype)
 
 
 def truncated_normal(
@@ -87,7 +102,7 @@ def truncated_normal(
         A tensor of `shape` on the key's device, by inversion of the distribution function.
 
     Raises:
-        InputError: If `low` is not below `high`.
+        InputError: If `low` is not below `high`, or `std` is not positive.
 
     Example:
         >>> import luxtorch.random as lr
@@ -95,9 +110,12 @@ def truncated_normal(
         >>> bool(draw.min() >= -1.0), bool(draw.max() <= 0.5)
         (True, True)
     """
+    mean, std, low, high = finite("mean", mean), finite("std", std), number("low", low), number("high", high)
     if not low < high:
         raise out_of_range("low", low, f"below high, which is {high}")
-    shape, dtype = _checked(key, shape, dtype)
+    if not std > 0:
+        raise out_of_range("std", std, "positive")
+    shape, dtype = drawn(key, shape, dtype)
     cuts = (low - mean) / std, (high - mean) / std
     # Floating point is finer near 0 than near 1, so an upper tail is drawn as a lower one and reflected.
     sign = -1.0 if cuts[0] > 0 else 1.0
@@ -106,6 +124,9 @@ def truncated_normal(
     wide = torch.float32 if central else torch.float64
     draw: Tensor = torch.special.ndtri(uniform(key, shape, low=below, high=above, dtype=wide))
     return draw.mul(sign * std).add(mean).clamp(low, high).to(dtype)
+
+
+_PROBABLE = "a probability, from 0 to 1"
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
@@ -119,15 +140,20 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
     Returns:
         A bool tensor of `shape` on the key's device.
 
+    Raises:
+        InputError: If `p` is not between 0 and 1, where that can be seen without waiting for a device.
+
     Example:
         >>> import luxtorch.random as lr
         >>> lr.bernoulli(lr.key(0), 1.0, (3,))
         tensor([True, True, True])
     """
-    if shape is None:
-        shape = p.shape if isinstance(p, Tensor) else ()
-    dtype = p.dtype if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
-    return uniform(key, shape, dtype=dtype) < p
+    if isinstance(p, Tensor):
+        shape, _, (p,) = parameters(key, shape, None, lambda p: (p >= 0) & (p <= 1), _PROBABLE, p=p)
+        return uniform(key, shape, dtype=p.dtype) < p
+    if not 0 <= number("p", p) <= 1:
+        raise out_of_range("p", p, _PROBABLE)
+    return uniform(key, shape or (), dtype=torch.float32) < p
 
 
 def bernoulli_rows(key: Tensor, p: float, shape: Sequence[int], first: int, rows: int) -> Tensor:
@@ -156,16 +182,26 @@ def randint(
         A tensor of `shape` on the key's device.
 
     Raises:
-        InputError: If the range is empty, or wider than the 2^53 numbers that a float64 tells apart.
+        InputError: If the range is empty, or wider than the 2^53 numbers that a float64 tells apart, or does not fit
+            in the dtype.
+        DTypeError: If a bound is not an integer.
 
     Example:
         >>> import luxtorch.random as lr
         >>> sorted(set(lr.randint(lr.key(0), (100,), 3, 6).tolist()))
         [3, 4, 5]
     """
+    for name, bound in (("low", low), ("high", high)):
+        if not is_whole(bound):
+            raise wrong_type(name, bound, "an int")
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise wrong_type("dtype", dtype, "an integer dtype")
     span = high - low
     if not 0 < span <= 2**53:
         raise out_of_range("high - low", span, "at least 1 and at most 2**53")
+    limits = torch.iinfo(dtype)
+    if low < limits.min or high - 1 > limits.max:
+        raise out_of_range("low and high", (low, high), f"in the range of {dtype}")
     return (uniform(key, shape, dtype=torch.float64) * span).to(torch.int64).add(low).to(dtype)
 
 
@@ -173,36 +209,34 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
     """Shuffle the numbers 0, ..., x - 1, or the rows of a tensor.
 
     Args:
-        key: A key.
+        key: One key; for a batch of keys, use `torch.vmap`.
         x: How many numbers; or a tensor, whose first dimension is shuffled.
 
     Returns:
         An int64 tensor of shape (x,) on the key's device; or a tensor like `x`.
+
+    Raises:
+        DTypeError: If `x` is neither an integer nor a tensor.
+        InputError: If it is negative, or a tensor without dimensions.
 
     Example:
         >>> import luxtorch.random as lr
         >>> sorted(lr.permutation(lr.key(0), 5).tolist())
         [0, 1, 2, 3, 4]
     """
-    size = x.shape[0] if isinstance(x, Tensor) else x
-    order = torch.argsort(uniform(key, (size,), dtype=torch.float64))
+    order = torch.argsort(uniform(single(key), (rows(x),), dtype=torch.float64))
     return x.index_select(0, order) if isinstance(x, Tensor) else order
 
 
-def _checked(key: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return the shape and the dtype of a draw, or raise if they do not fit the key."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    batch = checked(key).shape[:-1]
-    if any(size < 0 for size in shape):
-        raise out_of_range("Each size in shape", shape, "at least 0")
-    if len(batch) > len(shape) or any(b not in (1, s) for b, s in zip(batch, shape, strict=False)):
-        raise InputError(
-            "The shape must start with the batch of keys, of which each draws one slice.",
-            expected=f"{(*batch, '...')}",
-            got=f"{shape}",
-            fix="Add the batch to the shape, or use torch.vmap over the keys.",
-        )
-    dtype = dtype or torch.get_default_dtype()
-    if not dtype.is_floating_point:
-        raise wrong_type("dtype", dtype, "a real floating point dtype")
-    return shape, dtype
+def rows(x: int | Tensor) -> int:
+    """Return how many things `x` is: a number, or a tensor of rows."""
+    if isinstance(x, Tensor):
+        if x.ndim == 0:
+            raise wrong_shape("x", x, "one dimension or more", fix="For the numbers below x, pass an int.")
+        return x.shape[0]
+    if not is_whole(x):
+        raise wrong_type("x", x, "an int or a tensor")
+    if x < 0:
+        raise out_of_range("x", x, "at least 0")
+    return x
+

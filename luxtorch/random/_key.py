@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -42,7 +43,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
         >>> bool((lr.uniform(lr.key(0), (3,)) == lr.uniform(lr.key(0), (3,))).all())
         True
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise wrong_type("seed", seed, "an int")
     return torch.tensor([seed % _WORD, 0], dtype=torch.uint64, device=device)
 
@@ -84,12 +85,18 @@ def split(key: Tensor, number: int = 2) -> Tensor:
     Returns:
         A uint64 tensor of shape (number, *batch, 2); iterate over it, or unpack it.
 
+    Raises:
+        InputError: If `number` is below 1.
+        DTypeError: If it is not an integer.
+
     Example:
         >>> import luxtorch.random as lr
         >>> first, second = lr.split(lr.key(0))
         >>> first.shape
         torch.Size([2])
     """
+    if not is_whole(number):
+        raise wrong_type("number", number, "an int")
     if number < 1:
         raise out_of_range("number", number, "at least 1")
     return _ops.call(_ops.split, "split", checked(key), number)
@@ -128,6 +135,7 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
 
     Raises:
         InputError: If an integer does not fit in 64 bits, or a tensor has more than one element.
+        DTypeError: If `data` is something else.
 
     Example:
         >>> import luxtorch.random as lr
@@ -145,6 +153,8 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
         return _ops.call(_ops.fold_in_tensor, "fold_in_tensor", key, data.reshape(()))
     if isinstance(data, str):
         data = _number_of(data)
+    elif not is_whole(data):
+        raise wrong_type("data", data, "an integer, a string or an integer tensor")
     if not -(2**63) <= data < _WORD:
         raise out_of_range("data", data, "an integer of at most 64 bits")
     return _ops.call(_ops.fold_in, "fold_in", key, data - _WORD if data >= 2**63 else data)
@@ -187,6 +197,11 @@ def checked(key: Tensor) -> Tensor:
 def is_key(value: object) -> bool:
     """Tell whether something is a key, or a batch of keys."""
     return isinstance(value, Tensor) and value.dtype == torch.uint64 and value.ndim > 0 and value.shape[-1] == 2
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether something is an integer; True and False are not."""
+    return type(value) is int or (isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool))
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
