@@ -120,6 +120,7 @@ from .layers import PReLU as PReLU
 from .layers import Recurrence as Recurrence
 from .layers import RepeatedLayer as RepeatedLayer
 from .layers import ReshapeLayer as ReshapeLayer
+from .layers import Positions as Positions
 from .layers import ReverseSequence as ReverseSequence
 from .layers import RMSNorm as RMSNorm
 from .layers import RNNCell as RNNCell

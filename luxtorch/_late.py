@@ -28,3 +28,4 @@ from .surgery import share_parameters as share_parameters
 from .surgery import unfreeze as unfreeze
 from .surgery import unshare_parameters as unshare_parameters
 from .surgery import weight_norm as weight_norm
+from .surgery import with_cache as with_cache

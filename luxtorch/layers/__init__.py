@@ -31,6 +31,7 @@ from ._dropout import Dropout as Dropout
 from ._dropout import FeatureDropout as FeatureDropout
 from ._dropout import VariationalHiddenDropout as VariationalHiddenDropout
 from ._embedding import Embedding as Embedding
+from ._embedding import Positions as Positions
 from ._embedding import RotaryPositionalEmbedding as RotaryPositionalEmbedding
 from ._embedding import SinusoidalPositionalEmbedding as SinusoidalPositionalEmbedding
 from ._embedding import apply_rotary_embedding as apply_rotary_embedding

@@ -1,8 +1,9 @@
-"""Attention: `scaled_dot_product_attention` and `MultiHeadAttention`."""
+"""Attention: `scaled_dot_product_attention` and `MultiHeadAttention`, with a cache for generation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import functional, kernel_with_formula
+from luxtorch._transforms import functional, kernel_with_formula, traced, unwrapped, watched
 from luxtorch.core import (
     TRAINING,
     ContainerLayer,
+    DTypeError,
     InputError,
     Parameters,
     States,
@@ -21,10 +23,13 @@ from luxtorch.core import (
     wrong_shape,
     wrong_type,
 )
+from luxtorch.core._call_errors import wrong_names
+from luxtorch.core._replace import replace_children
 from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.init import Initializer, glorot_uniform, zeros
 
 from ._dropout import Dropout, dropped
+from ._embedding import RotaryPositionalEmbedding
 from ._linear import Dense
 from ._shared import HALVES, require_size, unfit
 
@@ -208,6 +213,11 @@ class MultiHeadAttention(ContainerLayer):
         bias: Whether the projections have biases.
         dropout: The probability with which each weight is dropped while training.
         is_causal: Whether query i attends to the keys 0 to i only; a mask applies as well.
+        rotary: A layer that rotates the queries and keys of each head by their positions, of size
+            `qk_features / num_heads`; or None.
+        cache: For generation, (batch_size, max_length), or (max_length,) for a single sequence: keys and values stay in
+            the state, and each call goes on where the last one ended. `lt.with_cache` sets it in a whole model. Only
+            causal attention of a sequence to itself can have one.
         return_weights: Whether the output is a tuple, the weights its second element.
         init_weight: The initializer of the projections' weights.
         init_bias: The initializer of the projections' biases.
@@ -218,19 +228,27 @@ class MultiHeadAttention(ContainerLayer):
         v_proj: Those of `Dense(vdim, v_features * num_kv_heads / num_heads)`.
         attention_dropout: None.
         out_proj: Those of `Dense(v_features, out_features)`.
+        rotary: None; it is there only with `rotary`.
 
     States:
-        attention_dropout: Those of `Dropout(dropout)`. The others have none.
+        attention_dropout: Those of `Dropout(dropout)`. The projections have none.
+        rotary: Those of `rotary`, if there is one.
+        cache: With `cache`, `keys` and `values` (batch_size, num_kv_heads, max_length, features of a head), and
+            `position`, the number of elements so far. Alone of all states it is not detached: derivatives of a call
+            include what they owe to the calls before.
 
     Shape:
         A tensor x (..., length, embed_dim), which attends to itself, or a tuple: `(q, kv)`, `(q, k, v)` or
         `(q, k, v, mask)`, so `(x, x, x, mask)` for self-attention with a mask; to (..., q_len, out_features).
         Weights are (..., num_heads, q_len, kv_len), to which a mask broadcasts: (q_len, kv_len) for all samples, or
-        (batch, 1, 1, kv_len), written `mask[:, None, None, :]`, for keys that are padding.
+        (batch, 1, 1, kv_len), written `mask[:, None, None, :]`, for keys that are padding. With a cache, kv_len is
+        its max_length.
 
     Raises:
-        InputError: If the heads do not divide the widths, or an input or the mask has another shape.
-        DTypeError: If the mask holds integers, or an input's dtype is not that of the parameters.
+        InputError: If the heads do not divide the widths, or an input or the mask has another shape. With a cache, if
+            dropout is on, if tensors are sharded, or if there are more elements than max_length; inside of `lt.jit`
+            and on a GPU, where that cannot be seen, the output is NaN instead.
+        DTypeError: If the mask holds integers, or an input's dtype is not that of the parameters, or of the cache.
 
     Example:
         >>> import torch, luxtorch as lt
@@ -256,6 +274,8 @@ class MultiHeadAttention(ContainerLayer):
     v_proj: Dense
     attention_dropout: Dropout
     out_proj: Dense
+    rotary: RotaryPositionalEmbedding | None
+    cache: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -271,6 +291,8 @@ class MultiHeadAttention(ContainerLayer):
         bias: bool = True,
         dropout: float = 0.0,
         is_causal: bool = False,
+        rotary: RotaryPositionalEmbedding | None = None,
+        cache: tuple[int, ...] | None = None,
         return_weights: bool = False,
         init_weight: Initializer = glorot_uniform,
         init_bias: Initializer = zeros,
@@ -280,6 +302,7 @@ class MultiHeadAttention(ContainerLayer):
         widths = {name: embed_dim if width is None else width for name, width in given.items()}
         qk, values = widths["qk_features"], widths["v_features"]
         _check(embed_dim, num_heads, kv_heads, widths)
+        _check_rotary(rotary, qk // num_heads)
 
         def dense(width: int, features: int) -> Dense:
             return Dense(width, features, bias=bias, init_weight=init_weight, init_bias=init_bias)
@@ -294,10 +317,52 @@ class MultiHeadAttention(ContainerLayer):
             v_proj=dense(widths["vdim"], values // num_heads * kv_heads),
             attention_dropout=Dropout(dropout),
             out_proj=dense(values, embed_dim if out_features is None else out_features),
+            rotary=rotary,
+            cache=None,
         )
+        if cache is not None:
+            self._set_cache(cache)
+
+    def _set_cache(self, shape: Any) -> None:
+        if not self.is_causal:
+            raise out_of_range("is_causal", False, "True with a cache", fix="What comes later must change nothing.")
+        sizes = tuple(shape) if isinstance(shape, tuple | list) else ()
+        whole = [isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes]
+        if not sizes or not all(whole) or sizes[-1] < 1:
+            raise out_of_range("cache", shape, "(batch_size, max_length), or (max_length,)")
+        if self.rotary is not None and sizes[-1] > self.rotary.max_sequence_length:
+            limit = f"at most max_sequence_length={self.rotary.max_sequence_length} of the rotary embedding"
+            raise out_of_range("max_length", sizes[-1], limit)
+        self._set(cache=sizes)
+
+    def cached(self, shape: tuple[int, ...]) -> MultiHeadAttention:
+        """Return the same layer with a cache, if it is causal; see `lt.with_cache`.
+
+        Args:
+            shape: (batch_size, max_length), or (max_length,).
+        """
+        if not self.is_causal:
+            return self
+        new = replace_children(self, {})
+        new._set_cache(shape)
+        return new
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return those of the layers inside, and an empty cache."""
+        states = super().initial_states(key)
+        if self.cache is None:
+            return states
+        *batch, length = self.cache
+        widths = {"keys": self.k_proj.out_features, "values": self.v_proj.out_features}
+        kv_heads, device = self.num_kv_heads, key.device
+        cache = {
+            name: torch.zeros(*batch, kv_heads, length, width // kv_heads, device=device)
+            for name, width in widths.items()
+        }
+        return {**states, "cache": {**cache, "position": torch.zeros((), dtype=torch.int64, device=device)}}
 
     def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
-        """Return the output, with the weights if asked for, and the state of the dropout."""
+        """Return the output, with the weights if asked for, and the states of the dropout and the cache."""
         q, k, v, mask = self._inputs(x)
         new = dict(st)
         q, new["q_proj"] = self.q_proj(q, ps["q_proj"], st["q_proj"])
@@ -305,17 +370,70 @@ class MultiHeadAttention(ContainerLayer):
         v, new["v_proj"] = self.v_proj(v, ps["v_proj"], st["v_proj"])
         q, k, v = _heads(q, self.num_heads), _heads(k, self.num_kv_heads), _heads(v, self.num_kv_heads)
         dropout_ps, dropout_st = ps["attention_dropout"], st["attention_dropout"]
-        if self.return_weights or (self.attention_dropout.p > 0 and dropout_st.get(TRAINING)):
+        drops = self.attention_dropout.p > 0 and dropout_st.get(TRAINING)
+        places = None if self.cache is None else self._places(q, k, v, st["cache"], bool(drops))
+        if self.rotary is not None:
+            q, k = (self._rotated(each, places, ps, st) for each in (q, k))
+        is_causal, fits = self.is_causal, None
+        if places is not None:
+            k, v, mask, fits, new["cache"] = _after_the_past(q, k, v, mask, places, st["cache"])
+            is_causal = False
+        if self.return_weights or drops:
             check_shapes(q, k, v, mask)
-            weights = attention_weights(q, k, mask=mask, is_causal=self.is_causal)
+            weights = _unless_full(fits, attention_weights(q, k, mask=mask, is_causal=is_causal))
             weights, new["attention_dropout"] = self.attention_dropout(weights, dropout_ps, dropout_st)
             y = attended(weights, v)
         else:
-            y = scaled_dot_product_attention(q, k, v, mask=mask, is_causal=self.is_causal)
+            y = _unless_full(fits, scaled_dot_product_attention(q, k, v, mask=mask, is_causal=is_causal))
             # It drops nothing here, but checks the names in its trees.
             y, new["attention_dropout"] = self.attention_dropout(y, dropout_ps, dropout_st)
         y, new["out_proj"] = self.out_proj(y.transpose(-3, -2).flatten(-2), ps["out_proj"], st["out_proj"])
         return ((y, weights) if self.return_weights else y), new
+
+    def _rotated(self, x: Tensor, places: Tensor | None, ps: Parameters, st: States) -> Tensor:
+        """Rotate queries or keys by their positions."""
+        assert self.rotary is not None
+        # Beyond the cache the output is NaN, whatever the rotation.
+        at = None if places is None else places.clamp(max=self.rotary.max_sequence_length - 1)
+        y, _ = self.rotary(x if at is None else (x, at), ps["rotary"], st["rotary"])
+        return y
+
+    def _places(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, drops: bool) -> Tensor:
+        """Return the places in the cache of the elements that come, (length,), after a look at all that must fit."""
+        wrong = wrong_names(cache, _IN_CACHE, "state", "Make it with lt.with_cache, or lt.initial_states.")
+        if wrong is not None:
+            wrong.inside = ("cache",)
+            raise wrong
+        assert self.cache is not None
+        *batch, limit = self.cache
+        if tuple(q.shape[:-3]) != tuple(batch) or q.shape[-2] != k.shape[-2]:
+            raise InputError(
+                "With a cache, the input must be one sequence that attends to itself, or a batch of the cache's size.",
+                expected=f"the batch {tuple(batch)}",
+                got=f"the batch {tuple(q.shape[:-3])}, {q.shape[-2]} queries and {k.shape[-2]} keys",
+                fix="Make another cache for another batch_size: lt.with_cache. Cross-attention must not be causal.",
+            )
+        for name, new in (("keys", k), ("values", v)):
+            wanted = (*batch, new.shape[-3], limit, new.shape[-1])
+            if tuple(cache[name].shape) != wanted:
+                raise wrong_shape(
+                    f"The cache of {name}", cache[name], wanted, fix="Make the states for this very model."
+                )
+            if cache[name].dtype != new.dtype:
+                raise DTypeError(
+                    "The cache must have the dtype of keys and values.",
+                    expected=str(new.dtype),
+                    got=str(cache[name].dtype),
+                    fix="Convert the states too, lt.f64(st), lt.bf16(st) and the like; in autocast, to its dtype.",
+                )
+        if any(map(is_sharded, (q, k, v, *cache.values()))):
+            raise InputError(
+                "Attention with a cache must not meet sharded tensors.", fix="Gather the parameters first."
+            )
+        if drops:
+            raise InputError("Attention with a cache must be in test mode.", got="dropout", fix="st = lt.test_mode(st)")
+        _require_room(cache["position"], q.shape[-2], limit)
+        return cache["position"] + torch.arange(q.shape[-2], device=q.device)
 
     def _inputs(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         parts = x if isinstance(x, tuple) else (x, x, x)
@@ -340,7 +458,61 @@ class MultiHeadAttention(ContainerLayer):
         """Return for instance `num_heads=8, is_causal=True`."""
         shown = [f"num_heads={self.num_heads}"]
         shown += [f"num_kv_heads={self.num_kv_heads}"] if self.num_kv_heads != self.num_heads else []
+        shown += [f"cache={self.cache}"] if self.cache is not None else []
         return ", ".join(shown + [f"{name}=True" for name in ("is_causal", "return_weights") if getattr(self, name)])
+
+
+_IN_CACHE = frozenset(("keys", "values", "position"))
+
+
+def _require_room(position: Tensor, length: int, limit: int) -> None:
+    """Raise if a cache is too small for what comes, where values can be read without waiting for a GPU."""
+    before = 0
+    if position.device.type == "cpu" and not (traced() or watched()):
+        before = int(unwrapped(position).max())
+    if before + length > limit:
+        raise InputError(
+            "The cache must have room for all elements of the sequence.",
+            expected=f"at most {limit}",
+            got=f"{length} after {before}",
+            fix="Make it with a larger max_length.",
+        )
+
+
+def _after_the_past(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, places: Tensor, cache: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return all keys and values, the mask of those that a query attends to, if they fit, and the next cache."""
+    position, length, limit = cache["position"], k.shape[-2], cache["keys"].shape[-2]
+    slots = torch.arange(limit, device=k.device)
+    rows = slots - position
+    keys, values = _written(cache["keys"], k, rows), _written(cache["values"], v, rows)
+    keep = slots <= places[:, None]
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:-1], limit))
+        keep = mask & keep if mask.dtype == torch.bool else torch.where(keep, mask, -math.inf)
+    end = position + length
+    return keys, values, keep, end <= limit, {"keys": keys, "values": values, "position": end}
+
+
+def _written(old: Tensor, new: Tensor, rows: Tensor) -> Tensor:
+    """Return a cache with new elements, given the number of the one that belongs into each slot.
+
+    A pass over the whole cache is no more than attention does anyway. It is a pointwise operation, known to all
+    transforms and fused by the compiler, and writes nothing out of range.
+    """
+    length = new.shape[-2]
+    if length == 0:
+        return old
+    here = (rows >= 0) & (rows < length)
+    if length > 1:
+        new = new.index_select(-2, rows.clamp(0, length - 1))
+    return torch.where(here[:, None], new, old).contiguous()
+
+
+def _unless_full(fits: Tensor | None, y: Tensor) -> Tensor:
+    """Return NaN where a cache had no room; nobody may take that for an output."""
+    return y if fits is None else torch.where(fits, y, math.nan)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -357,3 +529,12 @@ def _check(embed_dim: int, heads: int, kv_heads: int, widths: dict[str, int]) ->
     for name in ("qk_features", "v_features"):
         if widths[name] % heads:
             raise out_of_range(f"{name} (by default, embed_dim)", widths[name], f"a multiple of num_heads={heads}")
+
+
+def _check_rotary(rotary: Any, width: int) -> None:
+    if rotary is None:
+        return
+    if not isinstance(rotary, RotaryPositionalEmbedding):
+        raise out_of_range("rotary", rotary, "a RotaryPositionalEmbedding, or None")
+    if rotary.dim != width:
+        raise out_of_range("The size of the rotary embedding", rotary.dim, f"{width}, that of one head")

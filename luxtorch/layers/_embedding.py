@@ -1,4 +1,4 @@
-"""Embeddings of indices (`Embedding`) and of positions (sinusoidal and rotary)."""
+"""Embeddings of indices (`Embedding`) and of positions (sinusoidal and rotary), and `Positions` themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luxtorch._transforms import transformed
 from luxtorch.core import InputError, Layer, Parameters, States, described, out_of_range, wrong_shape, wrong_type
-from luxtorch.core._sharded import settled
+from luxtorch.core._sharded import beside, settled
 from luxtorch.init import Initializer, normal
 from luxtorch.random import fold_in
 
@@ -148,6 +148,59 @@ def index_error(x: Any, error: Exception, *, expected: str, fix: str = "") -> In
         got=", ".join(f"integers from {int(t.min())} to {int(t.max())}" for t in tensors) if readable else str(error),
         fix=fix or "Indices count from 0. Make the table larger, or map unknown entries to a row of their own.",
     )
+
+
+class Positions(Layer):
+    """Number the elements of a sequence: 0, 1, 2, ..., for an embedding of positions.
+
+    In a model for generation, where a call goes on where the last one ended, so do the numbers: `lt.with_cache` makes
+    them count. A model that makes its own numbers, as by `torch.arange`, would begin at 0 in each call.
+
+    Args:
+        dim: The dimension of the input along which the position changes: the last one of indices, -2 of features.
+        counts: Whether a call goes on where the last one ended.
+
+    States:
+        position: With `counts`, the number of elements so far.
+
+    Shape:
+        A tensor with that dimension to integers (length,).
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> places = lt.Chain(lt.Positions(), lt.Embedding(256, 8))
+        >>> model = lt.Parallel(torch.add, lt.Embedding(65, 8), places)
+        >>> ps, st = lt.setup(0, model)
+        >>> y, st = model(torch.tensor([[3, 1, 4], [1, 5, 9]]), ps, st)
+        >>> y.shape
+        torch.Size([2, 3, 8])
+
+    Source: Flax's examples of language models, whose `cache_index` counts in the same way.
+    """
+
+    dim: int = -1
+    _: KW_ONLY
+    counts: bool = False
+
+    def cached(self, shape: tuple[int, ...]) -> Positions:
+        """Return the layer that counts; see `lt.with_cache`."""
+        return Positions(self.dim, counts=True)
+
+    def initial_states(self, key: Tensor) -> dict[str, Any]:
+        """Return where to begin."""
+        return {"position": torch.zeros((), dtype=torch.int64, device=key.device)} if self.counts else {}
+
+    def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
+        """Return the numbers, and where the next call begins."""
+        length = x.shape[self.dim]
+        numbers = beside(torch.arange(length, device=x.device), x)
+        if not self.counts:
+            return numbers, st
+        return st["position"] + numbers, {"position": st["position"] + length}
+
+    def expected_input(self) -> str:
+        """Name the dimension."""
+        return f"a tensor with the dimension {self.dim}"
 
 
 class SinusoidalPositionalEmbedding(Layer):

@@ -13,6 +13,7 @@ from ._activations import Activation
 from ._attention import MultiHeadAttention
 from ._containers import NamedLayers
 from ._dropout import Dropout
+from ._embedding import RotaryPositionalEmbedding
 from ._layernorm import LayerNorm
 from ._linear import Dense
 from ._shared import require_size, unfit
@@ -68,6 +69,8 @@ class TransformerEncoderLayer(_TransformerLayer):
         eps: Added to the variance where it is normalized.
         bias: Whether the dense layers, projections and normalizations have biases.
         is_causal: Whether an element attends to itself and those before it only; a mask applies as well.
+        rotary: A layer that rotates the queries and keys of each head by their positions, of size
+            `embed_dim / num_heads`; or None.
 
     Parameters:
         self_attn: Those of `MultiHeadAttention`.
@@ -118,11 +121,14 @@ class TransformerEncoderLayer(_TransformerLayer):
         eps: float = 1e-5,
         bias: bool = True,
         is_causal: bool = False,
+        rotary: RotaryPositionalEmbedding | None = None,
     ) -> None:
         norm, drop = LayerNorm(embed_dim, eps=eps, bias=bias), Dropout(dropout)
         self._set(
             norm_first=norm_first,
-            self_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal),
+            self_attn=MultiHeadAttention(
+                embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal, rotary=rotary
+            ),
             linear1=Dense(embed_dim, dim_feedforward, activation, bias=bias),
             linear2=Dense(dim_feedforward, embed_dim, bias=bias),
             norm1=norm,
@@ -163,6 +169,8 @@ class TransformerDecoderLayer(_TransformerLayer):
         bias: Whether the dense layers, projections and normalizations have biases.
         is_causal: Whether an element attends to itself and those before it only; the mask applies as well. All of
             them attend to the whole memory.
+        rotary: A layer that rotates the queries and keys of each head in the self-attention by their positions, of
+            size `embed_dim / num_heads`; or None.
 
     Parameters:
         self_attn, multihead_attn: Those of `MultiHeadAttention`.
@@ -217,11 +225,14 @@ class TransformerDecoderLayer(_TransformerLayer):
         eps: float = 1e-5,
         bias: bool = True,
         is_causal: bool = False,
+        rotary: RotaryPositionalEmbedding | None = None,
     ) -> None:
         norm, drop = LayerNorm(embed_dim, eps=eps, bias=bias), Dropout(dropout)
         self._set(
             norm_first=norm_first,
-            self_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal),
+            self_attn=MultiHeadAttention(
+                embed_dim, num_heads, bias=bias, dropout=dropout, is_causal=is_causal, rotary=rotary
+            ),
             multihead_attn=MultiHeadAttention(embed_dim, num_heads, bias=bias, dropout=dropout),
             linear1=Dense(embed_dim, dim_feedforward, activation, bias=bias),
             linear2=Dense(dim_feedforward, embed_dim, bias=bias),

@@ -2,6 +2,7 @@
 
 from luxtorch._deprecated import moved as _moved
 
+from ._cached import with_cache as with_cache
 from ._ema import EMA as EMA
 from ._frozen import Frozen as Frozen
 from ._frozen import freeze as freeze

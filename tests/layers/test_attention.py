@@ -19,6 +19,7 @@ PADDING = torch.tensor([[True, True, False], [False, False, False]])[:, None, No
 ADDED = torch.tensor([[-math.inf] * 3, [0.5, -1.0, -math.inf], [0.0, 0.3, 2.0]])
 HALVES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: {"rtol": 1e-3, "atol": 1e-3}, torch.float64: {"rtol": 1e-8, "atol": 1e-9}}
+CACHE = {"state": "a cache is not detached, as derivatives of a call include what they owe to the calls before."}
 
 FORMS = {
     "self": (MultiHeadAttention(4, 2), [X, (3, 4)]),
@@ -41,6 +42,21 @@ FORMS = {
         MultiHeadAttention(4, 2, num_kv_heads=1, is_causal=True, return_weights=True),
         [X],
     ),
+    "rotary": (MultiHeadAttention(4, 2, rotary=lt.RotaryPositionalEmbedding(2)), [X]),
+    "cache": (MultiHeadAttention(4, 2, is_causal=True, cache=(2, 8)), [X], CACHE),
+    "cache, rotary, grouped, weights": (
+        MultiHeadAttention(
+            8,
+            4,
+            num_kv_heads=2,
+            is_causal=True,
+            cache=(8,),
+            rotary=lt.RotaryPositionalEmbedding(2),
+            return_weights=True,
+        ),
+        [(3, 8), (1, 8)],
+        CACHE,
+    ),
 }
 
 
@@ -55,7 +71,7 @@ def in_double(tree):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_jvp_and_hessian_are_those_of_finite_differences(make_key, draw, name):
-    layer, inputs = FORMS[name]
+    layer, inputs, *_ = FORMS[name]
     ps, st = in_double(lt.setup(make_key(), layer))
     x = draw(inputs[0], torch.float64)
 

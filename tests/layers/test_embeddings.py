@@ -44,6 +44,8 @@ FORMS = {
         RotaryPositionalEmbedding(4, max_sequence_length=8, interleaved=True),
         [ROTATED, (ROTATED, PLACES)],
     ),
+    "Positions": (lt.Positions(), [TOKENS, TOKENS[0]]),
+    "Positions that count": (lt.Positions(-2, counts=True), [TOKENS]),
 }
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -375,3 +377,22 @@ def test_rotary_checks_its_arguments(options):
 def test_position_layers_print_their_arguments():
     assert repr(RotaryPositionalEmbedding(4, base=100.0)).startswith("RotaryPositionalEmbedding(4, base=100.0)")
     assert repr(SinusoidalPositionalEmbedding(4)).startswith("SinusoidalPositionalEmbedding(4)    # 2 states")
+
+
+# Positions
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_positions_begin_at_zero_or_go_on(counts):
+    layer = lt.Positions(counts=counts)
+    ps, st = lt.setup(0, layer)
+    found = []
+    for length in (3, 0, 2):
+        y, st = layer(torch.zeros(2, length), ps, st)
+        found.append(y.tolist())
+    assert found == ([[0, 1, 2], [], [3, 4]] if counts else [[0, 1, 2], [], [0, 1]])
+
+
+def test_positions_need_the_dimension():
+    with pytest.raises(lt.InputError, match="the dimension -2"):
+        lt.Positions(-2)(torch.zeros(3), {}, {})

@@ -18,6 +18,7 @@ FORMS = {
         TransformerEncoderLayer(4, 2, 5, dropout=0.0, norm_first=True, activation="gelu", is_causal=True),
         [(3, 4)],
     ),
+    "encoder, rotary": (TransformerEncoderLayer(4, 2, 3, dropout=0.0, rotary=lt.RotaryPositionalEmbedding(2)), [X]),
     "encoder, mask, no bias": (TransformerEncoderLayer(4, 1, 3, dropout=0.0, bias=False), [(X, KEEP)]),
     "decoder": (TransformerDecoderLayer(4, 2, 3, dropout=0.3, is_causal=True), [(X, KV)]),
     "decoder, norm first, masks": (
