@@ -174,6 +174,9 @@ InstanceNorms = nn.modules.instancenorm._InstanceNorm
 NormsWithStatistics = nn.modules.batchnorm._NormBase
 Dropouts = nn.modules.dropout._DropoutNd
 
+# The derivative of a gamma variable by its concentration.
+standard_gamma_grad = torch._standard_gamma_grad
+
 # Functions that modules call, and that have no public name.
 native_multi_head_attention = torch._native_multi_head_attention
 weight_norm = torch._weight_norm
@@ -204,6 +207,13 @@ def let_modes_replace(functions: Any) -> None:
     from torch._dynamo.variables.torch import get_overridable_functions
 
     get_overridable_functions().update(functions)
+
+
+def compiled_stack() -> list[Any]:
+    """Return the frames of the code that torch.compile reads now, the innermost last; none outside of it."""
+    from torch._guards import TracingContext
+
+    return list(TracingContext.extract_stack()) if TracingContext.try_get() is not None else []
 
 
 def compiler_backend(name: str) -> Callable[..., Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +59,24 @@ def watched() -> bool:
 def traced() -> bool:
     """Tell whether operators are recorded, or run on tensors without numbers, instead of being run."""
     return torch.compiler.is_compiling() or any(map(get_dispatch_mode, TRACERS))
+
+
+_SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Leave out what `lt.debug` would do, for a while: what is computed again has been seen before."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+def is_silenced() -> bool:
+    """Tell whether what `lt.debug` would do is left out."""
+    return _SILENT.get()
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from ._errors import InputError as InputError
 from ._errors import KeyNameError as KeyNameError
 from ._errors import LayerError as LayerError
 from ._errors import LuxtorchError as LuxtorchError
+from .debug import CheckError as CheckError
 from .device import DeviceError as DeviceError
 from .jit import DonatedError as DonatedError
 from .jit import TracingError as TracingError

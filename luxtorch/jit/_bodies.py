@@ -27,7 +27,7 @@ from ._trace import record
 from ._user_line import user_line
 
 _BODIES: WeakValueDictionary[str, Body] = WeakValueDictionary()
-_KEEPERS: ContextVar[tuple[list[Body], ...]] = ContextVar("keepers", default=())
+_KEEPERS: ContextVar[tuple[list[Any], ...]] = ContextVar("keepers", default=())
 
 CALLERS: dict[Any, tuple[int, ...]] = {}
 """Operators that call bodies, and which of their arguments are names, several with spaces between."""
@@ -88,8 +88,8 @@ def _entered(name: str, make: Callable[[], Body]) -> Body:
     return body
 
 
-def keep(body: Body) -> None:
-    """Let a body live as long as whoever keeps bodies at the moment."""
+def keep(body: Any) -> None:
+    """Let a body, or what else a graph calls by name, live as long as whoever keeps bodies at the moment."""
     for kept in _KEEPERS.get():
         kept.append(body)
 
@@ -104,8 +104,8 @@ def keeping(kept: list[Any]) -> Iterator[None]:
         _KEEPERS.reset(token)
 
 
-def hold(operator: Any, bodies: Sequence[Body]) -> None:
-    """Let bodies live as long as the graph in which an operator that calls them was recorded just now."""
+def hold(operator: Any, bodies: Sequence[Any]) -> None:
+    """Let bodies and the like live as long as the graph in which an operator that calls them was recorded just now."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()

@@ -19,6 +19,7 @@ from luxtorch.core import DTypeError
 
 from ._bodies import keeping
 from ._donate import AliasGuard, Donated, Pair, mark_donated, pairs, raise_donated
+from ._effects import has_effects
 from ._flatten import Spec, assembler
 from ._options import Backend, Options
 from ._purity import tracing_errors
@@ -90,7 +91,12 @@ class Assembled:
         tensors = list(tensors)
         if owner is not None:
             owner.copy_aliased(tensors)
-        pool = [*tensors, *run(list(tensors)), *statics]
+        try:
+            pool = [*tensors, *run(list(tensors)), *statics]
+        except BaseException:
+            if owner is not None:  # it may have been written into
+                mark_donated(given)
+            raise
         picked = order(pool)
         # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
         held = set(map(id, picked))
@@ -218,6 +224,7 @@ class Compiled(Assembled):
 
         options = dict(options)
         as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
+        as_graph = as_graph and not has_effects(self.trace.graph)  # it would have them at the first call alone
         # A CUDA graph has memory of its own, so it cannot write into donated tensors.
         chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
         with COMPILING, keeping(self._bodies):

@@ -21,6 +21,7 @@ from luxtorch.core import InputError, LuxtorchError, described
 from ._bodies import CALLERS
 from ._compiled import COMPILING, Assembled, check_leaves
 from ._constants import NotComparable, fingerprint, wrap_static
+from ._effects import is_effect
 from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
 from ._programs import processor
 from ._purity import tracing_errors
@@ -116,6 +117,12 @@ def export(
     if path.suffix != ".pt2":
         raise InputError("The name of an exported program must end with .pt2.", got=str(path))
     for node in trace.graph.graph.nodes:
+        if is_effect(node):
+            raise InputError(
+                "An exported program must not call Python, as those of lt.debug do.",
+                got=f"a call of lt.debug in {name}",
+                fix="Export the function without it.",
+            )
         if node.op == "call_function" and node.target in CALLERS:
             raise InputError(
                 "A function with a loop or branch of luxtorch cannot be exported: its body is a part of this process.",

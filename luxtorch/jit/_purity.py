@@ -27,6 +27,7 @@ from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError, described
 
+from ._effects import EFFECTS
 from ._flatten import SHARDED
 from ._indexing import put, taken
 from ._sizes import any_symbol
@@ -389,7 +390,12 @@ def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
     """Return whether an operator has closed-over tensors alone as inputs, or none: its result is a constant."""
     values = [*args, *kwargs.values()]
     tensors = tensors_in(values)
-    return (bool(tensors) or func in _MADE) and not any(map(_is_traced, tensors)) and not any_symbol(values)
+    return (
+        (bool(tensors) or func in _MADE)
+        and func not in EFFECTS
+        and not any(map(_is_traced, tensors))
+        and not any_symbol(values)
+    )
 
 
 def _is_traced(tensor: Tensor) -> bool:

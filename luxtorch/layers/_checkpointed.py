@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from luxtorch._torch import forward_level, saved_tensors_hooks_enabled
-from luxtorch._transforms import functional
+from luxtorch._transforms import functional, silenced
 from luxtorch.core import Layer, Parameters, States, WrapperLayer, tree_flatten, tree_leaves, tree_unflatten
 from luxtorch.core._tree import TreeSpec
 
@@ -62,13 +63,17 @@ class Checkpointed(WrapperLayer):
         if not functional() and saved_tensors_hooks_enabled():
             # All randomness comes from keys: no generator has to be restored.
             output: tuple[Any, States] = checkpoint(
-                self.layer, x, ps, st, use_reentrant=False, preserve_rng_state=False
+                self.layer, x, ps, st, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
             )
             return output
         arguments = _Packed.of((x, ps, st))
         call = _Call(self.layer, arguments)
         outputs = _Recomputed.apply(call, *arguments.tensors)
         return call.result.rebuild(outputs)  # type: ignore[no-any-return]
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), silenced()  # what is computed again prints nothing again
 
 
 class _Packed(NamedTuple):
@@ -126,7 +131,8 @@ class _Pullback:
 
         def smooth(*chosen: Tensor) -> Tensors:
             traced = dict(zip(places, chosen, strict=True))
-            outputs = self.call(*(traced.get(i, tensor) for i, tensor in enumerate(inputs)))
+            with silenced():
+                outputs = self.call(*(traced.get(i, tensor) for i, tensor in enumerate(inputs)))
             return tuple(y for y in outputs[: self.call.differentiable] if _smooth(y))
 
         self.differentiable = len(places)

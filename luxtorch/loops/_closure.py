@@ -26,7 +26,7 @@ from luxtorch._torch import (
     no_tangents,
     wrap_for_grad,
 )
-from luxtorch._transforms import traced, unwrapped
+from luxtorch._transforms import is_silenced, silenced, traced, unwrapped
 from luxtorch.core import InputError, described, map_tensors, tensors
 from luxtorch.core._tree import is_node, tree_leaves, tree_map
 from luxtorch.jit._bodies import Body, traced_body
@@ -54,7 +54,7 @@ class Flat:
 
     def traced(self, like: Sequence[Tensor]) -> tuple[Body, list[Tensor]]:
         """Return the body for arguments of these shapes, dtypes and devices, and its constants."""
-        key = tuple((tuple(map(_fixed, one.shape)), one.dtype, one.device) for one in like)
+        key = is_silenced(), *((tuple(map(_fixed, one.shape)), one.dtype, one.device) for one in like)
         if key not in self._traced:
             token = _DEPTH.set(_DEPTH.get() + 1)
             try:
@@ -101,7 +101,7 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
         args = map_tensors(lambda tensor: tensor.view_as(tensor), args)
         arguments = {id(unwrapped(tensor)) for tensor in tensors(args)}
         finder = _Finder(made, records)
-        with made.watching(arguments), finder:
+        with made.watching(arguments), finder, silenced():
             result = f(*args)
         for tensor in tensors(result):
             finder.look(tensor)

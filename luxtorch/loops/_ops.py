@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from luxtorch._torch import storage_id
 from luxtorch.jit._bodies import CALLERS, FORMS, Body, body_named, hold, keep
+from luxtorch.jit._effects import has_effects, register_effect
 
 from ._primitive import parts
 
@@ -187,14 +188,36 @@ _DEFAULTS: dict[Any, Any] = {
 
 def called(operator: Callable[..., list[Tensor]], bodies: Sequence[Body], *args: Any) -> list[Tensor]:
     """Call an operator, and let its bodies live as long as the graph that the call is recorded in."""
-    outputs = operator(*args)
-    hold(_DEFAULTS[operator], bodies)
+    default = _DEFAULTS[operator]
+    if any(has_effects(body.graph) for body in bodies):
+        default = WITH_EFFECTS[default]
+    outputs = default(*args)
+    hold(default, bodies)
     return list(outputs)
 
 
 CALLERS[torch.ops.luxtorch.scan.default] = (0,)
 CALLERS[torch.ops.luxtorch.while_loop.default] = (0, 1)
 CALLERS[torch.ops.luxtorch.switch.default] = (0,)
+
+
+def _with_effects(operator: Any) -> Any:
+    """Return the operator that does the same of bodies that have effects."""
+    name, schema = f"{operator._schema.name}_with_effects", str(operator._schema)
+    twin = torch.library.custom_op(
+        name, lambda *args: operator(*args), mutates_args=(), schema=schema[schema.index("(") :]
+    )
+    twin.register_fake(lambda *args: operator(*args))
+    default = getattr(torch.ops.luxtorch, name.removeprefix("luxtorch::")).default
+    register_effect(default)
+    CALLERS[default] = CALLERS[operator]
+    if operator in FORMS:
+        FORMS[default] = FORMS[operator]
+    return default
+
+
+WITH_EFFECTS = {operator: _with_effects(operator) for operator in _DEFAULTS.values()}
+"""The operators for bodies with effects, which run whether or not what they return is used."""
 
 
 def nearest(index: int | Tensor, number: int) -> int:

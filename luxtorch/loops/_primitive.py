@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from luxtorch._torch import TransformType, all_transforms, forward_level
-from luxtorch._transforms import unwrapped
+from luxtorch._transforms import is_silenced, silenced, unwrapped
+from luxtorch.jit._effects import EFFECTS
 
 from ._closure import Flat
 
@@ -64,11 +65,13 @@ class _Rules(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         saved = ctx.saved_tensors
-        return None, *ctx.operator.pullback(saved[: ctx.inputs], saved[ctx.inputs :], slopes)
+        with silenced():  # what bodies print, they have printed
+            return None, *ctx.operator.pullback(saved[: ctx.inputs], saved[ctx.inputs :], slopes)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *slopes: Any) -> Any:
-        return tuple(ctx.operator.pushforward(ctx.saved_tensors, slopes))
+        with silenced():
+            return tuple(ctx.operator.pushforward(ctx.saved_tensors, slopes))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, operator: Operator, *flat: Tensor) -> Any:
@@ -85,6 +88,8 @@ def interpreted(graph: fx.GraphModule) -> Callable[..., list[Tensor]]:
 
     class Interpreter(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in EFFECTS and is_silenced() and target not in REBUILT:
+                return None
             return REBUILT[target](*args) if target in REBUILT else super().call_function(target, args, kwargs)
 
     return lambda *flat: list(Interpreter(graph).run(*flat))
@@ -175,8 +180,13 @@ def pushed(step: Flat, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> tu
         outputs = list(step.call(*inputs))
         return outputs, [torch.zeros_like(one) for one in smooth(outputs)]
     transform: Any = torch.func.jvp
-    found, tangents, rest = transform(part, tuple(part.inputs), tuple(slopes), has_aux=True)
-    return part.joined(found, rest), list(tangents)
+
+    def with_one(*some: Tensor) -> Any:  # torch asks for an output
+        found, rest = part(*some)
+        return (*found, some[0]), rest
+
+    found, tangents, rest = transform(with_one, tuple(part.inputs), tuple(slopes), has_aux=True)
+    return part.joined(found[:-1], rest), list(tangents[:-1])
 
 
 def mapped(step: Flat, dims: Sequence[int | None], info: Any) -> Flat:

@@ -330,4 +330,5 @@ def _rebuilt(
     return bind(Scan(step, carries, scanned, length, reverse, before), flat)
 
 
-REBUILT[torch.ops.luxtorch.scan.default] = _rebuilt
+_SCAN = torch.ops.luxtorch.scan.default
+REBUILT[_SCAN] = REBUILT[_ops.WITH_EFFECTS[_SCAN]] = _rebuilt

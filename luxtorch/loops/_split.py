@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from luxtorch._torch import outside_transforms
 from luxtorch.jit._bodies import traced_body
+from luxtorch.jit._effects import is_effect
 
 _aten = torch.ops.aten
 
@@ -117,7 +118,8 @@ def split(
             (node, *_) = node.all_input_nodes
         saved[node] = None
         there = computed()
-    forward, _ = _part(body.graph, [*arguments, *rest], [*results[:outputs], *saved])
+    seen = [node for node in graph.nodes if is_effect(node)]  # forward, since pullbacks are silent
+    forward, _ = _part(body.graph, [*arguments, *rest], [*results[:outputs], *saved], effects=seen)
     there_too = [arguments[i] for i in kept]
     backward, used = _part(body.graph, [*slopes, *saved, *there_too, *rest], results[outputs:], there_too)
     forward.meta["luxtorch_bodies"] = backward.meta["luxtorch_bodies"] = (body,)  # and so those that it calls
@@ -139,7 +141,11 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _part(
-    graph: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], optional: Collection[fx.Node] = ()
+    graph: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    optional: Collection[fx.Node] = (),
+    effects: Sequence[fx.Node] = (),
 ) -> tuple[fx.GraphModule, set[fx.Node]]:
     """Return the part of a graph from some nodes to others, and which of its inputs it uses.
 
@@ -148,9 +154,10 @@ def _part(
         inputs: The nodes that are arguments of the part.
         outputs: The nodes that it returns.
         optional: Arguments that are left out if they are not used.
+        effects: Nodes that belong to the part, whoever uses them.
     """
     given, wanted = set(inputs), set()
-    stack = list(outputs)
+    stack = [*outputs, *effects]
     while stack:
         node = stack.pop()
         if node not in wanted:

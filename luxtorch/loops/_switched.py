@@ -194,5 +194,8 @@ def _rebuilt_while(condition: str, body: str, carries: int, own: Sequence[int], 
     return bind(While(_share(condition, 0, own), _share(body, 1, own), carries), flat)
 
 
-REBUILT[torch.ops.luxtorch.switch.default] = _rebuilt_switch
-REBUILT[torch.ops.luxtorch.while_loop.default] = _rebuilt_while
+for _operator, _rebuilt in (
+    (torch.ops.luxtorch.switch.default, _rebuilt_switch),
+    (torch.ops.luxtorch.while_loop.default, _rebuilt_while),
+):
+    REBUILT[_operator] = REBUILT[_ops.WITH_EFFECTS[_operator]] = _rebuilt
