@@ -69,19 +69,12 @@ def per_sample_gradients(
         >>> grads["layer_1"]["weight"].shape
         torch.Size([16, 8, 3])
 
-        Differentially private SGD clips each sample's gradient and adds noise to the sum:
-
-        >>> ps, clip, noise = lt.ComponentVector(ps), 1.0, 1.1
-        >>> grads = lt.per_sample_gradients(loss, ps, st, batch)
-        >>> norms = grads.flat.norm(dim=1, keepdim=True)
-        >>> total = (grads.flat * (clip / norms).clamp(max=1)).sum(0)
-        >>> private = total + noise * clip * lt.random.normal(lt.random.key(1), total.shape)
-        >>> ps = ps - 0.1 / len(batch[0]) * private
+        `training.private_gradients` clips such gradients, and hides them in noise.
 
     Source:
-        `torch.func.vmap` of `torch.func.grad`; Abadi et al., "Deep learning with differential privacy", 2016.
+        `torch.func.vmap` of `torch.func.grad`.
     """
-    size = _samples(batch)
+    size = samples(batch)
     check_chunk_size(chunk_size)
     if randomness not in ("different", "same"):
         raise out_of_range("randomness", randomness, "'different' or 'same'")
@@ -100,15 +93,20 @@ def per_sample_gradients(
     return (found[0], unpack(found[1])) if has_aux else found
 
 
-def _samples(batch: Tree) -> int:
-    """Return the number of samples of a batch, or raise if it does not have one number."""
+def samples(batch: Tree, *, none: bool = False) -> int:
+    """Return the number of samples of a batch, or raise if it does not have one number.
+
+    Args:
+        batch: The batch.
+        none: Whether there may be no samples.
+    """
     # Sizes are compared, not hashed, and not read by len(): they may be SymInts while `jit` traces.
     found: list[tuple[int, str]] = []
     for path, leaf in named_leaves(batch):
         where = f"'{path}' of the batch" if path else "The batch"
         if not isinstance(leaf, Tensor):
             raise wrong_type(where, leaf, "a tensor", fix="Close over what is the same for all samples.")
-        if leaf.ndim == 0 or leaf.shape[0] == 0:
+        if leaf.ndim == 0 or (not none and leaf.shape[0] == 0):
             raise InputError(f"{where} must have samples along its first dimension.", got=described(leaf))
         if all(leaf.shape[0] != size for size, _ in found):
             found.append((leaf.shape[0], where))

@@ -11,6 +11,8 @@ from ._loggers import Logger as Logger
 from ._loggers import Progress as Progress
 from ._loggers import TensorBoardLogger as TensorBoardLogger
 from ._loggers import progress as progress
+from ._private import poisson_batch as poisson_batch
+from ._private import private_gradients as private_gradients
 from ._step import apply_gradients as apply_gradients
 from ._step import single_train_step as single_train_step
 from ._train_state import TrainState as TrainState
