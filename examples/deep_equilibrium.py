@@ -1,10 +1,11 @@
 """A deep equilibrium model that completes digits
 ==============================================
 
-Half of the pixels of a digit are hidden, and a network says what they were. Its layer is called again and again, until
-its output does not change any more: as deep as each batch needs, with the parameters of one layer. `lt.fixed_point`
-finds where that ends, and differentiates the equation that holds there, not the steps: nothing of them is kept in
-memory. The idea is that of Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
+Half of the pixels of a digit are hidden, and a network says what they were. Its layer
+is called again and again, until its output does not change any more: as deep as each
+batch needs, with the parameters of one layer. `lt.fixed_point` finds where that ends,
+and differentiates the equation that holds there, not the steps: nothing of them is kept
+in memory. The idea is that of Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
 """
 
 from pathlib import Path
@@ -21,7 +22,8 @@ STEPS, BATCH, WIDTH = 600, 64, 128
 # Data
 # ----
 #
-# A network gets an image in which pixels are zero, and a second one that is one where they are hidden.
+# A network gets an image in which pixels are zero, and a second one that is one where
+# they are hidden.
 
 images = torch.tensor(load_digits().images, dtype=torch.float32) / 16
 test, train = images[:297], images[297:]
@@ -37,8 +39,9 @@ def hide(key, images):
 # Model
 # -----
 #
-# The state z begins with zeros, and z = tanh(W z + u) is where it ends, of which u is what the first layer makes of
-# the input. What is differentiated, `ps` and `u`, is passed on as operands.
+# The state z begins with zeros, and z = tanh(W z + u) is where it ends, of which u is
+# what the first layer makes of the input. What is differentiated, `ps` and `u`, is
+# passed on as operands.
 
 
 class Equilibrium(lt.WrapperLayer):
@@ -55,15 +58,17 @@ class Equilibrium(lt.WrapperLayer):
 
 
 again = lt.SpectralNorm(lt.Dense(WIDTH, WIDTH))
-model = lt.Chain(lt.FlattenLayer(), lt.Dense(128, WIDTH), Equilibrium(again), lt.Dense(WIDTH, 64))
+model = lt.Chain(
+    lt.FlattenLayer(), lt.Dense(128, WIDTH), Equilibrium(again), lt.Dense(WIDTH, 64)
+)
 print(model)
 
 # %%
 # Training
 # --------
 #
-# A batch is one vector of 64 x 128 numbers: too many for a Jacobian, so the equations of the derivative are solved by
-# products with it alone.
+# A batch is one vector of 64 x 128 numbers: too many for a Jacobian, so the equations
+# of the derivative are solved by products with it alone.
 
 
 def loss(model, ps, st, data):
@@ -84,7 +89,8 @@ for key in (bar := training.progress(lt.random.split(lt.random.key(1), STEPS))):
 ps, st = ts.parameters, lt.test_mode(ts.states)
 
 # %%
-# What it has learnt, on digits that it has not seen, and what one learns who always guesses the mean.
+# What it has learnt, on digits that it has not seen, and what one learns who always
+# guesses the mean.
 
 x_test = hide(lt.random.key(2), test)
 hidden = x_test[:, 1] > 0
@@ -105,7 +111,8 @@ assert errors[0] < 0.85 * errors[1], "the network is hardly better than the mean
 # The derivative of an equation
 # -----------------------------
 #
-# A loop of so many steps that nothing changes any more has the same gradient, and keeps all its steps in memory.
+# A loop of so many steps that nothing changes any more has the same gradient, and keeps
+# all its steps in memory.
 
 
 def states(ps, x, number):
@@ -133,10 +140,15 @@ def flat_gradient(f):
 
 exact = flat_gradient(lambda ps: loss(model, ps, st, (x_test, test))[0])
 numbers = range(1, 17)
-gradients = torch.stack([flat_gradient(lambda ps, number=number: of_loop(ps, number)) for number in numbers])
+gradients = torch.stack(
+    [flat_gradient(lambda ps, number=number: of_loop(ps, number)) for number in numbers]
+)
 distances = (gradients - exact).norm(dim=1) / exact.norm()
 for number in (1, 4, 16):
-    print(f"the gradient through {number:2} steps differs by {distances[number - 1]:.0e} from that of the equation")
+    print(
+        f"the gradient through {number:2} steps differs "
+        f"by {distances[number - 1]:.0e} from that of the equation"
+    )
 assert distances[-1] < 1e-3, "the gradient is not that of the loop"
 
 # %%
@@ -157,14 +169,16 @@ else:
     with torch.no_grad():
         zs = states(ps, x_test[shown], 2)
         rows = {
-            "what it sees": x_test[shown, 0].masked_fill(x_test[shown, 1] > 0, torch.nan),
+            "what it sees": x_test[shown, 0].where(x_test[shown, 1] == 0, torch.nan),
             "one step": decoded(zs[1], ps),
             "two steps": decoded(zs[2], ps),
             "equilibrium": guess[shown],
             "what it was": test[shown],
         }
     colors = matplotlib.colormaps["gray_r"].with_extremes(bad="lightsteelblue")
-    for axes, (name, row) in zip(left.subplots(len(rows), len(shown)), rows.items(), strict=True):
+    for axes, (name, row) in zip(
+        left.subplots(len(rows), len(shown)), rows.items(), strict=True
+    ):
         for axis, image in zip(axes, row, strict=True):
             axis.imshow(image.numpy(), cmap=colors, vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -172,9 +186,15 @@ else:
     with torch.no_grad():
         *zs, end = states(ps, x_test, 60)
     axis = right.subplots()
-    axis.semilogy(numbers, [(z - end).norm() / end.norm() for z in zs[1:17]], "o-", label="state")
+    axis.semilogy(
+        numbers, [(z - end).norm() / end.norm() for z in zs[1:17]], "o-", label="state"
+    )
     axis.semilogy(numbers, distances, "o-", label="gradient")
-    axis.set(xlabel="steps of a loop", xticks=range(0, 17, 4), title="Distance from those of the equation")
+    axis.set(
+        xlabel="steps of a loop",
+        xticks=range(0, 17, 4),
+        title="Distance from those of the equation",
+    )
     axis.legend()
     path = Path(__file__).resolve().parent / "output" / "deep_equilibrium.png"
     path.parent.mkdir(exist_ok=True)

@@ -1,9 +1,9 @@
 """A classifier of handwritten digits
 ===================================
 
-A small convolutional network with batch normalization and dropout learns scikit-learn's 1797 digits. The run saves
-checkpoints; it is stopped in the middle and resumed, and ends with the very same parameters, bit for bit, as a run
-that was never stopped.
+A small convolutional network with batch normalization and dropout learns scikit-learn's
+1797 digits. The run saves checkpoints; it is stopped in the middle and resumed, and
+ends with the very same parameters, bit for bit, as a run that was never stopped.
 """
 
 import shutil
@@ -30,7 +30,9 @@ EPOCHS, BATCH = 20, 64
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
-train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=digits.target)
+train, test = train_test_split(
+    np.arange(len(labels)), test_size=0.25, random_state=0, stratify=digits.target
+)
 x, y, x_test, y_test = images[train], labels[train], images[test], labels[test]
 
 # %%
@@ -57,8 +59,9 @@ print(model)
 # Training
 # --------
 #
-# The learning rate warms up and then falls along a cosine: a schedule is a hyperparameter like any other. The order of
-# the data is drawn from a key that is folded from the epoch, so that a resumed run sees the same batches.
+# The learning rate warms up and then falls along a cosine: a schedule is a
+# hyperparameter like any other. The order of the data is drawn from a key that is
+# folded from the epoch, so that a resumed run sees the same batches.
 
 steps_per_epoch = len(x) // BATCH
 rate = optim.warmup_cosine(3e-3, 2 * steps_per_epoch, EPOCHS * steps_per_epoch)
@@ -67,11 +70,13 @@ objective = lt.losses.CrossEntropyLoss()
 
 def start():
     """Return the training state before the first step."""
-    return training.TrainState(model, *lt.setup(0, model), optim.AdamW(rate, weight_decay=0.01))
+    return training.TrainState(
+        model, *lt.setup(0, model), optim.AdamW(rate, weight_decay=0.01)
+    )
 
 
 def accuracy(ts):
-    """Return the share of the held-out digits that are recognised, and what each is taken for."""
+    """Return the share of held-out digits recognised, and what each is taken for."""
     with torch.no_grad():
         y_hat, _ = model(x_test, ts.parameters, lt.test_mode(ts.states))
     guess = y_hat.argmax(1)
@@ -81,11 +86,14 @@ def accuracy(ts):
 def run(ts, epochs, manager=None, history=None, logger=None):
     """Train for some epochs, from where a training state stands."""
     for epoch in range(int(ts.step) // steps_per_epoch, epochs):
-        order = lt.random.permutation(lt.random.fold_in(lt.random.key(1), epoch), len(x))
+        key = lt.random.fold_in(lt.random.key(1), epoch)
+        order = lt.random.permutation(key, len(x))
         losses = []
         batches = order[: steps_per_epoch * BATCH].split(BATCH)
-        for batch in (bar := training.progress(batches, desc=f"epoch {epoch + 1}", leave=False)):
-            _, loss, _, ts = training.single_train_step(objective, (x[batch], y[batch]), ts)
+        bar = training.progress(batches, desc=f"epoch {epoch + 1}", leave=False)
+        for batch in bar:
+            data = x[batch], y[batch]
+            _, loss, _, ts = training.single_train_step(objective, data, ts)
             losses.append(loss)
             bar.show(loss=loss)
         mean, share = float(torch.stack(losses).mean()), accuracy(ts)[0]
@@ -107,12 +115,12 @@ with training.CSVLogger(folder / "metrics.csv") as logger:
     run(start(), EPOCHS // 2, manager, history, logger)
 
 # %%
-# The program might end here, on purpose or not. Another one goes on from the last checkpoint, given a training state
-# that says what it looks like.
+# The program might end here, on purpose or not. Another one goes on from the last
+# checkpoint, given a training state that says what it looks like.
 
 ts = manager.restore(start())
 print(f"resumed at step {int(ts.step)}")
-with training.CSVLogger(folder / "metrics.csv") as logger:  # it goes on in the same file
+with training.CSVLogger(folder / "metrics.csv") as logger:  # goes on in the same file
     ts = run(ts, EPOCHS, manager, history, logger)
 
 # %%
@@ -122,10 +130,14 @@ with training.CSVLogger(folder / "metrics.csv") as logger:  # it goes on in the 
 # The run that was never stopped ends with the same parameters.
 
 whole = run(start(), EPOCHS)
-pairs = zip(lt.core.tree_leaves(whole.parameters), lt.core.tree_leaves(ts.parameters), strict=True)
-assert all(torch.equal(a, b) for a, b in pairs), "the resumed run differs from the whole one"
+leaves = [lt.core.tree_leaves(each.parameters) for each in (whole, ts)]
+equal = all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+assert equal, "the resumed run differs from the whole one"
 share, guess = accuracy(ts)
-print(f"the resumed run equals the whole one; {share:.2%} of {len(y_test)} held-out digits are recognised")
+print(
+    "the resumed run equals the whole one; "
+    f"{share:.2%} of {len(y_test)} held-out digits are recognised"
+)
 
 try:
     import matplotlib
@@ -144,7 +156,9 @@ else:
     other.plot(epochs, shares, color="tab:orange", label="accuracy, held out")
     other.set(ylabel="accuracy", ylim=(0.8, 1.0))
     left.legend(handles=[*left.get_lines(), *other.get_lines()], loc="center right")
-    ConfusionMatrixDisplay(confusion_matrix(y_test, guess)).plot(ax=right, colorbar=False, cmap="Blues")
+    ConfusionMatrixDisplay(confusion_matrix(y_test, guess)).plot(
+        ax=right, colorbar=False, cmap="Blues"
+    )
     right.set(title=f"{share:.2%} of {len(y_test)} held-out digits")
     figure.savefig(OUTPUT / "digits.png", dpi=120)
     print(f"picture: {OUTPUT / 'digits.png'}")

@@ -1,13 +1,14 @@
 """LoRA on a transformer
 =====================
 
-A BERT of `transformers`, with `peft`'s LoRA on it, is fine-tuned as a function: `lt.from_torch` makes a layer of any
-`nn.Module`, and what `peft` has frozen comes in frozen. So the parameters `ps` are those of LoRA alone, for the
-optimizer, for a compiled step, and for the gradient of each sample. At the end the trained values go back into the
-module, where `peft` merges them.
+A BERT of `transformers`, with `peft`'s LoRA on it, is fine-tuned as a function:
+`lt.from_torch` makes a layer of any `nn.Module`, and what `peft` has frozen comes in
+frozen. So the parameters `ps` are those of LoRA alone, for the optimizer, for a
+compiled step, and for the gradient of each sample. At the end the trained values go
+back into the module, where `peft` merges them.
 
-It needs the packages `transformers` and `peft`. Nothing is downloaded: the encoder has random weights. With
-`from_pretrained` in the place of a config, the rest is the same.
+It needs the packages `transformers` and `peft`. Nothing is downloaded: the encoder has
+random weights. With `from_pretrained` in the place of a config, the rest is the same.
 """
 
 import ast
@@ -27,51 +28,69 @@ import luxtorch as lt
 from luxtorch import optim, training
 
 EPOCHS, BATCH, LENGTH, WORDS = 10, 32, 20, 1000
-warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)  # peft's own affair
+# Of peft's own affairs.
+warnings.filterwarnings(
+    "ignore", message=".*activation_checkpointing", category=FutureWarning
+)
 
 # %%
 # Data
 # ----
 #
-# Python brings texts along: the docstrings of its packages. From which of two is a piece of twenty words? Of every
-# fourth docstring all pieces are held out.
+# Python brings texts along: the docstrings of its packages. From which of two is a
+# piece of twenty words? Of every fourth docstring all pieces are held out.
+
+
+documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 
 def docstrings(package):
     """Yield the docstrings of a package, each as a list of words and signs."""
     for path in sorted(Path(package.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield re.findall(r"[a-z]+|[^\sa-z]", (ast.get_docstring(node) or "").lower())
+            if isinstance(node, documented):
+                text = (ast.get_docstring(node) or "").lower()
+                yield re.findall(r"[a-z]+|[^\sa-z]", text)
 
 
 packages = (asyncio, email)
 pieces, held_out = [], []  # pairs of words and a label
 for label, package in enumerate(packages):
     for i, words in enumerate(docstrings(package)):
-        cut = [(words[start : start + LENGTH], label) for start in range(0, len(words), LENGTH)]
+        cut = [
+            (words[start : start + LENGTH], label)
+            for start in range(0, len(words), LENGTH)
+        ]
         (pieces if i % 4 else held_out).extend(cut)
 
 counts = Counter(word for words, _ in pieces for word in words)
-numbers = {word: 2 + i for i, (word, _) in enumerate(counts.most_common(WORDS - 2))}  # 0 is a gap, 1 any other word
+# 0 is a gap, 1 any other word.
+numbers = {word: 2 + i for i, (word, _) in enumerate(counts.most_common(WORDS - 2))}
 
 
 def encoded(pieces):
     """Return tokens (pieces, LENGTH) and labels (pieces,)."""
-    rows = [[numbers.get(word, 1) for word in words] + [0] * (LENGTH - len(words)) for words, _ in pieces]
+    rows = [
+        [numbers.get(word, 1) for word in words] + [0] * (LENGTH - len(words))
+        for words, _ in pieces
+    ]
     return torch.tensor(rows), torch.tensor([label for _, label in pieces])
 
 
 x, y = encoded(pieces)
 x_test, y_test = encoded(held_out)
-print(f"{len(x)} pieces, and {len(x_test)} held out, of which {float(y_test.float().mean()):.0%} are of email")
+print(
+    f"{len(x)} pieces, and {len(x_test)} held out, "
+    f"of which {float(y_test.float().mean()):.0%} are of email"
+)
 
 # %%
 # Model
 # -----
 #
-# So far all is as ever, gradient checkpointing included. Then the module becomes a layer. Its parameters are those that
-# `peft` trains: the matrices of LoRA and the classifier. All others are among the states.
+# So far all is as ever, gradient checkpointing included. Then the module becomes a
+# layer. Its parameters are those that `peft` trains: the matrices of LoRA and the
+# classifier. All others are among the states.
 
 set_seed(0)  # transformers and peft draw initial values from torch's global generator
 config = BertConfig(
@@ -85,26 +104,42 @@ config = BertConfig(
     use_cache=False,
 )
 bert = BertForSequenceClassification(config)
-getattr(bert, "activation_checkpointing_enable", bert.gradient_checkpointing_enable)({"use_reentrant": False})
-lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["query", "value", "dense"])
+getattr(bert, "activation_checkpointing_enable", bert.gradient_checkpointing_enable)(
+    {"use_reentrant": False}
+)
+lora = LoraConfig(
+    task_type="SEQ_CLS",
+    r=8,
+    lora_alpha=16,
+    lora_dropout=0.1,
+    target_modules=["query", "value", "dense"],
+)
 module = get_peft_model(bert, lora).train()
 
 layer, ps, st = lt.from_torch(module)
 trained = sum(leaf.numel() for leaf in lt.flatten_names(ps).values())
-print(f"{trained} parameters to train, of {sum(value.numel() for value in module.parameters())}")
-assert lt.flatten_names(ps).keys() == {name for name, value in module.named_parameters() if value.requires_grad}
+total = sum(value.numel() for value in module.parameters())
+print(f"{trained} parameters to train, of {total}")
+assert lt.flatten_names(ps).keys() == {
+    name for name, value in module.named_parameters() if value.requires_grad
+}
 
 # %%
 # Training
 # --------
 #
-# Called as it is, the step keeps the inputs of each of BERT's layers and computes the rest again in the backward pass,
-# as gradient checkpointing has it. `lt.jit` records the same step once, as one graph of operators without Python; there
-# checkpoints have no effect. Both give the same numbers, dropout included: its masks come from a key in the states.
+# Called as it is, the step keeps the inputs of each of BERT's layers and computes the
+# rest again in the backward pass, as gradient checkpointing has it. `lt.jit` records
+# the same step once, as one graph of operators without Python; there checkpoints have
+# no effect. Both give the same numbers, dropout included: its masks come from a key in
+# the states.
 
 
 def inputs(tokens):
-    """Return the arguments of BERT, the mask in four dimensions: of one in two it asks whether it is all ones."""
+    """Return the arguments of BERT.
+
+    The mask has four dimensions: of one in two, BERT asks whether it is all ones.
+    """
     return {"input_ids": tokens, "attention_mask": (tokens > 0)[:, None, None]}
 
 
@@ -134,7 +169,8 @@ def accuracy(ts):
     return float((logits.argmax(1) == y_test).float().mean())
 
 
-fast_step = lt.jit(step, backend="replay")  # without a compiler, which would take longer than all the training here
+# Without a compiler, which would take longer than all the training here.
+fast_step = lt.jit(step, backend="replay")
 start = training.TrainState(layer, ps, st, optim.AdamW(3e-3, weight_decay=0.01))
 first = x[:BATCH], y[:BATCH]
 difference = abs(float(step(start, first)[0] - fast_step(start, first)[0]))
@@ -148,17 +184,21 @@ for epoch in range(EPOCHS):
         loss, ts = fast_step(ts, (x[batch], y[batch]))
         losses.append(loss)
     history.append((float(torch.stack(losses).mean()), accuracy(ts)))
-    print(f"epoch {epoch + 1:2d}  loss {history[-1][0]:.3f}  accuracy, held out {history[-1][1]:.3f}")
+    loss, share = history[-1]
+    print(f"epoch {epoch + 1:2d}  loss {loss:.3f}  accuracy, held out {share:.3f}")
 chance = float(torch.bincount(y_test).max() / len(y_test))
-assert history[-1][0] < history[0][0] and history[-1][1] > chance + 0.05, "nothing was learned"
+assert history[-1][0] < history[0][0] and history[-1][1] > chance + 0.05, (
+    "nothing was learned"
+)
 
 # %%
 # The gradient of each piece
 # --------------------------
 #
-# The model is a function, so `vmap` of `grad` gives the gradient of each piece's own loss by the parameters of LoRA: as
-# many trees of gradients as there are pieces, in one call. Where one is long, the model was surprised. Sums of such
-# gradients, each made short, are what training with differential privacy takes.
+# The model is a function, so `vmap` of `grad` gives the gradient of each piece's own
+# loss by the parameters of LoRA: as many trees of gradients as there are pieces, in one
+# call. Where one is long, the model was surprised. Sums of such gradients, each made
+# short, are what training with differential privacy takes.
 
 
 def loss_of_one(ps, tokens, label):
@@ -167,18 +207,24 @@ def loss_of_one(ps, tokens, label):
 
 
 few = torch.arange(0, len(x_test), len(x_test) // 8)[:8]
-each = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(ts.parameters, x_test[few], y_test[few])
-lengths = sum(leaf.flatten(1).square().sum(1) for leaf in lt.flatten_names(each).values()).sqrt()
+each = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))(
+    ts.parameters, x_test[few], y_test[few]
+)
+lengths = sum(
+    leaf.flatten(1).square().sum(1) for leaf in lt.flatten_names(each).values()
+).sqrt()
 for i in lengths.argsort(descending=True):
     words, label = held_out[few[i]]
-    print(f"{float(lengths[i]):6.2f}  {packages[label].__name__:8}{' '.join(words)[:60]}")
+    name, text = packages[label].__name__, " ".join(words)[:60]
+    print(f"{float(lengths[i]):6.2f}  {name:8}{text}")
 
 # %%
 # And back
 # --------
 #
-# `lt.to_torch` gives a module again. Its `state_dict` has the names of the one that came in, so that this takes it, and
-# `peft` can merge LoRA into the weights of BERT. What is left is a plain BERT, for whoever knows nothing of all this.
+# `lt.to_torch` gives a module again. Its `state_dict` has the names of the one that
+# came in, so that this takes it, and `peft` can merge LoRA into the weights of BERT.
+# What is left is a plain BERT, for whoever knows nothing of all this.
 
 module.load_state_dict(lt.to_torch(ts.model, ts.parameters, ts.states).state_dict())
 merged = module.merge_and_unload().eval()
@@ -187,7 +233,10 @@ plain.load_state_dict(merged.state_dict())
 
 with torch.no_grad():
     logits, _ = logits_of(ts.model, ts.parameters, lt.test_mode(ts.states), x_test)
-    error = max(float((each(**inputs(x_test)).logits - logits).abs().max()) for each in (merged, plain))
+    error = max(
+        float((each(**inputs(x_test)).logits - logits).abs().max())
+        for each in (merged, plain)
+    )
 print(f"merged, the logits differ by at most {error:.0e}")
 assert error < 1e-4, "the merged model is another one"
 
@@ -206,12 +255,20 @@ else:
     left.set(xlabel="epoch", ylabel="cross entropy")
     other = left.twinx()
     other.plot(epochs, shares, color="tab:orange", label="accuracy, held out")
-    other.axhline(chance, color="tab:orange", lw=0.8, ls="--", label="the larger class always")
+    other.axhline(
+        chance, color="tab:orange", lw=0.8, ls="--", label="the larger class always"
+    )
     other.set(ylabel="accuracy", ylim=(0.4, 1.0))
     left.legend(handles=[*left.get_lines(), *other.get_lines()], loc="upper right")
     scores = logits.softmax(1)[:, 1]
     for label, package in enumerate(packages):
-        right.hist(scores[y_test == label], 25, range=(0, 1), alpha=0.6, label=f"pieces of {package.__name__}")
+        right.hist(
+            scores[y_test == label],
+            25,
+            range=(0, 1),
+            alpha=0.6,
+            label=f"pieces of {package.__name__}",
+        )
     right.set(xlabel=f"probability of {packages[1].__name__}", ylabel="held-out pieces")
     right.legend()
     path = Path(__file__).resolve().parent / "output" / "finetune_transformer.png"

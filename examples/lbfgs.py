@@ -1,9 +1,11 @@
 """L-BFGS, SciPy's and ours
 =========================
 
-Where the whole data fits into one evaluation, a quasi-Newton method with a line search needs no learning rate and ends
-at the minimum itself. A `ComponentVector` is one flat vector with names: SciPy's L-BFGS-B takes the vector, luxtorch's
-takes the names, and both find the same logistic regression of scikit-learn's digits. Adam comes along, to compare.
+Where the whole data fits into one evaluation, a quasi-Newton method with a line search
+needs no learning rate and ends at the minimum itself. A `ComponentVector` is one flat
+vector with names: SciPy's L-BFGS-B takes the vector, luxtorch's takes the names, and
+both find the same logistic regression of scikit-learn's digits. Adam comes along, to
+compare.
 """
 
 import time
@@ -20,8 +22,9 @@ from luxtorch import optim
 # Model and loss
 # --------------
 #
-# Images of 8 by 8 pixels, a linear layer, cross entropy with a little weight decay: the function has one minimum. Its
-# argument is the ComponentVector; in double precision, for the sake of the last digits.
+# Images of 8 by 8 pixels, a linear layer, cross entropy with a little weight decay: the
+# function has one minimum. Its argument is the ComponentVector; in double precision,
+# for the sake of the last digits.
 
 digits = load_digits()
 x, y = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
@@ -55,7 +58,8 @@ def recorded(name):
 # SciPy
 # -----
 #
-# It wants a function from an array to a number and an array. `from_flat` puts the names back.
+# It wants a function from an array to a number and an array. `from_flat` puts the names
+# back.
 
 
 def value_and_slope(flat):
@@ -65,7 +69,8 @@ def value_and_slope(flat):
     return value.item(), grads.flat.numpy()
 
 
-lt.withgradient(loss_function, start)  # the first call of anything takes longer, and should not count
+# The first call of anything takes longer, and should not count.
+lt.withgradient(loss_function, start)
 rows, found = [], {}
 began = time.perf_counter()
 result = scipy.optimize.minimize(
@@ -87,18 +92,33 @@ found["SciPy"] = lt.ComponentVector.from_flat(torch.from_numpy(result.x), start.
 opt_state = optim.setup(optim.LBFGS(), start)
 began = time.perf_counter()
 opt_state, found["luxtorch"], result = optim.minimize(
-    recorded("luxtorch"), opt_state, start, max_iter=1000, tolerance_grad=1e-6, tolerance_change=1e-15
+    recorded("luxtorch"),
+    opt_state,
+    start,
+    max_iter=1000,
+    tolerance_grad=1e-6,
+    tolerance_change=1e-15,
 )
-rows.append(("luxtorch", result.loss, result.iterations, result.evaluations, time.perf_counter() - began))
+took = time.perf_counter() - began
+rows.append(("luxtorch", result.loss, result.iterations, result.evaluations, took))
 print(f"ended because of: {result.reason}")
 
 # %%
-# The state that it returns knows the curvature: whoever wants a better minimum calls again and goes on from there.
+# The state that it returns knows the curvature: whoever wants a better minimum calls
+# again and goes on from there.
 
 _, best, better = optim.minimize(
-    loss_function, opt_state, found["luxtorch"], max_iter=200, tolerance_grad=1e-8, tolerance_change=0.0
+    loss_function,
+    opt_state,
+    found["luxtorch"],
+    max_iter=200,
+    tolerance_grad=1e-8,
+    tolerance_change=0.0,
 )
-print(f"{better.iterations} more iterations: the gradient falls from {result.grad_norm:.0e} to {better.grad_norm:.0e}")
+print(
+    f"{better.iterations} more iterations: the gradient falls "
+    f"from {result.grad_norm:.0e} to {better.grad_norm:.0e}"
+)
 
 # %%
 # Adam
@@ -110,7 +130,9 @@ adam_state, ps = optim.setup(optim.Adam(0.1), start), start
 began = time.perf_counter()
 for _ in range(result.evaluations):
     adam_state, ps = optim.update(adam_state, ps, lt.gradient(recorded("Adam"), ps))
-rows.append(("Adam", loss_function(ps).item(), result.evaluations, result.evaluations, time.perf_counter() - began))
+took = time.perf_counter() - began
+loss = loss_function(ps).item()
+rows.append(("Adam", loss, result.evaluations, result.evaluations, took))
 
 # %%
 # Result
@@ -136,7 +158,11 @@ else:
     for name, style in (("Adam", ":"), ("SciPy", "-"), ("luxtorch", "--")):
         above = [loss - better.loss for loss in histories[name]]
         axes.semilogy(range(1, len(above) + 1), above, style, label=name)
-    axes.set(xlabel="evaluations", ylabel="loss above the minimum", title="Logistic regression of 1797 digits")
+    axes.set(
+        xlabel="evaluations",
+        ylabel="loss above the minimum",
+        title="Logistic regression of 1797 digits",
+    )
     axes.legend()
     path = Path(__file__).resolve().parent / "output" / "lbfgs.png"
     path.parent.mkdir(exist_ok=True)

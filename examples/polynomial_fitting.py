@@ -1,8 +1,9 @@
 """Fitting a polynomial
 ====================
 
-A small network learns a parabola from noisy points: the shortest whole training run, with a `TrainState`. It follows
-the example of the same name in the documentation of Lux.jl.
+A small network learns a parabola from noisy points: the shortest whole training run,
+with a `TrainState`. It follows the example of the same name in the documentation of
+Lux.jl.
 """
 
 from pathlib import Path
@@ -26,8 +27,8 @@ y = x**2 - 2 * x + 0.1 * lt.random.normal(noise_key, x.shape)
 # Model and training
 # ------------------
 #
-# The training state holds the model's description, its parameters and states, and the optimizer. A step takes one
-# state to the next; the old one stays what it was.
+# The training state holds the model's description, its parameters and states, and the
+# optimizer. A step takes one state to the next; the old one stays what it was.
 
 model = lt.Chain(lt.Dense(1, 16, torch.relu), lt.Dense(16, 1))
 ts = training.TrainState(model, *lt.setup(model_key, model), optim.Adam(0.03))
@@ -47,7 +48,8 @@ assert int(first.step) == 0 and int(ts.step) == 250  # nothing was changed in pl
 # ------
 
 y_hat, _ = model(x, ts.parameters, lt.test_mode(ts.states))
-print(f"mean squared error against the parabola itself: {float((y_hat - (x**2 - 2 * x)).square().mean()):.5f}")
+error = float((y_hat - (x**2 - 2 * x)).square().mean())
+print(f"mean squared error against the parabola itself: {error:.5f}")
 
 try:
     import matplotlib

@@ -1,9 +1,11 @@
 """A transformer on a mesh of processes
 ====================================
 
-A model that is too large for one machine is spread over several: every process holds a part of each large weight, and
-of what the optimizer remembers of it. The program does not change, only the places of its tensors do. Start it by
-`torchrun --nproc-per-node 4 examples/tensor_parallel.py`; started by `python`, it starts two processes of itself.
+A model that is too large for one machine is spread over several: every process holds a
+part of each large weight, and of what the optimizer remembers of it. The program does
+not change, only the places of its tensors do. Start it by
+`torchrun --nproc-per-node 4 examples/tensor_parallel.py`; started by `python`, it
+starts two processes of itself.
 """
 
 import os
@@ -26,7 +28,8 @@ STEPS, BATCH, LENGTH, WIDTH = 60, 16, 32, 64
 # Model and data
 # --------------
 #
-# The reference of the Python language, character by character, and two layers of a transformer with dropout.
+# The reference of the Python language, character by character, and two layers of a
+# transformer with dropout.
 
 text = "\n".join(topics[name] for name in sorted(topics))
 alphabet = sorted(set(text))
@@ -67,9 +70,11 @@ def step(data, ts):
 # Places
 # ------
 #
-# `tensor_parallel` says which weights are split, by names: the first of two dense layers by rows of its matrix, the
-# second by columns, so that one sum over all processes is enough for both. `place` does it. The batch is split over
-# the other axis of the mesh. Everything else is as in a script for one process, the dropout masks included.
+# `tensor_parallel` says which weights are split, by names: the first of two dense
+# layers by rows of its matrix, the second by columns, so that one sum over all
+# processes is enough for both. `place` does it. The batch is split over the other axis
+# of the mesh. Everything else is as in a script for one process, the dropout masks
+# included.
 
 
 def train(ps, place):
@@ -93,16 +98,22 @@ def main():
     def spread(batch):
         return distributed.place(batch, mesh, {"*": distributed.Shard(0, "data")})
 
-    losses, ts = train(distributed.place(ps, mesh, distributed.tensor_parallel(model)), spread)
+    losses, ts = train(
+        distributed.place(ps, mesh, distributed.tensor_parallel(model)), spread
+    )
     held = sum(leaf.to_local().nbytes for leaf in lt.core.tree_leaves(ts.parameters))
     if distributed.rank() == 0:
-        print(f"{ranks} processes, {dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))}")
+        shape = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        print(f"{ranks} processes, {shape}")
         print("\n".join(distributed.describe(ts.parameters).splitlines()[:6]), "\n...")
         whole = sum(leaf.nbytes for leaf in lt.core.tree_leaves(ps))
         print(f"each holds {held / whole:.0%} of the {whole:,} bytes of the parameters")
         alone, _ = train(ps, lambda batch: batch)
         difference = float((losses - alone).abs().max())
-        print(f"the losses are within {difference:.0e} of those of a single process: {losses[-1]:.4f} in the end")
+        print(
+            f"the losses are within {difference:.0e} of those of a single process: "
+            f"{losses[-1]:.4f} in the end"
+        )
         assert difference < 1e-9, "the losses are not those of a single process"
         draw(losses, alone, ts.parameters)
     distributed.shutdown()
@@ -129,18 +140,33 @@ def draw(losses, alone, sharded):
     left.legend()
     # Each weight as a bar, in the colors of the processes that hold it.
     colors = plt.get_cmap("tab10").colors
-    named = [(name, leaf) for name, leaf in lt.flatten_names(sharded).items() if leaf.ndim == 2]
+    named = [
+        (name, leaf)
+        for name, leaf in lt.flatten_names(sharded).items()
+        if leaf.ndim == 2
+    ]
     for row, (_, leaf) in enumerate(named):
         parts = leaf.device_mesh.size(1)
         split = any(place.is_shard() for place in leaf.placements)
         size = leaf.numel() / 1024
         for part in range(parts):
-            across = dict(left=part * size / parts, width=size / parts, height=0.8, y=row)
-            along = dict(left=0, width=size, height=0.8 / parts, y=row - 0.4 + (part + 0.5) * 0.8 / parts)
-            right.barh(**(across if split else along), color=colors[part], edgecolor="white", linewidth=0.5)
-    right.set_yticks(range(len(named)), [name.removesuffix(".weight") for name, _ in named], fontsize=6)
+            width, height = size / parts, 0.8 / parts
+            across = dict(left=part * width, width=width, height=0.8, y=row)
+            y = row - 0.4 + (part + 0.5) * height
+            along = dict(left=0, width=size, height=height, y=y)
+            place, color = across if split else along, colors[part]
+            right.barh(**place, color=color, edgecolor="white", linewidth=0.5)
+    right.set_yticks(
+        range(len(named)),
+        [name.removesuffix(".weight") for name, _ in named],
+        fontsize=6,
+    )
     right.invert_yaxis()
-    right.set(xlabel="thousands of numbers", title="who holds what: split, or a copy each", axisbelow=True)
+    right.set(
+        xlabel="thousands of numbers",
+        title="who holds what: split, or a copy each",
+        axisbelow=True,
+    )
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
     print(f"picture: {PICTURE}")

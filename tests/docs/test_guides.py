@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Pages whose blocks another test runs, because there is more to compare.
 ELSEWHERE = {"from_torch": "tests/interop/test_guide.py", "performance": "tests/benchmarks/test_performance_page.py"}
 NAME = re.compile(r"(?<![\w.])(lt|luxtorch|optim|training|distributed)((?:\.[A-Za-z]\w*)+)")
+WIDTH = 88  # as in examples/ruff.toml
 NOT_RUN = {"julia", "sh", "text", "{include}", "{toctree}"}
 
 
@@ -74,6 +75,17 @@ def test_what_is_run_elsewhere_is(name):
 def test_a_broken_block_is_noticed(run, block):
     with pytest.raises(AssertionError):
         run([block], "page")
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_code_fits_the_column(name):
+    code = [
+        (line + i, text)
+        for language, block, line in PAGES[name]
+        for i, text in enumerate(block.splitlines(), 1)
+        if language == "python" or (language == "pycon" and text.startswith((">>>", "...")))
+    ]
+    assert not [(line, text) for line, text in code if len(text) > WIDTH]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -61,7 +62,10 @@ def run_copy(folder, page):
 
 def test_the_example_runs_and_draws(tmp_path, capsys):
     run_copy(tmp_path, PAGE)
-    assert "22 of 22 figures agree" in capsys.readouterr().out
+    *_, agreement, following = capsys.readouterr().out.splitlines()
+    assert agreement.startswith("22 of 22 figures agree")
+    named = re.search(r"examples/(\w+\.py)", following)
+    assert following.startswith("Try next: ") and named and (EXAMPLES / named[1]).is_file()
     assert (tmp_path / "output" / "basics.png").read_bytes().startswith(b"\x89PNG")
 
 
