@@ -218,6 +218,25 @@ def test_sizes_that_vary(make_key, kind, way):
         assert "luxtorch.recurrent.default" in run.lower(ps, x).graph
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", rare("gru")])
+def test_lengths_that_vary(make_key, kind, masked, sequence):
+    layer = Recurrence(CELLS[kind](3, 4), return_sequence=sequence)
+    ps, st, x = prepared(layer, make_key, "cpu", torch.float32, 4, 9, 3)
+
+    def last(ps, x, steps):
+        return layer((x, None, steps), ps, st)[0]
+
+    run = replayed(last, dynamic={"x": (0, 1), "steps": (0, 1) if masked else 0})
+    for batch, time in ((4, 9), (3, 7), (2, 4)):
+        lengths = torch.arange(time, time - batch, -1)
+        steps = torch.arange(time) < lengths[:, None] if masked else lengths
+        part = x[:batch, :time].contiguous()
+        close(run(ps, part, steps), last(ps, part, steps))
+    assert run.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
 def test_a_long_sequence_is_not_unrolled(make_key, kind):
     layer = Recurrence(CELLS[kind](3, 4))

@@ -60,7 +60,7 @@ class StepMask:
         """Return the steps that count first, then zeros as padding."""
         if self.mask is not None:
             order = self.mask.logical_not().to(torch.uint8).argsort(dim=0, stable=True)
-            xs = xs.take_along_dim(_unsqueezed(order, xs), 0)
+            xs = _taken(xs, order)
         return zero_padding(self.lengths, xs)
 
     def unpack(self, ys: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class StepMask:
         if self.mask is None:
             return ys
         place = (self.mask.cumsum(0) - 1).clamp_min(0)
-        found = ys.take_along_dim(_unsqueezed(place, ys), 0)
+        found = _taken(ys, place)
         return torch.where(_unsqueezed(self.mask, ys), found, 0.0)
 
 
@@ -85,8 +85,8 @@ def zero_padding(lengths: Tensor, ys: Tensor) -> Tensor:
 
 def at_last_step(lengths: Tensor, ys: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
     """Return the values at the last step of each sequence; `otherwise` for sequences without steps."""
-    last = _unsqueezed((lengths - 1).clamp_min(0)[None], ys)
-    return torch.where(_unsqueezed(lengths > 0, ys[0]), ys.take_along_dim(last, 0).squeeze(0), otherwise)
+    last = _taken(ys, (lengths - 1).clamp_min(0)[None])
+    return torch.where(_unsqueezed(lengths > 0, ys[0]), last.squeeze(0), otherwise)
 
 
 def where_running(running: Tensor, new: Any, old: Any) -> Any:
@@ -107,6 +107,12 @@ def where_running(running: Tensor, new: Any, old: Any) -> Any:
 def _unsqueezed(flags: Tensor, values: Tensor) -> Tensor:
     """Append dimensions of size 1 to flags, up to the number of dimensions of values."""
     return flags.reshape((*flags.shape, *(1,) * (values.ndim - flags.ndim)))
+
+
+def _taken(values: Tensor, steps: Tensor) -> Tensor:
+    """Return the values at some steps, (steps, ..., more), for steps (steps, ...)."""
+    # `take_along_dim` does the same, but lets `lt.jit` have no graph for all numbers of steps.
+    return values.gather(0, _unsqueezed(steps, values).expand(-1, *values.shape[1:]))
 
 
 def _require_range(lengths: Tensor, time: int) -> None:
