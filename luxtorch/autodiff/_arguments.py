@@ -33,9 +33,10 @@ def check_mode(mode: str) -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise unless the chunk size is None or positive."""
-    if chunk_size is not None and chunk_size < 1:
-        raise out_of_range("chunk_size", chunk_size, "at least 1", fix="Leave it out for everything at once.")
+    """Raise unless the chunk size is None or a positive integer."""
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        fix = "Leave it out for everything at once."
+        raise out_of_range("chunk_size", chunk_size, "at least 1, and an integer", fix=fix)
 
 
 def split(output: Tree, has_aux: bool) -> tuple[Tree, Tree]:

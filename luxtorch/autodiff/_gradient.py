@@ -12,7 +12,7 @@ from luxtorch.components import ComponentVector
 from luxtorch.components._views import split_once
 from luxtorch.core import InputError, map_tensors, tree_flatten, tree_unflatten
 
-from ._arguments import Mode, check_inputs, check_mode, check_scalar, join, split
+from ._arguments import Mode, check_chunk_size, check_inputs, check_mode, check_scalar, join, split
 from ._torch_func import Tree, WithAux, gradients, value_and_gradients
 from ._vmap import columns
 
@@ -49,6 +49,7 @@ def withgradient(
         `Zygote.withgradient`; `torch.func.grad_and_value`, whose meaning and numbers this has.
     """
     check_mode(mode)
+    check_chunk_size(chunk_size)
     if mode == "forward":
         return _forward(f, xs, has_aux, chunk_size)
 

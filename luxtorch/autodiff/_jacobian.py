@@ -10,7 +10,7 @@ from torch import Tensor
 from luxtorch.components import ComponentMatrix, ComponentVector
 from luxtorch.core import InputError, described, tree_flatten, tree_leaves, tree_unflatten
 
-from ._arguments import Mode, check_inputs, check_mode, check_outputs, join, split
+from ._arguments import Mode, check_chunk_size, check_inputs, check_mode, check_outputs, join, split
 from ._gradient import gradient
 from ._torch_func import Tree, jvp, vjp
 from ._vmap import columns, one_hot, rows, stack
@@ -52,6 +52,7 @@ def jacobian(
         `torch.func.jacrev` and `torch.func.jacfwd`, whose numbers these are.
     """
     check_mode(mode)
+    check_chunk_size(chunk_size)
     check_inputs(xs, real=True)
     leaves, spec = tree_flatten(xs)
 
@@ -188,6 +189,7 @@ def batched_jacobian(
         `Lux.batched_jacobian`, with the batch first.
     """
     check_mode(mode)
+    check_chunk_size(chunk_size)
     check_inputs((x,), real=True)
 
     def outputs(x: Tensor) -> tuple[Tensor, tuple[()]]:

@@ -1,160 +1,33 @@
-"""Jacobians and Hessians as matrix-free linear operators: `JacVec` and `HesVec`."""
+"""Derivatives as matrix-free linear operators, `JacVec`, `HesVec` and `GGNVec`; and the diagonal of a Hessian."""
 
 from __future__ import annotations
 
-import importlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial, reduce
-from typing import Any, TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from luxtorch.core import LuxtorchError, tree_flatten, tree_leaves, tree_unflatten, wrong_shape, wrong_type
+from luxtorch.core import tree_map
 
 from ._arguments import Mode, check_inputs, check_mode
 from ._gradient import gradient
-from ._products import jacobian_vector_product, pullback, record
+from ._linear import LinearOperator, Space
+from ._products import jacobian_vector_product, linearize, pullback, record
 from ._torch_func import Tree
-
-V = TypeVar("V")
-"""A flat vector: a tensor or a NumPy array."""
-
-
-class _Space:
-    """Convert between trees of one structure and flat vectors.
-
-    Args:
-        like: The tree.
-
-    Attributes:
-        size: The number of elements.
-        dtype: The dtype of a flat vector: what the dtypes of the leaves promote to.
-        device: The device of the first leaf.
-        is_flat: Whether the tree is a flat vector itself.
-    """
-
-    def __init__(self, like: Tree) -> None:
-        leaves, self._spec = tree_flatten(like)
-        self._leaves: list[Tensor] = leaves
-        self._sizes = [leaf.numel() for leaf in leaves]
-        self.size = sum(self._sizes)
-        self.dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves]) if leaves else torch.float32
-        self.device = leaves[0].device if leaves else torch.device("cpu")
-        self.is_flat = isinstance(like, Tensor) and like.dim() == 1
-
-    def ravel(self, tree: Tree) -> Tensor:
-        """Return the elements of a tree as one flat vector."""
-        if not self._leaves:
-            return torch.zeros(0)
-        return torch.cat([leaf.reshape(-1).to(self.device) for leaf in tree_leaves(tree)])
-
-    def unravel(self, vector: Tensor) -> Tree:
-        """Return the tree of a flat vector."""
-        parts = zip(torch.split(vector, self._sizes), self._leaves, strict=True)
-        return tree_unflatten([part.reshape(leaf.shape).to(leaf) for part, leaf in parts], self._spec)
-
-
-class LinearOperator(ABC):
-    """Multiply trees, or flat vectors of their elements, by a matrix that is never built.
-
-    `A @ u` takes a tree like the input to a tree like the output, and a flat vector to a flat vector.
-    `matvec` and `rmatvec` are for flat vectors alone, torch's or NumPy's, as SciPy's solvers call them.
-    """
-
-    _inputs: _Space
-    _outputs: _Space
-
-    @abstractmethod
-    def _apply(self, u: Tree) -> Tree:
-        """Multiply a tree."""
-
-    @abstractmethod
-    def _apply_transposed(self, u: Tree) -> Tree:
-        """Multiply a tree by the transposed operator."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The number of outputs and of inputs."""
-        return self._outputs.size, self._inputs.size
-
-    @property
-    def dtype(self) -> Any:
-        """The NumPy dtype of the flat vectors, as SciPy's protocol asks."""
-        dtype = torch.promote_types(self._inputs.dtype, self._outputs.dtype)
-        try:
-            return torch.empty(0, dtype=dtype).numpy().dtype
-        except TypeError as error:
-            expected = "float16, float32 or float64, which NumPy has"
-            raise wrong_type("The dtype", dtype, expected, fix="Convert the tree with f32(x).") from error
-
-    @property
-    def T(self) -> LinearOperator:
-        """The transposed operator."""
-        return _Transposed(self)
-
-    def __matmul__(self, u: Tree) -> Tree:
-        return self(u)
-
-    def __call__(self, u: Tree) -> Tree:
-        """Multiply a tree or a flat vector: `A(u)` is `A @ u`, and can be compiled where torch does not know `@`."""
-        if isinstance(u, Tensor) and u.dim() == 1 and not self._inputs.is_flat:
-            return self.matvec(u)
-        return self._apply(u)
-
-    def matvec(self, v: V) -> V:
-        """Multiply a flat vector: a tensor gives a tensor, a NumPy array gives a NumPy array."""
-        return _flat(self._apply, v, self._inputs, self._outputs)  # type: ignore[no-any-return]
-
-    def rmatvec(self, v: V) -> V:
-        """Multiply a flat vector by the transposed operator."""
-        return _flat(self._apply_transposed, v, self._outputs, self._inputs)  # type: ignore[no-any-return]
-
-    def as_linear_operator(self) -> Any:
-        """Return this as a `scipy.sparse.linalg.LinearOperator`.
-
-        Raises:
-            LuxtorchError: SciPy is not installed.
-        """
-        try:
-            scipy_linalg = importlib.import_module("scipy.sparse.linalg")
-        except ImportError as error:
-            raise LuxtorchError(
-                "SciPy is not installed.", expected="scipy, for as_linear_operator", fix="Run `pip install scipy`."
-            ) from error
-        return scipy_linalg.aslinearoperator(self)
-
-    def __repr__(self) -> str:
-        rows, columns = self.shape
-        return f"{type(self).__name__.lstrip('_')}({rows} x {columns})"
-
-
-class _Transposed(LinearOperator):
-    def __init__(self, operator: LinearOperator) -> None:
-        self._operator = operator
-        self._inputs, self._outputs = operator._outputs, operator._inputs
-
-    def _apply(self, u: Tree) -> Tree:
-        return self._operator._apply_transposed(u)
-
-    def _apply_transposed(self, u: Tree) -> Tree:
-        return self._operator._apply(u)
-
-    @property
-    def T(self) -> LinearOperator:
-        return self._operator
+from ._vmap import total
 
 
 class JacVec(LinearOperator):
     """The Jacobian of a function at a point, as a linear operator.
 
-    A product runs forward mode; one with `J.T` runs the backward pass of the graph that was recorded when the operator
-    was made.
+    A product with `J.T` runs the backward pass of the graph that was recorded when the operator was made.
 
     Args:
         f: A function of one tree that returns a tree of floating point tensors.
         x: A tree of floating point tensors.
+        mode: How `J @ u` is computed. `"forward"` runs forward mode for each product, and so `f`; `"reverse"` records
+            more when the operator is made, as `linearize` does, and then a product does not run `f`.
 
     Attributes:
         value: What `f(x)` is.
@@ -175,15 +48,19 @@ class JacVec(LinearOperator):
         `JacVec` of SparseDiffTools.jl and SciMLOperators.jl.
     """
 
-    def __init__(self, f: Callable[[Tree], Tree], x: Tree) -> None:
+    def __init__(self, f: Callable[[Tree], Tree], x: Tree, *, mode: Mode = "forward") -> None:
+        check_mode(mode)
         check_inputs((x,), real=True)
         self._f = f
         self._x = x
         self.value, self._back = pullback(f, x)
-        self._inputs, self._outputs = _Space(x), _Space(self.value)
+        self._forward: Callable[[Tree], Tree] | None = linearize(f, x)[1] if mode == "reverse" else None
+        self._inputs, self._outputs = Space(x), Space(self.value)
 
     def _apply(self, u: Tree) -> Tree:
-        return jacobian_vector_product(self._f, self._x, u)
+        if self._forward is None or torch.compiler.is_compiling():
+            return jacobian_vector_product(self._f, self._x, u)
+        return self._forward(u)
 
     def _apply_transposed(self, u: Tree) -> Tree:
         return _usable(self._back, self._f, self._x)(u)
@@ -229,7 +106,7 @@ class HesVec(LinearOperator):
             self.gradient, self._back = record(self._slope, (x,), has_aux=False, like="x")
         else:
             self.gradient = self._slope(x)
-        self._inputs = self._outputs = _Space(x)
+        self._inputs = self._outputs = Space(x)
 
     def _apply(self, u: Tree) -> Tree:
         if self._back is None:
@@ -243,16 +120,119 @@ class HesVec(LinearOperator):
         return self
 
 
+class GGNVec(LinearOperator):
+    """The generalized Gauss-Newton matrix of a model and a loss at a point, as a linear operator. `G.T` is `G`.
+
+    It is `J.T @ H @ J`, where J is the Jacobian of the model's outputs by the parameters, and H the Hessian of the loss
+    by the outputs: the Hessian of the loss by the parameters, as if the model were linear. With a convex loss it is
+    positive semidefinite. Where the loss is minus the logarithm of a density of an exponential family, of which the
+    outputs are the natural parameters, as for squared errors and the cross entropy of logits, it is the Fisher matrix.
+
+    Args:
+        f: A function of the parameters that returns the model's outputs: a tree of floating point tensors.
+        loss: A function of the outputs that returns a scalar.
+        ps: The parameters, a tree of real floating point tensors.
+        mode: `"reverse"` records all when the operator is made, so that a product costs backward passes and nothing
+            else; `"forward"` runs forward mode of the model and of the loss's gradient for each product.
+
+    Attributes:
+        value: The outputs, `f(ps)`.
+        gradient: The gradient of `loss(f(ps))` by the parameters.
+
+    Raises:
+        InputError: `loss` does not return a scalar.
+        DTypeError: A leaf of `ps` or of the outputs is not a real floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> x, y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 2.0])
+        >>> ps = {"a": torch.tensor(1.0), "b": torch.tensor(0.0)}
+        >>> G = lt.GGNVec(lambda ps: ps["a"] * x + ps["b"], lambda outputs: (outputs - y).square().sum() / 2, ps)
+        >>> G @ {"a": torch.tensor(1.0), "b": torch.tensor(0.0)}
+        {'a': tensor(5.), 'b': tensor(3.)}
+        >>> G.diagonal(), G.gradient
+        ({'a': tensor(5.), 'b': tensor(3.)}, {'a': tensor(-2.), 'b': tensor(-3.)})
+
+    Source:
+        Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", 2002; Martens, "New
+        insights and perspectives on the natural gradient method", 2020.
+    """
+
+    def __init__(
+        self, f: Callable[[Tree], Tree], loss: Callable[[Tree], Tree], ps: Tree, *, mode: Mode = "reverse"
+    ) -> None:
+        self._jacobian = JacVec(f, ps, mode=mode)
+        self.value = self._jacobian.value
+        self._of_outputs = HesVec(loss, self.value, mode=mode)
+        self.gradient = self._jacobian._apply_transposed(self._of_outputs.gradient)
+        self._inputs = self._outputs = self._jacobian._inputs
+
+    def _apply(self, u: Tree) -> Tree:
+        return self._jacobian._apply_transposed(self._of_outputs._apply(self._jacobian._apply(u)))
+
+    _apply_transposed = _apply
+
+    @property
+    def T(self) -> GGNVec:
+        return self
+
+    def _diagonal(self, chunk_size: int | None) -> Tree:
+        outputs = self._jacobian._outputs
+        if not 0 < outputs.size <= self._inputs.size:
+            return super()._diagonal(chunk_size)
+
+        def of_row(index: Tensor) -> Tree:
+            unit = outputs.unit(index)
+            rows = [self._jacobian._apply_transposed(row) for row in (unit, self._of_outputs._apply(unit))]
+            return tree_map(torch.mul, *rows)
+
+        return total(of_row, outputs.size, outputs.device, chunk_size)
+
+
+def hessian_diagonal(
+    f: Callable[[Tree], Tree],
+    x: Tree,
+    *,
+    mode: Mode = "reverse",
+    key: Tensor | None = None,
+    samples: int | None = None,
+    chunk_size: int | None = None,
+) -> Tree:
+    """Compute the diagonal of the Hessian of a scalar function, exactly or by Hutchinson's estimate.
+
+    Args:
+        f: A function of one tree that returns a scalar.
+        x: A tree of real floating point tensors.
+        mode: How the gradient is differentiated, as for `HesVec`.
+        key: The key that the estimate's signs are drawn from.
+        samples: How many vectors of signs there are; by default the diagonal is exact, and takes a product of the
+            Hessian with a vector for each element of `x`.
+        chunk_size: How many products are computed at once; all by default, and with 1 without `vmap`.
+
+    Returns:
+        A tree like `x`.
+
+    Raises:
+        InputError: The function does not return a scalar, or there are samples without a key or a key without samples.
+        DTypeError: A leaf of `x` is not a real floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> f = lambda x: x[0] ** 2 * x[1] ** 3
+        >>> lt.hessian_diagonal(f, torch.tensor([1.0, 2.0]))
+        tensor([16., 12.])
+        >>> estimate = lt.hessian_diagonal(f, torch.tensor([1.0, 2.0]), key=lt.random.key(0), samples=1000)
+        >>> bool((estimate - torch.tensor([16.0, 12.0])).abs().max() < 3)
+        True
+
+    Source:
+        Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix", 2007.
+    """
+    return HesVec(f, x, mode=mode).diagonal(key=key, samples=samples, chunk_size=chunk_size)
+
+
 def _usable(back: Callable[[Tree], Tree], f: Callable[[Tree], Tree], x: Tree) -> Callable[[Tree], Tree]:
     # torch.compile cannot trace the backward pass of a graph that was recorded outside.
     return pullback(f, x)[1] if torch.compiler.is_compiling() else back
-
-
-def _flat(product: Callable[[Tree], Tree], v: Any, source: _Space, target: _Space) -> Any:
-    if isinstance(v, Tensor):
-        if v.shape != (source.size,):
-            fix = "Pass one element for each element of the tree, in the tree's order."
-            raise wrong_shape("The flat vector", v, (source.size,), fix=fix)
-        return target.ravel(product(source.unravel(v)))
-    vector = torch.tensor(v, dtype=source.dtype, device=source.device).reshape(-1)
-    return _flat(product, vector, source, target).detach().cpu().numpy()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._arguments import Mode, check_inputs, check_like, check_mode, check_outputs, check_tensors, join, split
 from ._gradient import gradient
-from ._torch_func import Tree, Trees, WithAux, jvp, vjp
+from ._torch_func import Tree, Trees, WithAux, jvp, linearized, vjp
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -93,12 +93,58 @@ def pushforward(f: Callable[..., Tree], *xs: Tree, has_aux: bool = False) -> Cal
     check_inputs(xs)
 
     def forward(*us: Tree) -> tuple[Tree, Tree]:
-        alone = len(xs) == len(us) == 1
-        tangents = check_like(us[0] if alone else us, xs[0] if alone else xs, like="x")
-        value, product, aux = jvp(_checked(f, has_aux, check_tensors), xs, tangents)
+        value, product, aux = jvp(_checked(f, has_aux, check_tensors), xs, _tangents(us, xs))
         return join(value, aux, has_aux), product
 
     return forward
+
+
+def linearize(f: Callable[..., Tree], *xs: Tree, has_aux: bool = False) -> tuple[Tree, Callable[..., Tree]]:
+    """Compute a function and return, beside its value, the function that multiplies by its Jacobian.
+
+    `f` is called once, here. A product is one backward pass through what was recorded of the pullback, which is linear
+    itself: so it costs about as much as `f`, and operators need second derivatives, but no forward rules. For a single
+    product `jacobian_vector_product` takes less memory.
+
+    Args:
+        f: A function of as many trees as `xs` has, that returns a tree of floating point tensors, or `(tree, aux)`.
+        xs: Trees of floating point tensors.
+        has_aux: Whether `f` returns a pair. `aux` may be any tree, and its leaves need not be tensors.
+
+    Returns:
+        What `f` returned, and a function. It takes a vector like `x` (one for each argument) to a tree like the value,
+        and may be called any number of times.
+
+    Raises:
+        DTypeError: A leaf of `xs` or of the value is not a floating point tensor, or a leaf of the vector has another
+            dtype.
+        InputError: The vector does not look like `x`.
+
+    Example:
+        >>> import torch
+        >>> import luxtorch as lt
+        >>> value, product = lt.linearize(lambda x: x * x / 2, torch.tensor([1.0, 2.0]))
+        >>> value, product(torch.ones(2)), product(torch.tensor([0.0, 3.0]))
+        (tensor([0.5000, 2.0000]), tensor([1., 2.]), tensor([0., 6.]))
+
+    Source:
+        `jax.linearize`. `torch.func.linearize` gives wrong numbers inside of `grad`, and does not run inside of `vmap`.
+    """
+    try:
+        value, product, aux = linearized(_checked(f, has_aux, check_outputs), xs)
+    except Exception:
+        check_inputs(xs)
+        raise
+
+    def forward(*us: Tree) -> Tree:
+        return product(_tangents(us, xs))
+
+    return join(value, aux, has_aux), forward
+
+
+def _tangents(us: Trees, xs: Trees) -> list[Tensor]:
+    alone = len(xs) == len(us) == 1
+    return check_like(us[0] if alone else us, xs[0] if alone else xs, like="x")
 
 
 def _checked(f: Callable[..., Tree], has_aux: bool, check: Callable[[Tree], None]) -> WithAux:

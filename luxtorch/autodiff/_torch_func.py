@@ -127,7 +127,9 @@ def jvp(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
     f = _with_rules(f)
     leaves = tree_leaves(xs)
     if any(map(is_sharded, leaves)):
-        return _jvp_of_pullbacks(f, xs, [beside(u, x) for u, x in zip(us, leaves, strict=True)])
+        # torch has no forward mode for sharded tensors.
+        value, product, aux = linearized(f, xs)
+        return value, product([beside(u, x) for u, x in zip(us, leaves, strict=True)]), aux
     if not usable():
         return _jvp_of_torch(f, xs, us)
     tangents = iter(us)
@@ -157,15 +159,32 @@ def _jvp_of_torch(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tr
     return value, product, unpack(aux)
 
 
-def _jvp_of_pullbacks(f: WithAux, xs: Trees, us: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
-    """Return the same without forward mode, which torch does not have for sharded tensors.
+def linearized(f: WithAux, xs: Trees) -> tuple[Tree, Callable[[Sequence[Tensor]], Tree], Tree]:
+    """Return the value of `f(*xs)`, its Jacobian as a function of vectors, one for each leaf, and the auxiliary output.
 
-    A pullback is linear, so that the pullback of a pullback is the Jacobian itself.
+    A pullback is linear, so that the pullback of a pullback is the Jacobian itself. `f` is called inside of both, so
+    that it can tell that it is differentiated twice. Afterwards only the outer one may be called.
     """
-    value, aux = f(*xs)
-    pulled = vjp(lambda u: (vjp(f, xs)[1](u), None), (tree_map(torch.zeros_like, value),))[1]
-    (product,) = pulled(tree_unflatten(us, tree_flatten(xs)[1]))
-    return value, product, aux
+    if not usable():
+        value, aux = f(*xs)
+        spec = tree_flatten(xs)[1]
+        pulled = vjp(lambda u: (vjp(f, xs)[1](u), None), (tree_map(torch.zeros_like, value),))[1]
+        return value, lambda us: pulled(tree_unflatten(us, spec))[0], aux
+
+    def at(level: int) -> tuple[Tree, Tree, list[Tensor], list[Tensor]]:
+        value, back, aux = vjp(f, xs)
+        # All that is computed in a level is wrapped by it.
+        (u,), inputs = _wrapped((_leave(tree_map(torch.zeros_like, value), level),), level)
+        return _leave(value, level), _leave(aux, level), tree_leaves(back(u)), inputs
+
+    value, aux, products, inputs = _reverse(at)
+
+    def forward(us: Sequence[Tensor]) -> Tree:
+        with _no_inference():
+            found = iter(gradients(products, us, inputs, retain=True, create=torch.is_grad_enabled()))
+        return tree_map(lambda _: next(found), value)
+
+    return value, forward, aux
 
 
 # Functorch levels.

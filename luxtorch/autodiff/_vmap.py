@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,6 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from luxtorch.core import InputError, tree_leaves, tree_map
 from luxtorch.core._sharded import beside
 
-from ._arguments import check_chunk_size
 from ._torch_func import Tree, WithAux, jvp
 
 Blocks: TypeAlias = list[list[Tensor]]
@@ -90,10 +90,23 @@ def stack(
         like: Stand-ins for a product.
         chunk_size: How many indices `vmap` takes at once, None for all; with 1 a loop takes them, without `vmap`.
     """
-    check_chunk_size(chunk_size)
     if count == 0 or not like:
         return [tensor.new_zeros((count, *tensor.shape)) for tensor in like]
     return list(batched(product, chunk_size, torch.arange(count, device=like[0].device)))
+
+
+def total(f: Callable[[Tensor], Tree], count: int, device: torch.device, chunk_size: int | None) -> Tree:
+    """Return the sum of the trees that a function takes the indices below a count to, with no more at once than asked.
+
+    Args:
+        f: Takes an index to a tree.
+        count: The number of indices, not zero.
+        device: The device of the indices.
+        chunk_size: How many indices `vmap` takes at once, as for `stack`.
+    """
+    chunks = torch.split(torch.arange(count, device=device), chunk_size or count)
+    sums = (tree_map(lambda leaf: leaf.sum(0), batched(f, chunk_size, chunk)) for chunk in chunks)
+    return reduce(partial(tree_map, torch.add), sums)
 
 
 def batched(f: Callable[..., Tree], chunk_size: int | None, *trees: Tree) -> Tree:

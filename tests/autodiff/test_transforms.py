@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from luxtorch.autodiff import (
+    GGNVec,
     HesVec,
     JacVec,
     batched_jacobian,
     gradient,
     hessian,
+    hessian_diagonal,
     hvp,
     jacobian,
     jacobian_vector_product,
+    linearize,
     pullback,
     pushforward,
     vector_jacobian_product,
@@ -27,6 +30,11 @@ from luxtorch.autodiff import (
 )
 
 ONES = torch.ones(4, 2, dtype=torch.float64)
+
+
+def CUBES(outputs: Tensor) -> Tensor:
+    return (outputs**3).sum()
+
 
 # Each takes a problem to a function of its parameters.
 FUNCTIONS: dict[str, Callable] = {
@@ -51,6 +59,13 @@ FUNCTIONS: dict[str, Callable] = {
     "JacVec.T": lambda p: lambda ps: JacVec(p.net, ps).T(ONES),
     "HesVec": lambda p: lambda ps: HesVec(p.loss, ps)(ps),
     "HesVec forward": lambda p: lambda ps: HesVec(p.loss, ps, mode="forward")(ps),
+    "linearize": lambda p: lambda ps: linearize(p.net, ps)[1](ps),
+    "JacVec reverse": lambda p: lambda ps: JacVec(p.net, ps, mode="reverse")(ps),
+    "GGNVec": lambda p: lambda ps: GGNVec(p.net, CUBES, ps)(ps),
+    "GGNVec forward": lambda p: lambda ps: GGNVec(p.net, CUBES, ps, mode="forward")(ps),
+    "GGNVec.diagonal": lambda p: lambda ps: GGNVec(p.net, CUBES, ps).diagonal(chunk_size=3),
+    "hessian_diagonal": lambda p: lambda ps: hessian_diagonal(p.loss, ps),
+    "2 HesVec + 1": lambda p: lambda ps: (2 * HesVec(p.loss, ps) + 1)(ps),
 }
 WITH_JVP = {name for name in FUNCTIONS if "forward" in name or name in ("gradient chunked", "jvp", "JacVec")}
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -159,6 +174,7 @@ STEPS: dict[str, Callable] = {
     "jacobian": lambda f: lambda x: jacobian(lambda x: f(x)[None], x, mode="forward", chunk_size=1).sum(),
     "vmap": lambda f: lambda x: torch.func.vmap(lambda x: gradient(f, x))(x[None]).sum(),
     "JacVec": lambda f: lambda x: (JacVec(f, x).T @ torch.ones_like(f(x))).sum(),
+    "linearize": lambda f: lambda x: linearize(f, x)[1](torch.ones_like(x)),
 }
 
 
@@ -191,11 +207,20 @@ def test_the_gradient_of_a_loss_with_a_product_inside(problem) -> None:
     torch.testing.assert_close(gradient(loss, flat) @ u, finite_difference(loss, flat, u), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("operator", [JacVec, HesVec])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda x: JacVec(lambda x: x**3, x),
+        lambda x: JacVec(lambda x: x**3, x, mode="reverse"),
+        lambda x: HesVec(lambda x: (x**4).sum() / 4, x),
+        lambda x: GGNVec(lambda x: x**3, lambda y: (y**2 / x**2 / 6).sum(), x),
+        lambda x: HesVec(lambda x: (x**4).sum() / 8, x) * 2,
+    ],
+    ids=["JacVec", "JacVec reverse", "HesVec", "GGNVec", "2 HesVec"],
+)
 def test_operators_made_outside_of_a_transform(operator: Any) -> None:
     x = torch.tensor([1.0, 2.0])
-    f = {JacVec: lambda x: x**3, HesVec: lambda x: (x**4).sum() / 4}[operator]
-    made = operator(f, x)
+    made = operator(x)
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     expected = vectors * 3 * x**2
     torch.testing.assert_close(torch.func.vmap(lambda v: made @ v)(vectors), expected)

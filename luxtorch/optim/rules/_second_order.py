@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luxtorch import random
 from luxtorch.autodiff import hvp
+from luxtorch.autodiff._linear import hutchinson
 from luxtorch.core import out_of_range
 from luxtorch.core._sharded import beside
 
@@ -99,13 +100,9 @@ class Sophia(ListRule):
         if hessian is not None:
             return hessian
         value_fn, key = needed(self, leaves, "value_fn"), needed(self, leaves, "key")
-        places = {name: random.fold_in(key, i) for i, name in enumerate(leaves.names)}
-        signs = {
-            name: beside(random.bernoulli(places[name], 0.5, tuple(p.shape)).to(p.device, p.dtype), p) * 2 - 1
-            for name, p in params.items()
-        }
-        products = hvp(value_fn, params, signs, mode="forward")
-        return {name: sign * products[name] for name, sign in signs.items()}
+        keys = [random.fold_in(key, i) for i, name in enumerate(leaves.names) if name in params]
+        found: dict[str, Tensor] = hutchinson(lambda u: hvp(value_fn, params, u, mode="forward"), params, keys)
+        return found
 
 
 def _terms(h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
