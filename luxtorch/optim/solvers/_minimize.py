@@ -1,55 +1,31 @@
-"""`minimize`: L-BFGS with a line search, on a function of the parameters."""
+"""`minimize`: L-BFGS with a line search, on a function of the parameters; its derivatives are those of the minimum."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch._transforms import transformed
-from luxtorch.autodiff._gradient import differentiate
-from luxtorch.core import DTypeError, InputError, out_of_range
+from luxtorch._transforms import functional, recorders, traced, vectorized
+from luxtorch.autodiff import gradient
+from luxtorch.core import DTypeError, InputError, map_tensors, tensors
+from luxtorch.loops import custom_root
 
-from .._leaves import pair, rebuild, to_components
+from .._leaves import from_components, pair, rebuild, to_components
 from .._opt_state import OptState
 from .._rule_state import ALL, RuleState, check_names
-from ._lbfgs import LBFGS, can_read, check_size, direction, flatten, mark, remember, unflatten
-from ._line_search import Point, strong_wolfe
-
-
-class MinimizeResult(NamedTuple):
-    """Say how `minimize` has ended.
-
-    Attributes:
-        loss: The loss at the parameters that were found.
-        grad_norm: The largest absolute element of the gradient there.
-        iterations: How many directions were searched along.
-        evaluations: How often the function was called.
-        reason: Why it ended. "gradient": `grad_norm` is small enough. "step", "loss", "slope": the parameters, or the
-            loss, hardly moved, or would hardly move. "line search": nothing lower was found along the direction.
-            "iterations", "evaluations": there may be no more.
-    """
-
-    loss: float
-    grad_norm: float
-    iterations: int
-    evaluations: int
-    reason: str
-
-    @property
-    def converged(self) -> bool:
-        """Whether a tolerance was reached."""
-        return self.reason in ("gradient", "step", "loss", "slope")
+from ._lbfgs import LBFGS, check_size, flatten, unflatten
+from ._objective import FlatObjective
+from ._search import Limits, MinimizeResult, by_numbers, by_tensors
 
 
 def minimize(
-    f: Callable[[Any], Tensor],
+    f: Callable[..., Tensor],
     opt_state: OptState,
     ps: Any,
-    *,
+    *operands: Any,
     max_iter: int = 100,
     max_eval: int | None = None,
     tolerance_grad: float = 1e-7,
@@ -60,14 +36,21 @@ def minimize(
     The state remembers the curvature: a call goes on where another one, or `update`, has ended, be it with other data.
     Two calls of 50 iterations are one of 100, but for one more evaluation.
 
-    How often to evaluate depends on numbers, so this is a loop in Python. It does not run inside of transforms or a
-    compiler, and no derivatives flow through it; `f` itself may be compiled, and may use any transform. A loss that
-    is not finite is a step too far: a shorter one is tried.
+    It runs inside of `vmap`, where each model ends by itself, and of `lt.jit`, as one loop; `f` may use any transform.
+    A loss that is not finite is a step too far: a shorter one is tried.
+
+    What is found is a zero of the gradient, and has the derivatives that this equation gives it, as in
+    `lt.custom_root`: by the operands, by what `f` closes over, and by frozen parameters, in any order, without those of
+    the steps. They are as exact as the minimum is, and there are none where the Hessian is singular. The loss that is
+    returned has them, too; the state, and where the search began, count as constants. With more than 512 parameters
+    all that is differentiated must be an operand. On an autograd tape, without transforms, only operands that require
+    grad have derivatives: whatever else a search closes over is a constant to it, as it is to `torch.optim`.
 
     Args:
-        f: A pure function of the parameters that returns a scalar.
+        f: A pure function of the parameters, and of the operands, that returns a scalar.
         opt_state: The state, from `setup` with `LBFGS`.
         ps: The parameters: a ComponentVector, nested dicts of tensors, or a tensor. What is frozen stays.
+        *operands: What `f` takes besides, any trees.
         max_iter: How many iterations to do at most.
         max_eval: After how many evaluations to begin no other iteration; by default five for four iterations. A line
             search ends with them, too.
@@ -75,11 +58,13 @@ def minimize(
         tolerance_change: The least change of the parameters, or of the loss, that is worth another iteration.
 
     Returns:
-        `(opt_state, ps, result)`: the new state, the new parameters, and how it ended, see `MinimizeResult`.
+        `(opt_state, ps, result)`: the new state, the new parameters, and how it ended, see `MinimizeResult`, whose
+        fields are tensors inside of transforms and of `lt.jit`.
 
     Raises:
-        InputError: If the function does not return a scalar, if it is not finite from the start, if the state is
-            that of other shapes or of many models, or inside of a transform, a compiler or inference mode.
+        InputError: If the function does not return a scalar, if it is not finite from the start (inside of vmap and
+            `lt.jit`, where nothing is known of numbers, the result says so instead), if the state is that of other
+            shapes or of many models, or inside of torch.compile or inference mode.
         DTypeError: If the rule is not `LBFGS`, or the function returns something else than a real number.
         KeyNameError: If the state is that of other parameters.
 
@@ -94,103 +79,95 @@ def minimize(
         >>> ps, result.converged
         ({'x': tensor(1.0000), 'y': tensor(1.0000)}, True)
 
+        Many fits at once, and how each depends on its penalty: the minimum of (x - 1)^2 + a x^2 is at 1 / (1 + a).
+
+        >>> def fit(a):
+        ...     x = torch.tensor(0.0)
+        ...     f = lambda x, a: (x - 1) ** 2 + a * x**2
+        ...     _, x, result = optim.minimize(f, optim.setup(optim.LBFGS(), x), x, a)
+        ...     return x, result
+        >>> a = torch.tensor([0.0, 1.0, 3.0])
+        >>> x, result = torch.vmap(fit)(a)
+        >>> x, result.why()
+        (tensor([1.0000, 0.5000, 0.2500]), ['gradient', 'gradient', 'gradient'])
+        >>> torch.vmap(torch.func.grad(lambda a: fit(a)[0]))(a)
+        tensor([-1.0000, -0.2500, -0.0625])
+
     The iterates are those of `torch.optim.LBFGS` with `line_search_fn="strong_wolfe"`, whose `step` this is, and so are
     all defaults but `max_iter`, which is 20 there.
     """
-    limits = _Limits(max_iter, max_iter * 5 // 4 if max_eval is None else max_eval, tolerance_grad, tolerance_change)
+    limits = Limits(max_iter, max_iter * 5 // 4 if max_eval is None else max_eval, tolerance_grad, tolerance_change)
     limits.check()
     rule, state = _checked(opt_state, ps)
+    inside = traced() or functional()
+    if inside or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors(operands))):
+        ps, state, result = _differentiable(f, opt_state.layout.frozen, ps, operands, rule, state, limits)
+        return OptState(opt_state.layout, state), ps, result
     with torch.no_grad():
-        evaluate = FlatObjective(f, ps, opt_state.layout.frozen)
+        evaluate = FlatObjective(lambda ps: f(ps, *operands), ps, opt_state.layout.frozen)
         check_size(evaluate.start, state.leaves[ALL])
-        x, state, result = _search(evaluate, rule, state, limits)
+        x, state, result = by_numbers(evaluate, rule, state, limits)
         return OptState(opt_state.layout, state), evaluate.tree(x) if result.iterations else ps, result
 
 
-class _Limits(NamedTuple):
-    max_iter: int
-    max_eval: int
-    tolerance_grad: float
-    tolerance_change: float
+def _differentiable(
+    f: Callable[..., Tensor],
+    frozen: tuple[str, ...],
+    ps: Any,
+    operands: tuple[Any, ...],
+    rule: LBFGS,
+    state: RuleState,
+    limits: Limits,
+) -> tuple[Any, RuleState, MinimizeResult]:
+    """Return what was found with the derivatives of a root of the gradient, by all but the parameters that move."""
+    names, leaves, _, in_parts, _ = pair(to_components(ps), None)
+    moves = [name not in frozen for name in names]
+    moving = [p for p, free in zip(leaves, moves, strict=True) if free]
+    still = [p for p, free in zip(leaves, moves, strict=True) if not free]
 
-    def check(self) -> None:
-        for name, value in self._asdict().items():
-            least = 1 if name.startswith("max") else 0
-            if not value >= least:
-                raise out_of_range(name, value, f"at least {least}")
+    def whole(z: Tensor, still: list[Tensor]) -> Any:
+        """Return the parameters, of which a vector holds those that move."""
+        found, kept = iter(unflatten(z, moving, bool(in_parts))), iter(still)
+        tree = rebuild(to_components(ps), iter([next(found if free else kept) for free in moves]))
+        return from_components(ps, tree)
 
-    def reason(self, g: Tensor, step: Tensor, change: float, iterations: int, evaluations: int) -> str:
-        """Return why to end after an iteration, or nothing."""
-        moved = _largest(step)
-        if _largest(g) <= self.tolerance_grad:
-            return "gradient"
-        if moved == 0.0:
-            return "line search" if evaluations < self.max_eval else "evaluations"
-        if moved <= self.tolerance_change:
-            return "step"
-        if change < self.tolerance_change:
-            return "loss"
-        if iterations == self.max_iter:
-            return "iterations"
-        return "evaluations" if evaluations >= self.max_eval else ""
+    def slope(z: Tensor, still: list[Tensor], *operands: Any) -> Tensor:
+        return gradient(lambda z: f(whole(z, still), *operands), z)  # type: ignore[no-any-return]
 
+    ended: list[tuple[RuleState, MinimizeResult]] = []
 
-def _search(
-    evaluate: FlatObjective, rule: LBFGS, state: RuleState, limits: _Limits
-) -> tuple[Tensor, RuleState, MinimizeResult]:
-    """Return the flat parameters that were found, the new state, and how it ended."""
-    x, memory = evaluate.start, state.leaves[ALL]
-    as_numbers = can_read(x, memory)
-    loss, g = evaluate(x)
-    if not (math.isfinite(loss) and math.isfinite(_largest(g))):
-        raise InputError(
-            "The loss or its gradient is not finite where the search begins.",
-            expected="finite numbers",
-            got=f"a loss of {loss}, and {_largest(g)} in the gradient",
-            fix="Begin elsewhere.",
-        )
-    iterations, evaluations = 0, 1
-    reason = "gradient" if _largest(g) <= limits.tolerance_grad else ""
-    while not reason:
-        known = evaluate.without_frozen(g, math.nan)
-        memory = remember(memory, known, as_numbers)
-        d = evaluate.without_frozen(direction(memory, g, as_numbers))
-        start = Point(0.0, loss, g.dot(d).item(), g)
-        if not start.slope <= -limits.tolerance_change:
-            memory = {**memory, "grad": known, "step": torch.zeros_like(g)}
-            reason = "slope"
-            break
+    def solve(_: Any, z: Tensor) -> Tensor:
+        start, fixed, before = map_tensors(Tensor.detach, (ps, operands, state))
+        evaluate = FlatObjective(lambda ps: f(ps, *fixed), start, frozen)
+        check_size(evaluate.start, before.leaves[ALL])
+        search = by_tensors if traced() or vectorized() else by_numbers
+        x, after, result = search(evaluate, rule, before, limits)
+        ended.append((after, result))
+        parts = pair(to_components(evaluate.tree(x)), None).params
+        return flatten([part for part, free in zip(parts, moves, strict=True) if free])
 
-        def along(t: float, x: Tensor = x, d: Tensor = d) -> Point:
-            loss, g = evaluate(torch.add(x, d, alpha=t))
-            slope = g.dot(d).item()
-            finite = math.isfinite(loss) and math.isfinite(slope)
-            return Point(t, loss if finite else math.inf, slope, g)
-
-        point, calls = strong_wolfe(
-            along,
-            start,
-            rule.length(g, state, as_numbers).item(),
-            speed=_largest(d),
-            least=limits.tolerance_change,
-            limit=limits.max_eval - evaluations,
-        )
-        iterations, evaluations = iterations + 1, evaluations + calls
-        x = torch.add(x, d, alpha=point.t)
-        memory = {**memory, "grad": known, "step": d * point.t}
-        state = state.after(state.leaves)
-        change, loss, g = abs(point.loss - loss), point.loss, point.grad
-        reason = limits.reason(g, memory["step"], change, iterations, evaluations)
-    state = state._replace(leaves={**state.leaves, ALL: memory})
-    return x, state, MinimizeResult(loss, _largest(g), iterations, evaluations, reason)
+    z = flatten(moving)
+    if z.numel():
+        z = custom_root(slope, z, solve, still, *operands)
+    else:
+        with torch.no_grad():
+            solve(None, z)
+    ps = whole(z, still)
+    ((state, result),) = ended
+    if traced() or functional():
+        result = result.in_tensors(z)
+    loss = f(ps, *operands) if torch.is_grad_enabled() or functional() else None
+    if loss is not None and any(recorders(loss)):
+        result = result._replace(loss=loss)
+    return ps, state, result
 
 
 def _checked(opt_state: OptState, ps: Any) -> tuple[LBFGS, RuleState]:
     """Return the rule and its state, or raise where they cannot be used on these parameters, or here."""
-    if transformed() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         raise InputError(
-            "minimize does not run inside of transforms, a compiler or inference mode.",
-            fix="Take steps by optim.update there, or call it outside.",
+            "minimize does not run inside of torch.compile or inference mode.",
+            fix="Compile by lt.jit, take steps by optim.update, or call it outside.",
         )
     rule = opt_state.layout.rule if isinstance(opt_state, OptState) else None
     if not isinstance(rule, LBFGS):
@@ -207,74 +184,6 @@ def _checked(opt_state: OptState, ps: Any) -> tuple[LBFGS, RuleState]:
             "The state is that of many models.",
             expected="one model",
             got=f"{memory['grad'].shape[0]} models",
-            fix="Minimize one model at a time.",
+            fix="Call minimize inside of torch.vmap.",
         )
     return rule, state
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
-
-
-Objective: TypeAlias = "Callable[[Any], Tensor]"
-"""Takes the parameters to a number."""
-
-
-class FlatObjective:
-    """Evaluate a function at parameters that are given as one vector, in plain eager code.
-
-    Args:
-        f: The function.
-        ps: Parameters of the structure that it takes.
-        frozen: The names of those that are frozen: their derivatives are zero.
-
-    Attributes:
-        start: The parameters as a vector.
-        frozen: Which of its elements are frozen; None if none is.
-    """
-
-    def __init__(self, f: Objective, ps: Any, frozen: tuple[str, ...]) -> None:
-        self.f, self.ps = f, ps
-        names, self.leaves, _, in_parts, _ = pair(ps, None)
-        self._apart = bool(in_parts)
-        for name, p in zip(names, self.leaves, strict=True):
-            if not p.is_floating_point():
-                raise DTypeError("A parameter is not differentiable.", got=str(p.dtype), where=name or "the parameter")
-        self.start = flatten(self.leaves)
-        names, tensors, *_ = pair(to_components(ps), None)
-        self.frozen = mark(tensors, [name in frozen for name in names]) if frozen else None
-
-    def __call__(self, x: Tensor) -> tuple[float, Tensor]:
-        """Return the value and the gradient."""
-
-        def loss_of(leaves: list[Tensor]) -> tuple[Tensor, None]:
-            return _check(self.f(rebuild(self.ps, iter(leaves)))), None
-
-        loss, _, grads = differentiate(loss_of, self.parts(x))
-        return loss.item(), self.without_frozen(flatten(grads))
-
-    def parts(self, x: Tensor) -> list[Tensor]:
-        """Return the leaves of the parameters that a vector holds, the parts of complex ones."""
-        return unflatten(x, self.leaves, self._apart)
-
-    def without_frozen(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Return a vector with another value for what is frozen."""
-        return x if self.frozen is None else x.masked_fill(self.frozen, value)
-
-    def tree(self, x: Tensor) -> Any:
-        """Return a vector as a tree of the parameters, in memory of its own."""
-        return rebuild(self.ps, (part.clone() for part in self.parts(x)))
-
-
-def _check(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.ndim > 0:
-        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise InputError(
-            "The function does not return a scalar.",
-            expected="a tensor of shape ()",
-            got=f"a {type(loss).__name__}{shape}",
-            fix="Reduce it, for instance by .mean(); nothing can be returned besides.",
-        )
-    if not loss.is_floating_point():
-        raise DTypeError("The loss is not a real floating point number.", got=str(loss.dtype))
-    return loss

@@ -15,7 +15,7 @@ from luxtorch.autodiff import gradient, hessian, jacobian, pullback
 from luxtorch.core import DTypeError, InputError, KeyNameError, LuxtorchError, out_of_range, wrong_type
 
 from .._leaves import pair, rebuild, to_components
-from ._minimize import FlatObjective, Objective
+from ._objective import FlatObjective, Objective
 
 # What the methods of scipy.optimize.minimize ask for beside the value. All others want the gradient alone.
 _WITHOUT_GRADIENT = ("nelder-mead", "powell", "cobyla", "cobyqa")

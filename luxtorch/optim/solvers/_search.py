@@ -1,0 +1,264 @@
+"""L-BFGS with its line search, to a minimum: by numbers in a loop of Python, and by tensors in a `while_loop`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luxtorch.core import InputError, out_of_range
+from luxtorch.loops import while_loop
+
+from .._rule_state import ALL, RuleState, Slots
+from ._lbfgs import LBFGS, can_read, direction, remember
+from ._line_search import LineSearch, Number, Point, begin, pick, strong_wolfe
+from ._objective import FlatObjective
+
+_REASONS = ("", "gradient", "step", "loss", "slope", "line search", "iterations", "evaluations", "not finite")
+
+
+class MinimizeResult(NamedTuple):
+    """Say how `minimize` has ended.
+
+    Inside of transforms and of `lt.jit` all that is said is said by tensors, of many models by vectors.
+
+    Attributes:
+        loss: The loss at the parameters that were found.
+        grad_norm: The largest absolute element of the gradient there.
+        iterations: How many directions were searched along.
+        evaluations: How often the function was called.
+        reason: Why it ended. "gradient": `grad_norm` is small enough. "step", "loss", "slope": the parameters, or the
+            loss, hardly moved, or would hardly move. "line search": nothing lower was found along the direction.
+            "iterations", "evaluations": there may be no more. "not finite": the loss or its gradient was not, where the
+            search began, and nothing was done. Of a
+            tensor, `why` tells the words.
+    """
+
+    loss: float | Tensor
+    grad_norm: float | Tensor
+    iterations: int | Tensor
+    evaluations: int | Tensor
+    reason: str | Tensor
+
+    @property
+    def converged(self) -> bool | Tensor:
+        """Whether a tolerance was reached."""
+        if isinstance(self.reason, Tensor):
+            return (self.reason >= 1) & (self.reason <= 4)
+        return self.reason in _REASONS[1:5]
+
+    def why(self) -> Any:
+        """Return the reason as a word, of many models as a list of words; not inside of transforms."""
+
+        def words(codes: Any) -> Any:
+            return list(map(words, codes)) if isinstance(codes, list) else _REASONS[codes]
+
+        return words(self.reason.tolist()) if isinstance(self.reason, Tensor) else self.reason
+
+    def in_tensors(self, like: Tensor) -> MinimizeResult:
+        """Return the same in tensors."""
+        loss, grad_norm, *counts, reason = self
+        if isinstance(reason, Tensor):
+            return self
+        numbers = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (loss, grad_norm)]
+        return MinimizeResult(
+            *numbers, *(torch.tensor(count, device=like.device) for count in (*counts, _REASONS.index(reason)))
+        )
+
+
+class Limits(NamedTuple):
+    """Hold when to end: see `minimize`."""
+
+    max_iter: int
+    max_eval: int
+    tolerance_grad: float
+    tolerance_change: float
+
+    def check(self) -> None:
+        """Raise if one is too small."""
+        for name, value in self._asdict().items():
+            least = 1 if name.startswith("max") else 0
+            if not value >= least:
+                raise out_of_range(name, value, f"at least {least}")
+
+    def reasons(
+        self, grad_norm: Number, moved: Number, change: Number, iterations: Number, evaluations: Number
+    ) -> list[tuple[Number, str]]:
+        """Return reasons to end after an iteration, and whether they hold; the first of those that do is the reason."""
+        return [
+            (grad_norm <= self.tolerance_grad, "gradient"),
+            ((moved == 0.0) & (evaluations < self.max_eval), "line search"),
+            (moved == 0.0, "evaluations"),
+            (moved <= self.tolerance_change, "step"),
+            (change < self.tolerance_change, "loss"),
+            (iterations == self.max_iter, "iterations"),
+            (evaluations >= self.max_eval, "evaluations"),
+        ]
+
+
+def by_numbers(
+    evaluate: FlatObjective, rule: LBFGS, state: RuleState, limits: Limits
+) -> tuple[Tensor, RuleState, MinimizeResult]:
+    """Return the flat parameters that were found, the new state, and how it ended."""
+    x, memory = evaluate.start, state.leaves[ALL]
+    as_numbers = can_read(x, memory)
+    loss, g = evaluate(x)
+    if not (math.isfinite(loss) and math.isfinite(_size(g))):
+        raise InputError(
+            "The loss or its gradient is not finite where the search begins.",
+            expected="finite numbers",
+            got=f"a loss of {loss}, and {_size(g)} in the gradient",
+            fix="Begin elsewhere.",
+        )
+    iterations, evaluations = 0, 1
+    reason = "gradient" if _size(g) <= limits.tolerance_grad else ""
+    while not reason:
+        known = evaluate.without_frozen(g, math.nan)
+        memory = remember(memory, known, as_numbers)
+        d = evaluate.without_frozen(direction(memory, g, as_numbers))
+        start = Point(0.0, loss, g.dot(d).item(), g)
+        if not start.slope <= -limits.tolerance_change:
+            memory = {**memory, "grad": known, "step": torch.zeros_like(g)}
+            reason = "slope"
+            break
+
+        def along(t: float, x: Tensor = x, d: Tensor = d) -> Point:
+            loss, g = evaluate(torch.add(x, d, alpha=t))
+            slope = g.dot(d).item()
+            finite = math.isfinite(loss) and math.isfinite(slope)
+            return Point(t, loss if finite else math.inf, slope, g)
+
+        point, calls = strong_wolfe(
+            along,
+            start,
+            rule.length(g, state, as_numbers).item(),
+            speed=_size(d),
+            least=limits.tolerance_change,
+            limit=limits.max_eval - evaluations,
+        )
+        iterations, evaluations = iterations + 1, evaluations + calls
+        x = torch.add(x, d, alpha=point.t)
+        memory = {**memory, "grad": known, "step": d * point.t}
+        state = state.after(state.leaves)
+        change, loss, g = abs(point.loss - loss), point.loss, point.grad
+        moved = _size(memory["step"])
+        holding = limits.reasons(_size(g), moved, change, iterations, evaluations)
+        reason = next((name for holds, name in holding if holds), "")
+    state = state._replace(leaves={**state.leaves, ALL: memory})
+    return x, state, MinimizeResult(loss, _size(g), iterations, evaluations, reason)
+
+
+class _Place(NamedTuple):
+    """Hold where a search by tensors is.
+
+    Attributes:
+        x: The point from which the line search goes; its loss and gradient are those of `search.start`.
+        d: The direction.
+        memory: What the rule remembers.
+        steps: How many steps the rule has taken.
+        search: The line search.
+        iterations: How many are done.
+        evaluations: How many there were up to `x`.
+        reason: Why it has ended, a place in the list of all reasons; zero while it goes on.
+    """
+
+    x: Tensor
+    d: Tensor
+    memory: Slots
+    steps: Any
+    search: LineSearch
+    iterations: Tensor
+    evaluations: Tensor
+    reason: Tensor
+
+
+def by_tensors(
+    evaluate: FlatObjective, rule: LBFGS, state: RuleState, limits: Limits
+) -> tuple[Tensor, RuleState, MinimizeResult]:
+    """Return what `by_numbers` returns, where no tensor can be read: of a start that is not finite, the start.
+
+    Each step of the loop is one evaluation, and all that follows from it. So of many models in a batch, none waits for
+    the line search of another.
+    """
+    device = evaluate.start.device
+
+    def number(x: Any) -> Tensor:
+        """Return a number as Python has it."""
+        return torch.as_tensor(x, device=device).to(torch.float64)
+
+    def size(x: Tensor) -> Tensor:
+        return number(_largest(x))
+
+    def constant(x: Any) -> Tensor:
+        return torch.tensor(x, device=device)
+
+    def because(holding: list[tuple[Tensor, str]]) -> Tensor:
+        reason = constant(0)
+        for holds, name in reversed(holding):
+            reason = torch.where(holds, _REASONS.index(name), reason)
+        return reason
+
+    def turned(here: _Place) -> _Place:
+        """Begin an iteration."""
+        _, loss, _, g = here.search.start
+        known = evaluate.without_frozen(g, math.nan)
+        memory = remember(here.memory, known, False)
+        d = evaluate.without_frozen(direction(memory, g, False))
+        start = Point(number(0.0), loss, number(g.dot(d)), g)
+        reason = because([(~(start.slope <= -limits.tolerance_change), "slope")])
+        t = number(rule.length(g, state._replace(steps=here.steps), False))
+        memory = {**memory, "grad": known, "step": torch.zeros_like(g)}
+        return here._replace(d=d, memory=memory, search=begin(start, t, like=constant), reason=reason)
+
+    def looked(here: _Place) -> _Place:
+        """Evaluate once more, and end an iteration and begin another if that ends the line search."""
+        x, d, t = here.x, here.d, here.search.t
+        loss, g = evaluate.in_tensors(x + t.to(d.dtype) * d)
+        loss, slope = number(loss), number(g.dot(d))
+        point = Point(t, torch.where(loss.isfinite() & slope.isfinite(), loss, math.inf), slope, g)
+        search = here.search.after(
+            point,
+            speed=size(d),
+            least=limits.tolerance_change,
+            limit=limits.max_eval - here.evaluations,
+        )
+        found, step = search.point, search.point.t.to(d.dtype) * d
+        iterations, evaluations = here.iterations + 1, here.evaluations + search.used
+        change = abs(found.loss - search.start.loss)
+        holding = limits.reasons(size(found.grad), size(step), change, iterations, evaluations)
+        there = _Place(
+            x + step,
+            d,
+            {**here.memory, "step": step},
+            state._replace(steps=here.steps).after({}).steps,
+            search._replace(start=found),
+            iterations,
+            evaluations,
+            because(holding),
+        )
+        there = pick(there.reason == 0, turned(there), there)
+        return pick(search.over, there, here._replace(search=search))
+
+    x, memory = evaluate.start, state.leaves[ALL]
+    value, g = evaluate.in_tensors(x)
+    loss, grad_norm = number(value), size(g)
+    holding = [
+        (~(loss.isfinite() & grad_norm.isfinite()), "not finite"),
+        (grad_norm <= limits.tolerance_grad, "gradient"),
+    ]
+    search = begin(Point(number(0.0), loss, number(0.0), g), number(0.0), like=constant)
+    here = _Place(x, torch.zeros_like(g), memory, state.steps, search, constant(0), constant(1), because(holding))
+    here = while_loop(lambda here: here.reason == 0, looked, pick(here.reason == 0, turned(here), here))
+    _, loss, _, g = here.search.start
+    result = MinimizeResult(loss.to(value.dtype), _largest(g), here.iterations, here.evaluations, here.reason)
+    return here.x, state._replace(leaves={**state.leaves, ALL: here.memory}, steps=here.steps), result
+
+
+def _size(x: Tensor) -> float:
+    return _largest(x).item()
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().max() if x.numel() else x.new_zeros(())
