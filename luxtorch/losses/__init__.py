@@ -12,10 +12,17 @@ from ._loss import Aggregation as Aggregation
 from ._loss import GenericLossFunction as GenericLossFunction
 from ._loss import Loss as Loss
 from ._margin import CosineEmbeddingLoss as CosineEmbeddingLoss
+from ._margin import HingeEmbeddingLoss as HingeEmbeddingLoss
 from ._margin import HingeLoss as HingeLoss
+from ._margin import MarginRankingLoss as MarginRankingLoss
 from ._margin import SiameseContrastiveLoss as SiameseContrastiveLoss
+from ._margin import SoftMarginLoss as SoftMarginLoss
 from ._margin import SquaredHingeLoss as SquaredHingeLoss
 from ._margin import TripletMarginLoss as TripletMarginLoss
+from ._multi_margin import MultiLabelMarginLoss as MultiLabelMarginLoss
+from ._multi_margin import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
+from ._multi_margin import MultiMarginLoss as MultiMarginLoss
+from ._regression import GaussianNLLLoss as GaussianNLLLoss
 from ._regression import HuberLoss as HuberLoss
 from ._regression import L1Loss as L1Loss
 from ._regression import L2Loss as L2Loss

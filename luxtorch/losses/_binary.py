@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
-from luxtorch.core._sharded import beside
 
-from ._classes import as_floats
-from ._loss import Loss, machine_epsilon
+from ._loss import Loss, log_sigmoid, machine_epsilon
+from ._weights import Weights, as_weights, require_weights, weights_beside
 
 
 class BinaryCrossEntropyLoss(Loss):
@@ -18,7 +16,8 @@ class BinaryCrossEntropyLoss(Loss):
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
-        weight: What the losses are multiplied by: a number, or one for each place in the last dimension; or None.
+        weight: What the losses are multiplied by: a number, or a tuple, a list or a tensor of numbers that broadcasts
+            to the predictions, such as one for each place in the last dimension; or None.
         pos_weight: The same for the part of the losses that `y` multiplies: above 1, it counts what was missed more.
         logits: Whether the predictions are logits, `p = sigmoid(y_hat)`; with False they are probabilities.
         label_smoothing: How far the labels are drawn towards 1/2, from 0 to 1.
@@ -38,8 +37,8 @@ class BinaryCrossEntropyLoss(Loss):
     Source: Lux's `BinaryCrossEntropyLoss`, `torch.nn.BCEWithLogitsLoss`.
     """
 
-    weight: float | tuple[float, ...] | None = None
-    pos_weight: float | tuple[float, ...] | None = None
+    weight: Weights = None
+    pos_weight: Weights = None
     logits: bool = True
     label_smoothing: float = 0.0
     epsilon: float | None = None
@@ -48,37 +47,25 @@ class BinaryCrossEntropyLoss(Loss):
         super().__post_init__()
         self.require_number("label_smoothing", 0, 1)
         for name in ("weight", "pos_weight"):
-            value = getattr(self, name)
-            value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-            if value is not None:
-                self._set(**{name: float(value) if isinstance(value, int | float) else as_floats(value)})
+            self._set(**{name: as_weights(self, name)})
 
     def checked(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return predictions and labels of one shape, which the weights fit."""
+        """Return predictions and labels of one shape, to which the weights broadcast."""
         y_hat, y = super().checked(y_hat, y)
         for name in ("weight", "pos_weight"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and y_hat.shape[-1:] != (len(value),):
-                raise self.error(
-                    f"The {name} does not fit the predictions.",
-                    expected="a number, or one for each place in the last dimension",
-                    got=f"{len(value)} numbers for predictions of shape {tuple(y_hat.shape)}",
-                )
+            require_weights(self, name, y_hat)
         return y_hat, y
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the negative log-likelihoods."""
         if self.label_smoothing:
             y = y * (1 - self.label_smoothing) + self.label_smoothing / 2
-        weight, pos_weight = (
-            None if value is None else beside(torch.tensor(value, dtype=y_hat.dtype, device=y_hat.device), y_hat)
-            for value in (self.weight, self.pos_weight)
-        )
+        weight, pos_weight = weights_beside(self.weight, y_hat), weights_beside(self.pos_weight, y_hat)
         if self.logits:
             if reverse_alone():
                 return F.binary_cross_entropy_with_logits(y_hat, y, weight, reduction="none", pos_weight=pos_weight)
             share = 1 if pos_weight is None else (pos_weight - 1) * y + 1
-            losses = (1 - y) * y_hat - share * _logsigmoid(y_hat)
+            losses = (1 - y) * y_hat - share * log_sigmoid(y_hat)
             return losses if weight is None else weight * losses
         epsilon = machine_epsilon(y_hat, self.epsilon)
         yes, no = y.xlogy(y_hat + epsilon), (1 - y).xlogy(1 - y_hat + epsilon)
@@ -119,7 +106,7 @@ class BinaryFocalLoss(Loss):
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the weighted negative log-likelihoods."""
         if self.logits:
-            log_yes, log_no = _logsigmoid(y_hat), _logsigmoid(-y_hat)
+            log_yes, log_no = log_sigmoid(y_hat), log_sigmoid(-y_hat)
         else:
             epsilon = machine_epsilon(y_hat, self.epsilon)
             log_yes, log_no = (y_hat + epsilon).log(), (1 - y_hat + epsilon).log()
@@ -127,11 +114,6 @@ class BinaryFocalLoss(Loss):
         yes = (self.gamma * log_no).exp() * log_yes
         no = (self.gamma * log_yes).exp() * log_no
         return -y * yes - (1 - y) * no
-
-
-def _logsigmoid(x: Tensor) -> Tensor:
-    # torch's kernel resizes what it computes where vmap is in vmap.
-    return F.logsigmoid(x) if reverse_alone() else -F.softplus(-x, 1.0, 40.0)
 
 
 class DiceCoeffLoss(Loss):

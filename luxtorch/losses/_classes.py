@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import reverse_alone, transformed, watched
+from luxtorch._transforms import reverse_alone
 from luxtorch.core import InputError, out_of_range, wrong_type
 from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.core._weighted import watched_means
 
-from ._loss import Loss, as_numbers, machine_epsilon, total
+from ._loss import Loss, as_numbers, machine_epsilon, readable, total
 
 
 class ClassLoss(Loss):
@@ -55,10 +55,7 @@ class ClassLoss(Loss):
                 got=f"targets of shape {tuple(y.shape)}",
                 fix=f"The classes are in dimension {dim}: choose another by dim=...",
             )
-        if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-            fix = "Pass y.long(), or one probability for each class."
-            raise wrong_type("y", y, "class indices of dtype torch.int64", fix=fix, where=repr(self))
-        return moved(y_hat, dim), y.long()
+        return moved(y_hat, dim), class_indices(self, y, ", or one probability for each class")
 
     def value(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the aggregated loss; the mean over class indices is weighted and leaves out what is ignored."""
@@ -116,8 +113,7 @@ class ClassLoss(Loss):
         """Say whether the mean is weighted by the targets, as far as that is seen without waiting for a device."""
         if self.weight is not None or self.ignore_index != ClassLoss.ignore_index:
             return True
-        readable = y.device.type == "cpu" and not (transformed() or watched())
-        return readable and bool((y == self.ignore_index).any())
+        return readable(y) and bool((y == self.ignore_index).any())
 
     def weights(self, scores: Tensor) -> Tensor | None:
         """Return the weights of the classes as a tensor beside the scores."""
@@ -152,6 +148,14 @@ def class_dim(loss: Loss, y_hat: Tensor, dim: int | None) -> int:
             got=f"predictions of shape {tuple(y_hat.shape)}",
         )
     return min(1, y_hat.ndim - 1) if dim is None else dim % y_hat.ndim
+
+
+def class_indices(loss: Loss, y: Tensor, otherwise: str = "") -> Tensor:
+    """Return targets as indices of dtype int64."""
+    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+        fix = f"Pass y.long(){otherwise}."
+        raise wrong_type("y", y, "class indices of dtype torch.int64", fix=fix, where=repr(loss))
+    return y.long()
 
 
 def moved(y_hat: Tensor, dim: int) -> Tensor:

@@ -166,6 +166,7 @@ class KLDivergenceLoss(Loss):
         logits: Whether the predictions are logits, of which log-probabilities are a special case; with False they
             are probabilities, as in Lux.
         epsilon: What is added to probabilities inside the logarithm; None for the machine epsilon of their dtype.
+        log_target: Whether the targets are logarithms of probabilities.
 
     Shape:
         Predictions and target probabilities of one shape, (batch, classes, ...) or (classes,).
@@ -182,6 +183,7 @@ class KLDivergenceLoss(Loss):
     label_smoothing: float = 0.0
     logits: bool = True
     epsilon: float | None = None
+    log_target: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +192,9 @@ class KLDivergenceLoss(Loss):
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return one divergence a sample."""
         dim = class_dim(self, y_hat, self.dim)
-        y = smoothed(moved(y, dim), self.label_smoothing)
         log_p = log_probabilities(moved(y_hat, dim), self.logits, self.epsilon)
+        y = moved(y, dim)
+        if self.log_target and not self.label_smoothing:
+            return expectation(y.exp(), y) - expectation(y.exp(), log_p)
+        y = smoothed(y.exp() if self.log_target else y, self.label_smoothing)
         return y.xlogy(y).sum(min(1, y.ndim - 1)) - expectation(y, log_p)

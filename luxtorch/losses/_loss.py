@@ -9,9 +9,11 @@ from dataclasses import field, fields
 from typing import Any, TypeAlias, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from luxtorch._transforms import reverse_alone, transformed, watched
 from luxtorch.core import InputError, Parameters, States, Value, out_of_range, show_value, suggest, wrong_type
 
 Aggregation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -218,6 +220,46 @@ def as_numbers(y: Tensor, y_hat: Tensor) -> Tensor:
 def machine_epsilon(y_hat: Tensor, epsilon: float | None) -> float:
     """Return the number to add inside a logarithm: the given one, or the machine epsilon of the dtype."""
     return torch.finfo(y_hat.dtype).eps if epsilon is None else epsilon
+
+
+def readable(tensor: Tensor) -> bool:
+    """Tell whether the numbers of a tensor are seen without waiting for a device, and are what later calls will get."""
+    return tensor.device.type == "cpu" and not (transformed() or watched())
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """Return `log(sigmoid(x))`."""
+    # torch's kernel resizes what it computes where vmap is in vmap.
+    return F.logsigmoid(x) if reverse_alone() else -F.softplus(-x, 1.0, 40.0)
+
+
+def checked_parts(loss: Loss, y_hat: Any, names: tuple[str, ...], shape: str) -> tuple[Tensor, ...]:
+    """Return predictions that are a tuple of floating-point tensors, of which the loss takes so many.
+
+    Args:
+        loss: The loss.
+        y_hat: The predictions.
+        names: What each is called.
+        shape: What their shapes are, in words.
+    """
+    if not isinstance(y_hat, tuple | list) or len(y_hat) != len(names):
+        got = f"{len(y_hat)} tensors" if isinstance(y_hat, tuple | list) else type(y_hat).__name__
+        expected = f"a tuple ({', '.join(names)}) of tensors{shape}"
+        raise loss.error("The predictions are not the tensors that the loss compares.", expected=expected, got=got)
+    for name, x in zip(names, y_hat, strict=True):
+        if not isinstance(x, Tensor):
+            raise wrong_type(name, x, "a tensor", where=repr(loss))
+        loss.require_floating(x)
+    return tuple(y_hat)
+
+
+def unlike(loss: Loss, y_hat: tuple[Tensor, ...], names: tuple[str, ...], shape: str) -> InputError:
+    """Return the error for predictions whose shapes do not fit; see `checked_parts`."""
+    return loss.error(
+        "The predictions do not fit each other: a loss never broadcasts.",
+        expected=f"a tuple ({', '.join(names)}) of tensors{shape}",
+        got=", ".join(f"{name} of shape {tuple(x.shape)}" for name, x in zip(names, y_hat, strict=True)),
+    )
 
 
 class GenericLossFunction(Loss):

@@ -1,8 +1,9 @@
-"""Margin losses: hinge for labels of -1 and 1; contrastive, cosine and triplet losses for embeddings."""
+"""Margin losses: hinge and soft margin for labels of -1 and 1, ranking; losses of distances and of embeddings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
+from luxtorch.core import out_of_range
 
-from ._loss import Loss, as_numbers
+from ._loss import Loss, as_numbers, checked_parts, log_sigmoid, unlike
 
 
 class HingeLoss(Loss):
@@ -56,6 +58,98 @@ class SquaredHingeLoss(Loss):
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the squared distances."""
         return (1 - y * y_hat).relu().square()
+
+
+class SoftMarginLoss(Loss):
+    """Take the logistic loss of a score for labels of -1 and 1, `log(1 + exp(-y * y_hat))`.
+
+    Args:
+        agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+
+    Shape:
+        Scores and labels of one shape, any; the labels are -1 or 1.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.losses.SoftMarginLoss()(torch.tensor([0.0, 100.0]), torch.tensor([-1.0, 1.0]))
+        tensor(0.3466)
+
+    Source: `torch.nn.SoftMarginLoss`, which overflows where `y * y_hat` is below -88.
+    """
+
+    def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return the logistic losses."""
+        return -log_sigmoid(y * y_hat)
+
+
+class MarginRankingLoss(Loss):
+    """Ask that of two scores the right one be higher, by a margin: `max(0, margin - y * (x1 - x2))`.
+
+    Args:
+        agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+        margin: By how much.
+
+    Shape:
+        Predictions `(x1, x2)`: two tensors of one shape, any.
+        Labels of that shape: 1 where `x1` should be the higher one, -1 where `x2` should.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> x1, x2 = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+        >>> lt.losses.MarginRankingLoss(margin=0.5)((x1, x2), torch.tensor([1, 1]))
+        tensor(0.7500)
+
+    Source: `torch.nn.MarginRankingLoss`, which takes three arguments: here the pair is the prediction.
+    """
+
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_number("margin", -math.inf)
+
+    def checked(self, y_hat: tuple[Tensor, Tensor], y: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the pair and the labels."""
+        x1, x2 = checked_embeddings(self, y_hat, ("x1", "x2"), any_shape=True)
+        self.require_shape(y, x1.shape, x1)
+        return (x1, x2), as_numbers(y, x1)
+
+    def each(self, y_hat: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        """Return how much is missing of the margin."""
+        x1, x2 = y_hat
+        return (self.margin - y * (x1 - x2)).clamp_min(0)
+
+
+class HingeEmbeddingLoss(Loss):
+    """Draw pairs with label 1 together and push pairs with label -1 apart, up to a margin.
+
+    `y_hat` for a label of 1, `max(0, margin - y_hat)` for a label of -1, where `y_hat` is the distance of a pair.
+
+    Args:
+        agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+        margin: The distance from which an unlike pair costs nothing.
+
+    Shape:
+        Distances and labels of one shape, any; the labels are -1 or 1.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.losses.HingeEmbeddingLoss()(torch.tensor([2.0, 0.5]), torch.tensor([1, -1]))
+        tensor(1.2500)
+
+    Source: `torch.nn.HingeEmbeddingLoss`; `SiameseContrastiveLoss` squares both parts.
+    """
+
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_number("margin", -math.inf)
+
+    def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return the distances, or what is missing of the margin."""
+        together = torch.where(y != -1, y_hat, 0.0)
+        return together + torch.where(y != 1, (self.margin - y_hat).clamp_min(0), 0.0)
 
 
 _NOT_ZERO = 1e-12
@@ -140,7 +234,7 @@ class CosineEmbeddingLoss(Loss):
 class TripletMarginLoss(Loss):
     """Ask that an anchor be nearer to a positive than to a negative, by a margin.
 
-    `max(0, |anchor - positive| - |anchor - negative| + margin)`.
+    `max(0, |anchor - positive| - |anchor - negative| + margin)`, with the distances that a norm or a function gives.
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
@@ -148,29 +242,39 @@ class TripletMarginLoss(Loss):
         p: The degree of the norm.
         eps: What is added to each difference, so that a norm of 0 has a derivative.
         swap: Whether the negative's distance is that to the nearer of anchor and positive.
+        distance: A function of two tensors that takes the place of the norm, of `p` and of `eps`: it returns a
+            distance for each sample.
 
     Shape:
-        Predictions `(anchor, positive, negative)`: three tensors of one shape, (batch, features) or (features,).
-        There are no targets: pass None.
+        Predictions `(anchor, positive, negative)`: three tensors of one shape, (batch, features) or (features,); with
+        `distance`, any that it takes. There are no targets: pass None.
 
     Example:
         >>> import torch, luxtorch as lt
         >>> anchor, positive, negative = torch.tensor([[[0.0]], [[1.0]], [[3.0]]])
         >>> lt.TripletMarginLoss(margin=4.0)((anchor, positive, negative), None)
         tensor(2.)
+        >>> far = lambda a, b: (a - b).abs().amax(-1)
+        >>> lt.TripletMarginLoss(distance=far)((anchor, positive, negative), None)
+        tensor(0.)
 
-    Source: `torch.nn.TripletMarginLoss`, which takes three arguments: here all three are the prediction.
+    Source: `torch.nn.TripletMarginLoss` and `torch.nn.TripletMarginWithDistanceLoss`, which take three arguments: here
+    all three are the prediction.
     """
 
     margin: float = 1.0
     p: float = 2.0
     eps: float = 1e-6
     swap: bool = False
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("margin", 0, strict=True)
         self.require_number("p", 0, strict=True)
+        if self.distance is not None and not callable(self.distance):
+            expected = "a function of two tensors, or None for the norm"
+            raise out_of_range("distance", self.distance, expected, where=type(self).__name__)
 
     def checked(self, y_hat: tuple[Tensor, Tensor, Tensor], y: None) -> tuple[tuple[Tensor, ...], None]:
         """Return the three embeddings."""
@@ -180,16 +284,30 @@ class TripletMarginLoss(Loss):
                 expected="loss((anchor, positive, negative), None)",
                 got="targets",
             )
-        return checked_embeddings(self, y_hat, ("anchor", "positive", "negative")), None
+        names = ("anchor", "positive", "negative")
+        return checked_embeddings(self, y_hat, names, any_shape=self.distance is not None), None
 
     def each(self, y_hat: tuple[Tensor, Tensor, Tensor], y: None) -> Tensor:
         """Return the losses of the triples."""
         anchor, positive, negative = y_hat
-        to_positive = _distance(anchor, positive, self.p, self.eps)
-        to_negative = _distance(anchor, negative, self.p, self.eps)
+        to_positive, to_negative = self._apart(anchor, positive), self._apart(anchor, negative)
         if self.swap:
-            to_negative = to_negative.minimum(_distance(positive, negative, self.p, self.eps))
-        return (to_positive - to_negative + self.margin).relu()
+            to_negative = to_negative.minimum(self._apart(positive, negative))
+        return (to_positive - to_negative + self.margin).clamp_min(0)
+
+    def _apart(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the distances of the samples of two tensors."""
+        if self.distance is None:
+            return _distance(a, b, self.p, self.eps)
+        apart = self.distance(a, b)
+        if a.ndim > 1 and apart.shape[:1] != a.shape[:1]:
+            raise self.error(
+                "The distances are not those of the samples.",
+                expected=f"a distance for each of {len(a)} samples, from tensors of shape {tuple(a.shape)}",
+                got=f"distances of shape {tuple(apart.shape)}",
+                fix="Reduce the last dimension only, for instance (a - b).norm(dim=-1).",
+            )
+        return apart
 
 
 def _distance(a: Tensor, b: Tensor, p: float, eps: float) -> Tensor:
@@ -202,18 +320,10 @@ def _distance(a: Tensor, b: Tensor, p: float, eps: float) -> Tensor:
     return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
 
 
-def checked_embeddings(loss: Loss, y_hat: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Return predictions that are a tuple of floating-point tensors of one shape."""
-    expected = f"a tuple ({', '.join(names)}) of tensors of one shape, (batch, features) or (features,)"
-    if not isinstance(y_hat, tuple | list) or len(y_hat) != len(names):
-        got = f"{len(y_hat)} tensors" if isinstance(y_hat, tuple | list) else type(y_hat).__name__
-        raise loss.error("The predictions are not the tensors that the loss compares.", expected=expected, got=got)
-    for x in y_hat:
-        loss.require_floating(x)
-    if y_hat[0].ndim not in (1, 2) or any(x.shape != y_hat[0].shape for x in y_hat):
-        raise loss.error(
-            "The predictions do not fit each other: a loss never broadcasts.",
-            expected=expected,
-            got=", ".join(f"{name} of shape {tuple(x.shape)}" for name, x in zip(names, y_hat, strict=True)),
-        )
-    return tuple(y_hat)
+def checked_embeddings(loss: Loss, y_hat: Any, names: tuple[str, ...], any_shape: bool = False) -> tuple[Tensor, ...]:
+    """Return predictions that are a tuple of floating-point tensors of one shape, that of embeddings if not any."""
+    shape = " of one shape" + ("" if any_shape else ", (batch, features) or (features,)")
+    parts = checked_parts(loss, y_hat, names, shape)
+    if not (any_shape or parts[0].ndim in (1, 2)) or any(x.shape != parts[0].shape for x in parts):
+        raise unlike(loss, parts, names, shape)
+    return parts

@@ -1,6 +1,8 @@
-"""Regression losses: absolute, squared, squared logarithmic, Huber, smooth L1, Poisson."""
+"""Regression losses: absolute, squared, squared logarithmic, Huber, smooth L1, Poisson, Gaussian."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
 
-from ._loss import Loss, machine_epsilon
+from ._loss import Loss, as_numbers, checked_parts, machine_epsilon, readable, unlike
 
 
 class MAELoss(Loss):
@@ -168,12 +170,13 @@ class PoissonLoss(Loss):
     """Take the negative log-likelihood of counts under Poisson distributions, but for a term without the predictions.
 
     With predicted logarithms of the rates `exp(y_hat) - y * y_hat`, with predicted rates
-    `y_hat - y * log(y_hat + epsilon)`.
+    `y_hat - y * log(y_hat + epsilon)`; if `full`, plus Stirling's approximation of `log(y!)`.
 
     Args:
         agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
         log_input: Whether the predictions are logarithms of rates, torch's default; Lux's losses take rates.
         epsilon: What is added inside the logarithm; None for the machine epsilon of the predictions' dtype.
+        full: Whether to add `y * log(y) - y + log(2 * pi * y) / 2` where `y` is above 1.
 
     Shape:
         Predictions and targets of one shape, any.
@@ -188,9 +191,82 @@ class PoissonLoss(Loss):
 
     log_input: bool = True
     epsilon: float | None = None
+    full: bool = False
 
     def each(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return the negative log-likelihoods."""
         if self.log_input:
-            return y_hat.exp() - y * y_hat
-        return y_hat - y.xlogy(y_hat + machine_epsilon(y_hat, self.epsilon))
+            losses = y_hat.exp() - y * y_hat
+        else:
+            losses = y_hat - y.xlogy(y_hat + machine_epsilon(y_hat, self.epsilon))
+        if not self.full:
+            return losses
+        small = y <= 1
+        many = y.masked_fill(small, 1)
+        return losses + (many * many.log() - many + (2 * math.pi * many).log() / 2).masked_fill(small, 0)
+
+
+class GaussianNLLLoss(Loss):
+    """Take the negative log-likelihood of numbers under normal distributions, but for a constant.
+
+    `(log(variance) + (y - mean)**2 / variance) / 2`; if `full`, plus the constant `log(2 * pi) / 2`.
+
+    A variance below `eps` counts as `eps`, and has the gradient that it would have there, as in torch: training may
+    raise it. A negative one is an error where that is seen without waiting for a device, and else gives NaN.
+
+    Args:
+        agg: `"mean"`, `"sum"`, `"none"`, or a function of the losses.
+        full: Whether to add the constant.
+        eps: The smallest variance that counts as itself; above 0.
+
+    Shape:
+        Predictions `(mean, variance)`: a tensor of any shape, and one of the same shape, or with 1 for the dimensions
+        along which the variance is the same, or without the last dimension. Targets of the shape of the mean.
+
+    Raises:
+        InputError: If a variance is negative.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> mean, variance = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0])
+        >>> lt.losses.GaussianNLLLoss()((mean, variance), torch.tensor([1.0, 1.0]))
+        tensor(0.5966)
+
+    Source: `torch.nn.GaussianNLLLoss`, which takes three arguments: here mean and variance are the prediction.
+    """
+
+    full: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_number("eps", 0, strict=True)
+
+    def checked(self, y_hat: tuple[Tensor, Tensor], y: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the mean, the variance in a shape that broadcasts to it, and the targets."""
+        names, shape = ("mean", "variance"), ", the second with sizes of the first or 1"
+        mean, variance = checked_parts(self, y_hat, names, shape)
+        self.require_shape(y, mean.shape, mean)
+        if variance.ndim == mean.ndim - 1 and variance.shape == mean.shape[:-1]:
+            variance = variance.unsqueeze(-1)
+        if variance.ndim != mean.ndim or any(
+            own not in (1, size) for own, size in zip(variance.shape, mean.shape, strict=True)
+        ):
+            raise unlike(self, (mean, variance), names, shape)
+        if readable(variance) and bool((variance < 0).any()):
+            raise self.error(
+                "A variance must not be negative.",
+                expected="variances of at least 0",
+                got=f"{variance.min().item()}",
+                fix="Have the model predict its logarithm, and pass (mean, log_variance.exp()).",
+            )
+        return (mean, variance), as_numbers(y, mean)
+
+    def each(self, y_hat: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        """Return the negative log-likelihoods."""
+        mean, variance = y_hat
+        # Of the value eps, but with the derivative of the variance.
+        raised = torch.where(variance < 0, math.nan, variance - variance.detach() + self.eps)
+        variance = torch.where(variance < self.eps, raised, variance)
+        losses = (variance.log() + (mean - y).square() / variance) / 2
+        return losses + math.log(2 * math.pi) / 2 if self.full else losses

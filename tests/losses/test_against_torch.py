@@ -39,11 +39,12 @@ def same(ours, reference, *predictions):
         (L.SmoothL1Loss, F.smooth_l1_loss, {"beta": 0.3}),
         (L.SmoothL1Loss, F.smooth_l1_loss, {"beta": 0.0}),
         (L.PoissonLoss, F.poisson_nll_loss, {"log_input": True}),
+        (L.PoissonLoss, F.poisson_nll_loss, {"log_input": True, "full": True}),
     ],
 )
 @pytest.mark.parametrize("shape", [(), (2, 3, 2)])
 def test_regression(make_key, loss, reference, options, agg, shape):
-    y = drawn(make_key(), *shape)
+    y = 2 * drawn(make_key(), *shape)
     same(
         lambda y_hat: loss(agg=agg, **options)(y_hat, y),
         lambda y_hat: reference(y_hat, y, reduction=agg, **options),
@@ -57,6 +58,12 @@ def test_rates_and_probabilities(make_key, agg):
     same(
         lambda p: L.PoissonLoss(agg=agg, log_input=False, epsilon=1e-8)(p, y),
         lambda p: F.poisson_nll_loss(p, y, log_input=False, reduction=agg),
+        p,
+    )
+    counts = torch.arange(12.0, dtype=p.dtype).reshape(4, 3)
+    same(
+        lambda p: L.PoissonLoss(agg=agg, log_input=False, epsilon=1e-8, full=True)(p, counts),
+        lambda p: F.poisson_nll_loss(p, counts, log_input=False, full=True, reduction=agg),
         p,
     )
     same(
@@ -79,7 +86,7 @@ def test_rates_and_probabilities(make_key, agg):
 @pytest.mark.parametrize("agg", AGGREGATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (0, 3)])
-@pytest.mark.parametrize("weight", [None, 0.5, (0.5, 2.0, 0.0)])
+@pytest.mark.parametrize("weight", [None, 0.5, (0.5, 2.0, 0.0), (2.0,)])
 @pytest.mark.parametrize("pos_weight", [None, 3, (3.0, 0.1, 1.0)])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_weights_of_binary_cross_entropy(make_key, agg, dtype, shape, weight, pos_weight, label_smoothing):
@@ -165,6 +172,17 @@ def test_kl_divergence(make_key):
             y_hat,
         )
     log_p = y_hat.log_softmax(1)
+    for agg, reduction in (("mean", "batchmean"), ("sum", "sum")):
+        same(
+            lambda y_hat, log_y, agg=agg: L.KLDivergenceLoss(agg=agg, log_target=True)(y_hat, log_y),
+            lambda y_hat, log_y, reduction=reduction: F.kl_div(
+                y_hat.log_softmax(1), log_y, reduction=reduction, log_target=True
+            ),
+            y_hat,
+            y.log(),
+        )
+    smooth = L.KLDivergenceLoss(label_smoothing=0.2, log_target=True)(y_hat, y.log())
+    torch.testing.assert_close(smooth, L.KLDivergenceLoss(label_smoothing=0.2)(y_hat, y))
     expected = F.kl_div(log_p, y, reduction="none").sum(1)
     torch.testing.assert_close(L.KLDivergenceLoss(agg="none")(log_p, y), expected)
     torch.testing.assert_close(L.KLDivergenceLoss(agg="none", logits=False, epsilon=0.0)(log_p.exp(), y), expected)
@@ -190,6 +208,161 @@ def test_embeddings(make_key, agg, batch):
             lambda *x, options=options: F.triplet_margin_loss(*x, reduction=agg, **options),
             *x,
         )
+
+    def far(a, b):
+        return (a - b).abs().amax(-1)
+
+    for options in ({}, {"margin": 2.0}, {"swap": True}):
+        same(
+            lambda *x, options=options: L.TripletMarginLoss(agg=agg, distance=far, **options)(x, None),
+            lambda *x, options=options: F.triplet_margin_with_distance_loss(
+                *x, distance_function=far, reduction=agg, **options
+            ),
+            *x,
+        )
+
+
+def test_distances_of_images(make_key):
+    x = [drawn(make_key(), 4, 2, 3) for _ in range(3)]
+
+    def by_row(a, b):
+        return (a - b).square().sum(-1)
+
+    same(
+        lambda *x: L.TripletMarginLoss(distance=by_row)(x, None),
+        lambda *x: F.triplet_margin_with_distance_loss(*x, distance_function=by_row),
+        *x,
+    )
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (), (2, 3, 2), (0, 3)])
+def test_signs_as_labels(make_key, agg, shape):
+    x, z = drawn(make_key(), *shape), drawn(make_key(), *shape)
+    y = torch.where(drawn(make_key(), *shape) > 0, 1.0, -1.0).double()
+    same(lambda x: L.SoftMarginLoss(agg=agg)(x, y), lambda x: F.soft_margin_loss(x, y, reduction=agg), x)
+    for margin in (-0.5, 0.0, 0.4):
+        same(
+            lambda x, z, margin=margin: L.MarginRankingLoss(agg=agg, margin=margin)((x, z), y),
+            lambda x, z, margin=margin: F.margin_ranking_loss(x, z, y, margin, reduction=agg),
+            x,
+            z,
+        )
+    # With other labels too, both parts count.
+    for label in (y, 0 * y, y.round().long()):
+        for margin in (0.4, 1.0):
+            same(
+                lambda x, y=label, m=margin: L.HingeEmbeddingLoss(agg=agg, margin=m)(x, y),
+                lambda x, y=label, m=margin: F.hinge_embedding_loss(x, y, m, reduction=agg),
+                x,
+            )
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+@pytest.mark.parametrize(
+    ("shape", "variances"),
+    [
+        ((4, 3), (4, 3)),
+        ((4, 3), (4, 1)),
+        ((4, 3), (4,)),
+        ((3,), ()),
+        ((), ()),
+        ((2, 3, 2), (2, 1, 2)),
+        ((0, 3), (0, 3)),
+    ],
+)
+def test_normal_likelihood(make_key, agg, full, eps, shape, variances):
+    mean, y, variance = drawn(make_key(), *shape), drawn(make_key(), *shape), drawn(make_key(), *variances).exp()
+    variance = variance.where(drawn(make_key(), *variances) > -1, 0)  # of which some are clamped
+    loss = L.GaussianNLLLoss(agg=agg, full=full, eps=eps)
+    same(
+        lambda mean, variance: loss((mean, variance), y),
+        lambda mean, variance: F.gaussian_nll_loss(mean, y, variance, full, eps, reduction=agg),
+        mean,
+        variance,
+    )
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("weight", [None, (0.5, 2.0, 0.0)])
+@pytest.mark.parametrize("shape", [(4, 3), (3,)])  # of no samples, torch returns memory that nobody has written to
+def test_margins_over_classes(make_key, agg, weight, shape):
+    x, w = drawn(make_key(), *shape), None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    index = lt.random.randint(make_key(), shape[:-1], 0, 3)
+    for p, margin in ((1, 1.0), (1, 0.2), (2, 1.0), (2, 0.2)):
+        same(
+            lambda x, p=p, m=margin: L.MultiMarginLoss(agg=agg, p=p, margin=m, weight=weight)(x, index),
+            lambda x, p=p, m=margin: F.multi_margin_loss(x, index, p, m, w, reduction=agg),
+            x,
+        )
+    y = lt.random.uniform(make_key(), shape, dtype=x.dtype)
+    same(
+        lambda x: L.MultiLabelSoftMarginLoss(agg=agg, weight=weight)(x, y),
+        lambda x: F.multilabel_soft_margin_loss(x, y, w, reduction=agg),
+        x,
+    )
+    if weight is None:
+        labels = lt.random.randint(make_key(), shape, -1, 3)
+        same(
+            lambda x: L.MultiLabelMarginLoss(agg=agg)(x, labels),
+            lambda x: F.multilabel_margin_loss(x, labels, reduction=agg),
+            x,
+        )
+
+
+@pytest.mark.parametrize("agg", AGGREGATIONS)
+@pytest.mark.parametrize("weight", [(4, 1), (1, 3), (4, 3), (3, 1, 1), (2, 4, 3), (2, 1, 3)])
+@pytest.mark.parametrize("logits", [True, False])
+def test_weights_that_broadcast(make_key, agg, weight, logits):
+    shape = (2, 4, 3) if weight != (3, 1, 1) else (2, 3, 2, 2)
+    y_hat, y = drawn(make_key(), *shape), drawn(make_key(), *shape).sigmoid()
+    w, pos = drawn(make_key(), *weight).abs(), drawn(make_key(), *weight).abs()
+    loss = L.BinaryCrossEntropyLoss(agg=agg, weight=w, pos_weight=pos, logits=logits, epsilon=0.0)
+    assert loss == L.BinaryCrossEntropyLoss(
+        agg=agg, weight=w.tolist(), pos_weight=pos.tolist(), logits=logits, epsilon=0.0
+    )
+    assert hash(loss) == hash(L.BinaryCrossEntropyLoss(**vars(loss)))
+    same(
+        lambda y_hat: loss(y_hat if logits else y_hat.sigmoid(), y),
+        lambda y_hat: F.binary_cross_entropy_with_logits(y_hat, y, w, pos_weight=pos, reduction=agg),
+        y_hat,
+    )
+    same(
+        lambda y_hat: L.MultiLabelSoftMarginLoss(agg=agg, weight=w)(y_hat, y),
+        lambda y_hat: F.multilabel_soft_margin_loss(y_hat, y, w, reduction=agg),
+        y_hat,
+    )
+
+
+def test_kinks_are_those_of_torch():
+    """Where a loss has no derivative, it has torch's."""
+    one, zero, y = torch.ones(2).double(), torch.zeros(2).double(), torch.tensor([1.0, -1.0]).double()
+    same(lambda x, z: L.MarginRankingLoss()((x, z), y), lambda x, z: F.margin_ranking_loss(x, z, y), one, one)
+    same(lambda x: L.HingeEmbeddingLoss()(x, y), lambda x: F.hinge_embedding_loss(x, y), one)
+    x, index, labels = torch.eye(2).double(), torch.tensor([0, 1]), torch.tensor([[0, -1], [1, -1]])
+    for p in (1, 2):
+        same(lambda x, p=p: L.MultiMarginLoss(p=p)(x, index), lambda x, p=p: F.multi_margin_loss(x, index, p), x)
+    same(lambda x: L.MultiLabelMarginLoss()(x, labels), lambda x: F.multilabel_margin_loss(x, labels), x)
+    for options in ({"eps": 0.0, "p": 1.0}, {"eps": 0.0, "p": 1.0, "swap": True}):
+        same(
+            lambda *x, options=options: L.TripletMarginLoss(**options)(x, None),
+            lambda *x, options=options: F.triplet_margin_loss(*x, **options),
+            *(zero, zero, torch.tensor([1.0, 0.0]).double()),
+        )
+    same(
+        lambda m, v: L.GaussianNLLLoss(eps=1.0)((m, v), y),
+        lambda m, v: F.gaussian_nll_loss(m, y, v, eps=1.0),
+        zero,
+        one,
+    )
+    counts = torch.tensor([0.0, 1.0, 2.0]).double()
+    same(
+        lambda x: L.PoissonLoss(full=True)(x, counts),
+        lambda x: F.poisson_nll_loss(x, counts, full=True),
+        torch.zeros(3).double(),
+    )
 
 
 LABELS = torch.tensor([[1, 1, 2], [3, 1, -1], [2, 0, 0], [0, 0, 0], [1, 1, 1]])

@@ -19,6 +19,10 @@ def cosh_error(y_hat, y):
     return (y_hat - y).cosh() - 1
 
 
+def farthest(a, b):
+    return (a - b).abs().amax(-1)
+
+
 INDICES = torch.tensor([0, 2, 1, 2])
 LABELS = torch.tensor([[0.0, 1.0, 0.0]] * 4, dtype=torch.float64)
 DISTRIBUTION = torch.tensor([[0.2, 0.5, 0.3]] * 4, dtype=torch.float64)
@@ -36,6 +40,12 @@ FORMS = {
     "BinaryCrossEntropyLoss of probabilities": (L.BinaryCrossEntropyLoss(logits=False), torch.sigmoid, (4, 3), LABELS),
     "BinaryCrossEntropyLoss, weighted": (
         L.BinaryCrossEntropyLoss(weight=0.5, pos_weight=[3, 0.5, 1]),
+        itself,
+        (4, 3),
+        LABELS,
+    ),
+    "BinaryCrossEntropyLoss, weighted by rows": (
+        L.BinaryCrossEntropyLoss(weight=torch.tensor([[0.5], [1.0], [2.0], [0.0]])),
         itself,
         (4, 3),
         LABELS,
@@ -68,21 +78,44 @@ FORMS = {
     "DiceCoeffLoss": (L.DiceCoeffLoss(), torch.sigmoid, (4, 3), LABELS),
     "FocalLoss": (L.FocalLoss(), itself, (4, 3), INDICES),
     "FocalLoss of distributions": (L.FocalLoss(gamma=0.5), itself, (4, 3), DISTRIBUTION),
+    "GaussianNLLLoss": (L.GaussianNLLLoss(full=True), lambda x: (x[0], x[1].exp()), (2, 4, 3), LABELS),
+    "GaussianNLLLoss of shared variances": (L.GaussianNLLLoss(), lambda x: (x, x[:, :1].exp()), (4, 3), LABELS),
     "GenericLossFunction": (L.GenericLossFunction(cosh_error), itself, (4, 3), LABELS),
+    "HingeEmbeddingLoss": (L.HingeEmbeddingLoss(margin=0.5), itself, (4, 3), SIGNS),
     "HingeLoss": (L.HingeLoss(), itself, (4, 3), SIGNS),
     "HuberLoss": (L.HuberLoss(delta=0.5), itself, (4, 3), LABELS),
     "KLDivergenceLoss": (L.KLDivergenceLoss(), itself, (4, 3), DISTRIBUTION),
+    "KLDivergenceLoss of logarithms": (L.KLDivergenceLoss(log_target=True), itself, (4, 3), DISTRIBUTION.log()),
+    "MarginRankingLoss": (L.MarginRankingLoss(margin=0.5), lambda x: (x[0], x[1]), (2, 4, 3), SIGNS),
     "MAELoss": (L.MAELoss(), itself, (4, 3), LABELS),
     "MSELoss": (L.MSELoss(), itself, (4, 3), LABELS),
     "MSELoss by a function": (L.MSELoss(agg=torch.mean), itself, (4, 3), LABELS),
     "MSLELoss": (L.MSLELoss(), torch.exp, (4, 3), LABELS + 0.5),
+    "MultiLabelMarginLoss": (
+        L.MultiLabelMarginLoss(),
+        itself,
+        (4, 3),
+        torch.tensor([[1, -1], [0, 2], [2, 2], [-1, 0]]),
+    ),
+    "MultiLabelSoftMarginLoss": (L.MultiLabelSoftMarginLoss(weight=[3, 0.5, 1]), itself, (4, 3), LABELS),
+    "MultiMarginLoss": (L.MultiMarginLoss(), itself, (4, 3), INDICES),
+    "MultiMarginLoss of one sample": (L.MultiMarginLoss(margin=0.5), itself, (3,), INDICES[1]),
+    "MultiMarginLoss, squared, weighted": (L.MultiMarginLoss(p=2, weight=[3, 0.5, 1]), itself, (4, 3), INDICES),
     "NLLLoss": (L.NLLLoss(weight=torch.tensor([0.5, 2.0, 1.0])), lambda x: x.log_softmax(1), (4, 3), INDICES),
     "PoissonLoss": (L.PoissonLoss(), itself, (4, 3), LABELS),
+    "PoissonLoss, full": (L.PoissonLoss(full=True), itself, (4, 3), 3 * LABELS),
     "PoissonLoss of rates": (L.PoissonLoss(log_input=False), torch.exp, (4, 3), LABELS),
     "SiameseContrastiveLoss": (L.SiameseContrastiveLoss(), torch.exp, (4, 3), LABELS),
     "SmoothL1Loss": (L.SmoothL1Loss(beta=0.5), itself, (4, 3), LABELS),
+    "SoftMarginLoss": (L.SoftMarginLoss(), itself, (4, 3), SIGNS),
     "SquaredHingeLoss": (L.SquaredHingeLoss(), itself, (4, 3), SIGNS),
     "TripletMarginLoss": (L.TripletMarginLoss(swap=True), lambda x: tuple(x), (3, 4, 3), None),
+    "TripletMarginLoss with a distance": (
+        L.TripletMarginLoss(distance=farthest),
+        lambda x: tuple(x),
+        (3, 4, 3),
+        None,
+    ),
 }
 
 

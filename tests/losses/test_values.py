@@ -9,6 +9,7 @@ import torch
 
 import luxtorch as lt
 from luxtorch import losses as L
+from luxtorch.jit import jit
 
 
 def drawn(key, *shape):
@@ -31,6 +32,57 @@ def test_closed_forms(make_key, shape):
         close(L.BinaryFocalLoss(gamma=gamma)(x, label), focal)
         close(L.BinaryFocalLoss(gamma=gamma, logits=False)(p, label), focal)
     close(L.GenericLossFunction(torch.mul, agg=torch.amax)(x, z), (x * z).amax())
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5,), ()])
+def test_closed_forms_of_margins_and_likelihoods(make_key, shape):
+    x, z, close = drawn(make_key(), *shape), drawn(make_key(), *shape), torch.testing.assert_close
+    sign = z.sign()
+    close(L.SoftMarginLoss()(x, sign), (1 + (-sign * x).exp()).log().mean())
+    close(
+        L.MarginRankingLoss(margin=0.3)((x, z), sign), torch.where(sign * (x - z) < 0.3, 0.3 - sign * (x - z), 0).mean()
+    )
+    close(L.HingeEmbeddingLoss(margin=0.3)(x, sign), torch.where(sign == 1, x, torch.where(x < 0.3, 0.3 - x, 0)).mean())
+    normal = torch.distributions.Normal(x, x.exp().sqrt())
+    close(L.GaussianNLLLoss(full=True, agg="sum")((x, x.exp()), z), -normal.log_prob(z).sum())
+    counts = (10 * z.abs()).round() + 2
+    close(
+        L.PoissonLoss(full=True)(x, counts),
+        -torch.distributions.Poisson(x.exp()).log_prob(counts).mean(),
+        atol=0.05,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("margin", [0.3, 1.0])
+@pytest.mark.parametrize("p", [1, 2])
+def test_margins_over_classes_are_loops(make_key, margin, p):
+    x, y = drawn(make_key(), 5, 4), torch.tensor([0, 3, 2, 1, 0])
+    lists = torch.tensor([[0, 2, -1], [3, 3, 1], [-1, 0, 0], [1, -1, 2], [0, 1, 2]])
+    one, some = [], []
+    for row, target, targets in zip(x.tolist(), y.tolist(), lists.tolist(), strict=True):
+        one.append(sum(max(0, margin - row[target] + row[i]) ** p for i in range(4) if i != target) / 4)
+        right = targets[: targets.index(-1)] if -1 in targets else targets
+        some.append(sum(max(0, 1 - row[j] + row[i]) for j in right for i in range(4) if i not in right) / 4)
+    one, some = torch.tensor(one, dtype=x.dtype), torch.tensor(some, dtype=x.dtype)
+    torch.testing.assert_close(L.MultiMarginLoss(agg="none", margin=margin, p=p)(x, y), one)
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=x.dtype)
+    torch.testing.assert_close(L.MultiMarginLoss(margin=margin, p=p, weight=weight)(x, y), (one * weight[y]).mean())
+    torch.testing.assert_close(L.MultiLabelMarginLoss(agg="none")(x, lists), some)
+    padded = torch.cat([lists, torch.full((5, 1), -1)], 1)
+    torch.testing.assert_close(L.MultiLabelMarginLoss()(x, padded), some.mean())
+
+
+def test_a_negative_variance_is_seen_or_gives_nan():
+    mean, variance, y = torch.zeros(3), torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3)
+
+    def run(variance):
+        return L.GaussianNLLLoss(agg="none")((mean, variance), y)
+
+    with pytest.raises(lt.InputError, match="negative"):
+        run(variance)
+    assert torch.vmap(run)(variance[None])[0].isnan().tolist() == [True, False, False]
+    assert jit(run, backend="replay")(variance).isnan().tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -64,7 +116,12 @@ def test_extreme_logits_give_numbers(gamma, dtype):
     logits = torch.tensor(EXTREMES, dtype=dtype)
     for label in (0.0, 0.5, 1.0):
         y = torch.full_like(logits, label)
-        for loss in (L.BinaryCrossEntropyLoss(agg="none"), L.BinaryFocalLoss(agg="none", gamma=gamma)):
+        for loss in (
+            L.BinaryCrossEntropyLoss(agg="none"),
+            L.BinaryFocalLoss(agg="none", gamma=gamma),
+            L.SoftMarginLoss(agg="none"),
+            L.MultiLabelSoftMarginLoss(agg="none"),
+        ):
             assert loss(logits, y).isfinite().all()
             assert torch.func.grad(lambda x, loss=loss, y=y: loss(x, y).sum())(logits).isfinite().all()
             assert torch.func.hessian(lambda x, loss=loss, y=y: loss(x, y).sum())(logits).isfinite().all()
@@ -86,6 +143,11 @@ def test_impossible_classes_and_certain_probabilities():
     torch.testing.assert_close(L.KLDivergenceLoss()(masked, one_hot), expected)
     assert L.KLDivergenceLoss()(masked, torch.ones(1, 3) / 3) == torch.inf
     assert L.CrossEntropyLoss()(masked, torch.tensor([2])) == torch.inf
+    certain = one_hot.log()
+    torch.testing.assert_close(L.KLDivergenceLoss(log_target=True)(masked, certain), expected)
+    for argnums in (0, 1):
+        gradient = torch.func.grad(L.KLDivergenceLoss(log_target=True), argnums)(masked, certain)
+        assert gradient.isfinite().all()
     p, y = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     eps = torch.finfo(torch.float32).eps
     for loss in (L.BinaryCrossEntropyLoss(logits=False), L.CrossEntropyLoss(logits=False)):
@@ -97,9 +159,13 @@ def test_empty_batches():
     """The mean of nothing is NaN and the sum is 0, as in torch."""
     x, y = torch.zeros(0, 3), torch.zeros(0, 3)
     index = torch.zeros(0, dtype=torch.int64)
-    for kind in (L.MSELoss, L.BinaryCrossEntropyLoss, L.HingeLoss, L.DiceCoeffLoss, L.KLDivergenceLoss):
+    same_shape = (L.HingeEmbeddingLoss, L.MultiLabelSoftMarginLoss, L.SoftMarginLoss)
+    for kind in (L.MSELoss, L.BinaryCrossEntropyLoss, L.HingeLoss, L.DiceCoeffLoss, L.KLDivergenceLoss, *same_shape):
         assert kind()(x, y).isnan() and kind(agg="sum")(x, y) == 0
-    for kind in (L.CrossEntropyLoss, L.NLLLoss, L.FocalLoss):
+    for kind in (L.MarginRankingLoss, L.GaussianNLLLoss):
+        assert kind()((x, x), y).isnan() and kind(agg="sum")((x, x), y) == 0
+    assert L.MultiLabelMarginLoss()(x, y.long()).isnan() and L.MultiLabelMarginLoss(agg="sum")(x, y.long()) == 0
+    for kind in (L.CrossEntropyLoss, L.NLLLoss, L.FocalLoss, L.MultiMarginLoss):
         assert kind()(x, index).isnan() and kind(agg="sum")(x, index) == 0 and kind(agg="none")(x, index).shape == (0,)
     all_ignored = L.CrossEntropyLoss(ignore_index=1)
     assert all_ignored(torch.zeros(2, 3), torch.tensor([1, 1])).isnan()
@@ -154,16 +220,59 @@ LOGITS = torch.zeros(4, 3)
         ),
         (lambda: L.CrossEntropyLoss(weight=(1, 2))(LOGITS, torch.ones(4).long()), lt.InputError, "3 weights"),
         (lambda: L.CrossEntropyLoss(weight="one"), lt.InputError, "one number for each class"),
-        (lambda: L.BinaryCrossEntropyLoss(pos_weight="two"), lt.InputError, "one number for each class[\\s\\S]*two"),
+        (lambda: L.BinaryCrossEntropyLoss(pos_weight="two"), lt.InputError, "numbers that broadcasts[\\s\\S]*two"),
         (
             lambda: L.BinaryCrossEntropyLoss(pos_weight=(1, 2))(LOGITS, LOGITS),
             lt.InputError,
-            "pos_weight does not fit[\\s\\S]*last dimension[\\s\\S]*2 numbers for predictions of shape \\(4, 3\\)",
+            "pos_weight does not fit[\\s\\S]*last dimension[\\s\\S]*shape \\(2,\\) for predictions of shape \\(4, 3\\)",
         ),
         (
             lambda: L.BinaryCrossEntropyLoss(weight=(1.0,))(LOGITS[0, 0], LOGITS[0, 0]),
             lt.InputError,
-            "The weight does not fit[\\s\\S]*1 numbers for predictions of shape \\(\\)",
+            "The weight does not fit[\\s\\S]*shape \\(1,\\) for predictions of shape \\(\\)",
+        ),
+        (lambda: L.BinaryCrossEntropyLoss(weight=[[1, 2], [3]]), lt.InputError, "weight must be[\\s\\S]*broadcasts"),
+        (lambda: L.MultiLabelSoftMarginLoss(weight=[]), lt.InputError, "weight must be[\\s\\S]*broadcasts"),
+        (
+            lambda: L.MultiLabelSoftMarginLoss(weight=torch.ones(3, 1, 1))(LOGITS, LOGITS),
+            lt.InputError,
+            "The weight does not fit[\\s\\S]*shape \\(3, 1, 1\\) for predictions of shape \\(4, 3\\)",
+        ),
+        (lambda: L.MultiLabelSoftMarginLoss()(LOGITS[0, 0], LOGITS[0, 0]), lt.InputError, "no classes"),
+        (lambda: L.MultiMarginLoss(p=3), lt.InputError, "p must be 1 or 2"),
+        (lambda: L.MultiMarginLoss(weight=(1, 2))(LOGITS, torch.ones(4).long()), lt.InputError, "3 weights"),
+        (lambda: L.MultiMarginLoss()(LOGITS, torch.ones(4)), lt.DTypeError, "y must be class indices"),
+        (lambda: L.MultiMarginLoss()(LOGITS, torch.ones(3).long()), lt.InputError, "never broadcasts"),
+        (lambda: L.MultiMarginLoss()(LOGITS[None], torch.ones(1, 4).long()), lt.InputError, "scores of classes"),
+        (
+            lambda: L.MultiMarginLoss()(LOGITS, torch.tensor([0, 1, 3, 2])),
+            lt.InputError,
+            "from 0 to 2[\\s\\S]*from 0 to 3",
+        ),
+        (lambda: L.MultiMarginLoss()(LOGITS, torch.tensor([0, 1, -1, 2])), lt.InputError, "out of range"),
+        (lambda: L.MultiLabelMarginLoss()(LOGITS, torch.tensor([[3]] * 4)), lt.InputError, "-1 for no more"),
+        (lambda: L.MultiLabelMarginLoss()(LOGITS, torch.tensor([[-2]] * 4)), lt.InputError, "out of range"),
+        (lambda: L.MultiLabelMarginLoss()(LOGITS, torch.tensor([1] * 4)), lt.InputError, "never broadcasts"),
+        (lambda: L.MarginRankingLoss()(LOGITS, LOGITS), lt.InputError, "\\(x1, x2\\)[\\s\\S]*Tensor"),
+        (lambda: L.MarginRankingLoss()((LOGITS, LOGITS[0]), LOGITS), lt.InputError, "do not fit each other"),
+        (lambda: L.MarginRankingLoss()((LOGITS, 1.0), LOGITS), lt.DTypeError, "x2 must be a tensor"),
+        (lambda: L.GaussianNLLLoss()(LOGITS, LOGITS), lt.InputError, "\\(mean, variance\\)[\\s\\S]*Tensor"),
+        (lambda: L.GaussianNLLLoss(eps=0.0), lt.InputError, "eps must be a number above 0"),
+        (
+            lambda: L.GaussianNLLLoss()((LOGITS, LOGITS - 0.5), LOGITS),
+            lt.InputError,
+            "variance must not be negative[\\s\\S]*-0.5[\\s\\S]*log_variance",
+        ),
+        (
+            lambda: L.GaussianNLLLoss()((LOGITS, torch.ones(3)), LOGITS),
+            lt.InputError,
+            "do not fit each other[\\s\\S]*mean of shape \\(4, 3\\), variance of shape \\(3,\\)",
+        ),
+        (lambda: L.TripletMarginLoss(distance=2.0), lt.InputError, "distance must be a function"),
+        (
+            lambda: L.TripletMarginLoss(distance=lambda a, b: (a - b).norm())((LOGITS,) * 3, None),
+            lt.InputError,
+            "distance for each of 4 samples[\\s\\S]*shape \\(\\)",
         ),
         (
             lambda: L.CrossEntropyLoss(label_smoothing=1.5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -81,6 +82,38 @@ def kl(y_hat, y, reduction):
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
 
 
+def pairs(shape, dtype, key):
+    """Two predictions, and a label of -1 or 1."""
+    y_hat, y = signs(shape, dtype, key)
+    return torch.stack([y_hat, y_hat.flip(0) + 0.1]), y
+
+
+def normals(shape, dtype, key):
+    """Means and variances, and numbers."""
+    y_hat, y = dense(shape, dtype, key)
+    return torch.stack([y_hat, y_hat.flip(0).exp()]), y
+
+
+def normal_nll(y_hat, y, reduction):
+    return F.gaussian_nll_loss(y_hat[0], y, y_hat[1], reduction=reduction, full=True)
+
+
+def ranking(y_hat, y, reduction):
+    return F.margin_ranking_loss(y_hat[0], y_hat[1], y, 0.3, reduction=reduction)
+
+
+class Pair(L.Loss):
+    """Take the loss of a pair that lies in one tensor."""
+
+    loss: L.Loss
+
+    def checked(self, y_hat, y):
+        return y_hat, y
+
+    def each(self, y_hat, y):
+        return dataclasses.replace(self.loss, agg="none")((y_hat[0], y_hat[1]), y)
+
+
 CASES = {
     "MAELoss": (L.MAELoss, {}, F.l1_loss, dense),
     "MSELoss": (L.MSELoss, {}, F.mse_loss, dense),
@@ -136,6 +169,23 @@ CASES = {
         indices,
     ),
     "KLDivergenceLoss": (L.KLDivergenceLoss, {}, kl, distributions),
+    # Not here, as torch's are worse: its margins over classes drop NaN, its SoftMarginLoss overflows, and its
+    # KLDivLoss(log_target=True) makes NaN of what is impossible.
+    "GaussianNLLLoss": (Pair, {"loss": L.GaussianNLLLoss(full=True)}, normal_nll, normals),
+    "HingeEmbeddingLoss": (L.HingeEmbeddingLoss, {}, F.hinge_embedding_loss, signs),
+    "MarginRankingLoss": (Pair, {"loss": L.MarginRankingLoss(margin=0.3)}, ranking, pairs),
+    "MultiLabelSoftMarginLoss": (
+        L.MultiLabelSoftMarginLoss,
+        {},
+        F.multilabel_soft_margin_loss,
+        lambda *args: (dense(*args)[0], probable(*args)[1]),
+    ),
+    "PoissonLoss full": (
+        L.PoissonLoss,
+        {"full": True},
+        lambda a, b, reduction: F.poisson_nll_loss(a, b, full=True, reduction=reduction),
+        lambda *args: (rates(*args)[0], 3 * rates(*args)[1]),
+    ),
 }
 
 
