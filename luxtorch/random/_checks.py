@@ -93,7 +93,9 @@ def parameters(
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     floats = [value.dtype for value in tensors.values() if value.is_floating_point()]
     dtype = dtype or (reduce(torch.promote_types, floats) if floats else None)
-    shape, dtype = drawn(key, common_shape(**tensors) if shape is None else shape, dtype)
+    if shape is None:
+        shape = common_shape(**{name: value.shape for name, value in tensors.items()})
+    shape, dtype = drawn(key, shape, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     found = []
     for name, value in given.items():
@@ -107,13 +109,12 @@ def parameters(
     return shape, dtype, found
 
 
-def common_shape(**tensors: Tensor) -> tuple[int, ...]:
-    """Return the shape to which tensors broadcast."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+def common_shape(**shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape to which the shapes of some parameters broadcast."""
     try:
         return tuple(torch.broadcast_shapes(*shapes.values()))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        listed = ", ".join(f"{tuple(shape)} of {name}" for name, shape in shapes.items())
         raise InputError("The shapes of the parameters must broadcast.", got=listed) from error
 
 

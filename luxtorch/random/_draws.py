@@ -239,4 +239,3 @@ def rows(x: int | Tensor) -> int:
     if x < 0:
         raise out_of_range("x", x, "at least 0")
     return x
-

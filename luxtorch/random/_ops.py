@@ -7,6 +7,7 @@ of keys to the front. It is a rule of a `torch.library.custom_op` because the `v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from luxtorch._torch import standard_gamma_grad
 from luxtorch._transforms import transformed
 
 from . import _philox, _seeded
@@ -76,11 +78,7 @@ def _(key: Tensor, data: Tensor) -> Tensor:
 
 @fold_in_tensor.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], key: Tensor, data: Tensor) -> _Batched:
-    key, data = (
-        one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
-        for one, dim in zip((key, data), in_dims, strict=True)
-    )
-    return fold_in_tensor(key, data), 0
+    return fold_in_tensor(*batched(info, in_dims, key, data)), 0
 
 
 @torch.library.custom_op("luxtorch::uniform", mutates_args=())
@@ -113,6 +111,34 @@ for _draw in (uniform, normal):
         draw: Callable[..., Tensor] = _draw,
     ) -> _Batched:
         return draw(_batch_first(key, in_dims[0]), (info.batch_size, *shape), first, second, dtype), 0
+
+
+@torch.library.custom_op("luxtorch::gamma_slope", mutates_args=())
+def gamma_slope(a: Tensor, log_x: Tensor) -> Tensor:
+    """Return the derivative, by `a`, of the logarithm of a gamma variable, where the distribution function stays."""
+    x = log_x.exp()
+    # Where x is tiny, the distribution function is x^a / Gamma(a + 1).
+    tiny = log_x < math.log(torch.finfo(x.dtype).eps)
+    slope = standard_gamma_grad(a.contiguous(), x.contiguous()) / x
+    return torch.where(tiny, ((a + 1).digamma() - log_x) / a, slope)
+
+
+@gamma_slope.register_fake
+def _(a: Tensor, log_x: Tensor) -> Tensor:
+    return torch.empty_like(log_x, memory_format=torch.contiguous_format)
+
+
+@gamma_slope.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], a: Tensor, log_x: Tensor) -> _Batched:
+    return gamma_slope(*batched(info, in_dims, a, log_x)), 0
+
+
+def batched(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
+    """Return tensors with the batch as the first dimension."""
+    return [
+        one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+        for one, dim in zip(tensors, in_dims, strict=True)
+    ]
 
 
 def _batch_first(key: Tensor, dim: int | None) -> Tensor:
