@@ -27,6 +27,7 @@ from luxtorch.core import (
     wrong_type,
 )
 from luxtorch.core._sharded import beside
+from luxtorch.random._key import checked
 
 from ._arguments import check_chunk_size, check_like
 from ._torch_func import Tree
@@ -225,7 +226,7 @@ class LinearOperator(ABC):
             raise out_of_range("samples", samples, "a positive integer", fix="Leave it out for the exact diagonal.")
         if key is None:
             raise InputError("Samples need a key.", fix="Pass key=lt.random.key(0), or another.")
-        root, count = key, len(self._inputs.leaves)
+        root, count = checked(key), len(self._inputs.leaves)
         if count == 0:
             return self._inputs.like
 

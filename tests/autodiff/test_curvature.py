@@ -235,6 +235,8 @@ def test_wrong_arguments_of_diagonals(make_key) -> None:
         operator.diagonal(samples=3)
     with pytest.raises(InputError, match="A key is for samples"):
         operator.diagonal(key=make_key())
+    with pytest.raises(DTypeError, match="A key must be"):
+        operator.diagonal(key=0, samples=3)  # type: ignore[arg-type]
     for samples in (0, -1, 2.5, True):
         with pytest.raises(InputError, match="samples must be a positive integer"):
             operator.diagonal(key=make_key(), samples=samples)
@@ -373,6 +375,8 @@ def test_what_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
         (H + damping).solve(x)
     with torch.no_grad():
         assert (H + damping).solve(x)[1] == 0
+    with torch.inference_mode(), pytest.raises(InputError, match="not run inside of"):
+        H.solve(x)
     with pytest.raises(InputError, match="not run inside of"):
         jit(lambda b: H.solve(b)[0], backend="replay")(x)
     solution, info = H.solve(torch.tensor([torch.nan, 1.0]))
