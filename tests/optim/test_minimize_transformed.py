@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import luxtorch as lt
-from luxtorch import optim
+from luxtorch import optim, training
 from luxtorch.components import ComponentVector
 from luxtorch.core import InputError
 from luxtorch.optim import LBFGS, minimize
@@ -356,6 +356,30 @@ def test_on_a_tape():
     constant, _ = fitted(penalty, form="closed over")
     assert not constant.requires_grad
     close(constant, x.detach(), 0.0)
+
+
+@pytest.mark.parametrize("form", ["operand", "closed over"])
+def test_on_a_tape_around_a_compiled_function(form):
+    penalty = PENALTY.clone().requires_grad_()
+    step = lt.jit(lambda penalty: fitted(penalty, form=form)[0], backend="replay")
+    (found_grad,) = torch.autograd.grad(step(penalty).sum(), penalty)
+    close(found_grad, backward(closed_form)(PENALTY).sum(), 1e-8)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_in_the_loss_of_a_training_step(jitted):
+    """The rate of a step is 1, so that the parameter moves by the derivative."""
+    ps = {"penalty": PENALTY}
+
+    def objective(model: Any, ps: Any, st: Any, data: Any) -> Any:
+        return fitted(ps["penalty"])[0].sum(), st, {}
+
+    def step(ps: Any) -> Any:
+        ts = training.TrainState(lt.NoOpLayer(), ps, {}, optim.Descent(1.0))
+        return training.single_train_step(objective, TARGET, ts)[-1].parameters
+
+    new = (lt.jit(step, backend="replay") if jitted else step)(ps)
+    close(new["penalty"], PENALTY - backward(closed_form)(PENALTY).sum(), 1e-8)
 
 
 def test_numbers_under_gradients_are_tensors():

@@ -43,16 +43,18 @@ class FlatObjective:
 
     def __call__(self, x: Tensor) -> tuple[float, Tensor]:
         """Return the value, a number, and the gradient."""
-        loss, g = self.in_tensors(x)
+        loss, g = self._at(x)
         return loss.item(), g
 
     def in_tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and the gradient."""
+        """Return the value and the gradient, by operators that a compiled loop may have."""
+        return self._at(x, differentiable=True)
 
+    def _at(self, x: Tensor, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
         def loss_of(leaves: list[Tensor]) -> tuple[Tensor, None]:
             return _check(self.f(rebuild(self.ps, iter(leaves)))), None
 
-        loss, _, grads = differentiate(loss_of, self.parts(x))
+        loss, _, grads = differentiate(loss_of, self.parts(x), differentiable=differentiable)
         return loss, self.without_frozen(flatten(grads))
 
     def parts(self, x: Tensor) -> list[Tensor]:

@@ -59,13 +59,11 @@ class MinimizeResult(NamedTuple):
 
     def in_tensors(self, like: Tensor) -> MinimizeResult:
         """Return the same in tensors."""
-        loss, grad_norm, *counts, reason = self
-        if isinstance(reason, Tensor):
+        if isinstance(self.reason, Tensor):
             return self
-        numbers = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (loss, grad_norm)]
-        return MinimizeResult(
-            *numbers, *(torch.tensor(count, device=like.device) for count in (*counts, _REASONS.index(reason)))
-        )
+        values: tuple[Any, ...] = (*self[:4], _REASONS.index(self.reason))
+        numbers = (like.new_full((), value) for value in values[:2])
+        return MinimizeResult(*numbers, *(torch.full((), value, device=like.device) for value in values[2:]))
 
 
 class Limits(NamedTuple):
@@ -184,15 +182,15 @@ def by_tensors(
     """
     device = evaluate.start.device
 
-    def number(x: Any) -> Tensor:
+    def number(x: Tensor) -> Tensor:
         """Return a number as Python has it."""
-        return torch.as_tensor(x, device=device).to(torch.float64)
+        return x.to(device, torch.float64)
 
     def size(x: Tensor) -> Tensor:
         return number(_largest(x))
 
     def constant(x: Any) -> Tensor:
-        return torch.tensor(x, device=device)
+        return torch.full((), x, dtype=torch.float64 if isinstance(x, float) else None, device=device)
 
     def because(holding: list[tuple[Tensor, str]]) -> Tensor:
         reason = constant(0)
@@ -206,7 +204,7 @@ def by_tensors(
         known = evaluate.without_frozen(g, math.nan)
         memory = remember(here.memory, known, False)
         d = evaluate.without_frozen(direction(memory, g, False))
-        start = Point(number(0.0), loss, number(g.dot(d)), g)
+        start = Point(constant(0.0), loss, number(g.dot(d)), g)
         reason = because([(~(start.slope <= -limits.tolerance_change), "slope")])
         t = number(rule.length(g, state._replace(steps=here.steps), False))
         memory = {**memory, "grad": known, "step": torch.zeros_like(g)}
@@ -248,7 +246,7 @@ def by_tensors(
         (~(loss.isfinite() & grad_norm.isfinite()), "not finite"),
         (grad_norm <= limits.tolerance_grad, "gradient"),
     ]
-    search = begin(Point(number(0.0), loss, number(0.0), g), number(0.0), like=constant)
+    search = begin(Point(constant(0.0), loss, constant(0.0), g), constant(0.0), like=constant)
     here = _Place(x, torch.zeros_like(g), memory, state.steps, search, constant(0), constant(1), because(holding))
     here = while_loop(lambda here: here.reason == 0, looked, pick(here.reason == 0, turned(here), here))
     _, loss, _, g = here.search.start
