@@ -9,6 +9,7 @@ from ._opt_state import freeze as freeze
 from ._opt_state import slots as slots
 from ._opt_state import thaw as thaw
 from ._opt_state import unfreeze as unfreeze
+from ._rates import rate as rate
 from ._rule import ListRule as ListRule
 from ._rule import Rule as Rule
 from ._rule_state import RuleState as RuleState

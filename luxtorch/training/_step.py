@@ -16,6 +16,7 @@ from luxtorch.core import map_tensors, tensors
 from luxtorch.core._sharded import any_sharded, own_parts
 from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair, rebuild
+from luxtorch.optim._rates import changing_rate
 from luxtorch.optim._rule import negative
 
 from ._gradients import Objective, all_finite, check_state, gradients, select
@@ -197,6 +198,8 @@ def single_train_step(
 
     Returns:
         `(grads, loss, stats, ts)`: the gradients, the loss and the stats before the step, and the new training state.
+        Where the learning rate follows a schedule, or `optim.ReduceLROnPlateau`, stats that are a dict without "rate"
+        get it: that of this step, as from `optim.rate`.
 
     Raises:
         InputError: If the objective returns something else, or the data cannot be split.
@@ -220,11 +223,20 @@ def single_train_step(
     """
     check_state(ts)
     grads, loss, stats, st = gradients(objective, data, ts, accumulate, dtype, loss_scale, differentiable)
+    stats = _with_rate(stats, ts)
     ok = None
     if skip_nonfinite:
         grads = _placed(grads, ts)
         ok = all_finite(loss, grads)
     return grads, loss, stats, _stepped(ts, grads, st, ok, donate, {"value": loss})
+
+
+def _with_rate(stats: Any, ts: TrainState) -> Any:
+    """Return the stats of a step with the learning rate in them, where it changes and there is room for it."""
+    if not isinstance(stats, dict) or "rate" in stats:
+        return stats
+    rate = changing_rate(ts._trees.optimizer_state)
+    return stats if rate is None else {**stats, "rate": rate}
 
 
 def _stepped(
