@@ -17,14 +17,15 @@ from ._print import check_format, formatted
 
 
 class CheckError(LuxtorchError, AssertionError):
-    """Report that a condition of `lt.debug.check` does not hold; the place is the line of the check.
+    """Report that a condition of `lt.debug.check` does not hold, and in which line that is.
 
     Example:
         >>> import torch, luxtorch as lt
-        >>> lt.debug.check(torch.tensor(False), "wrong")  # doctest: +ELLIPSIS
+        >>> lt.debug.check(torch.tensor(1.0) < 0, "it is above zero")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        luxtorch.debug._check.CheckError: ...: wrong
+        luxtorch.debug._check.CheckError: it is above zero
+          got:      False at ...
     """
 
 
@@ -60,7 +61,8 @@ def check(condition: bool | Tensor, message: str, *args: Any, **kwargs: Any) -> 
         >>> log(torch.tensor([1.0, -3.0]))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        luxtorch.debug._check.CheckError: ...: the logarithm of -3.0
+        luxtorch.debug._check.CheckError: the logarithm of -3.0
+          got:      False at ...
 
     Source: `jax.experimental.checkify.check`, but without a function that passes the errors on.
     """
@@ -74,8 +76,8 @@ def check(condition: bool | Tensor, message: str, *args: Any, **kwargs: Any) -> 
 def _check(message: str, line: str, tree: Any, place: Place) -> None:
     condition, args, kwargs = tree
     if not condition:
-        member = f"member {', '.join(map(str, place))} of the vmap" if place else ""
-        raise CheckError(formatted(message, args, kwargs), got=member, where=line)
+        member = f", for member {', '.join(map(str, place))} of the vmap" * bool(place)
+        raise CheckError(formatted(message, args, kwargs), got=f"False at {line}{member}")
 
 
 @compile_constant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -63,7 +63,7 @@ class Checkpointed(WrapperLayer):
         if not functional() and saved_tensors_hooks_enabled():
             # All randomness comes from keys: no generator has to be restored.
             output: tuple[Any, States] = checkpoint(
-                self.layer, x, ps, st, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+                _SilentAgain(self.layer), x, ps, st, use_reentrant=False, preserve_rng_state=False
             )
             return output
         arguments = _Packed.of((x, ps, st))
@@ -72,8 +72,16 @@ class Checkpointed(WrapperLayer):
         return call.result.rebuild(outputs)  # type: ignore[no-any-return]
 
 
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), silenced()  # what is computed again prints nothing again
+class _SilentAgain:
+    """Call a layer, which prints at the first call alone."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer, self._called = layer, False
+
+    def __call__(self, x: Any, ps: Parameters, st: States) -> tuple[Any, States]:
+        with silenced() if self._called else nullcontext():
+            self._called = True
+            return self._layer(x, ps, st)
 
 
 class _Packed(NamedTuple):
