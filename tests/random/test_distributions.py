@@ -305,6 +305,7 @@ def test_compiled_is_eager(make_key, draw):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch._prims_common:FutureWarning")  # of Inductor about itself
 def test_inductor_is_eager(make_key):
     key = make_key()
 
