@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from luxtorch import random
-from luxtorch._transforms import traced, transformed
+from luxtorch._torch import outside_transforms
+from luxtorch._transforms import recorders, traced, unwrapped, vectorized
 from luxtorch.core import (
     InputError,
     LuxtorchError,
@@ -138,7 +139,7 @@ class LinearOperator(ABC):
         """The NumPy dtype of the flat vectors, as SciPy's protocol asks."""
         dtype = torch.promote_types(self._inputs.dtype, self._outputs.dtype)
         try:
-            return torch.empty(0, dtype=dtype).numpy().dtype
+            return _array(torch.empty(0, dtype=dtype)).dtype
         except TypeError as error:
             expected = "float16, float32 or float64, which NumPy has"
             raise wrong_type("The dtype", dtype, expected, fix="Convert the tree with f32(x).") from error
@@ -252,7 +253,8 @@ class LinearOperator(ABC):
     def solve(self, b: Tree, *, method: str = "cg", x0: Tree | None = None, **options: Any) -> tuple[Tree, int]:
         """Solve `A @ x = b` for a square operator by one of SciPy's iterative solvers.
 
-        SciPy computes on the CPU. It is not differentiated, nor compiled: `lt.custom_root` does both.
+        SciPy computes on the CPU, and is neither compiled nor differentiated. `lt.custom_root` has the derivatives of a
+        solution; `solve` may be called in the solver that it takes, as the last example does.
 
         Args:
             b: A tree like the output, or a flat vector.
@@ -267,8 +269,8 @@ class LinearOperator(ABC):
 
         Raises:
             LuxtorchError: SciPy is not installed.
-            InputError: The operator is not square, `b` does not look like the output, a derivative is wanted, or it is
-                called inside of a transform, a compiler or inference mode.
+            InputError: The operator is not square, `b` does not look like the output, `b` or the operator is
+                differentiated, or it is called inside of vmap, a compiler or inference mode.
 
         Example:
             >>> import torch
@@ -278,19 +280,30 @@ class LinearOperator(ABC):
             >>> step, info = (H + 1).solve({"a": torch.tensor([4.0, 4.0]), "b": torch.tensor(3.0)})
             >>> info, {name: leaf.round(decimals=3) for name, leaf in step.items()}
             (0, {'a': tensor([1., 1.]), 'b': tensor(1.)})
+
+            The derivative of a solution by the damping:
+
+            >>> H, b = lt.HesVec(lambda x: (x**2).sum(), torch.ones(2)), torch.tensor([6.0, 3.0])
+            >>> def solver(f, x):
+            ...     return x - lt.JacVec(f, x).solve(f(x))[0]
+            >>> def damped(d):
+            ...     return lt.custom_root(lambda x, d: (H + d) @ x - b, torch.zeros(2), solver, d)
+            >>> torch.func.jacrev(damped)(torch.tensor(1.0))
+            tensor([-0.6667, -0.3333])
         """
         linalg = _scipy_linalg("solve")
         if method not in _SOLVERS:
             expected = "one of " + ", ".join(_SOLVERS)
             raise out_of_range("method", method, expected, fix=suggest(str(method), _SOLVERS))
         self._check_square("to solve with")
-        if transformed() or traced() or torch.is_inference_mode_enabled():
-            raise InputError(
-                "solve does not run inside of transforms, a compiler or inference mode.", fix="Call it outside."
-            )
+        if traced() or vectorized() or torch.is_inference_mode_enabled():
+            raise InputError("solve does not run inside of vmap, a compiler or inference mode.", fix="Call it outside.")
         right, start = self._vector(b), None if x0 is None else _array(self._vector(x0))
-        if right.requires_grad or self.matvec(torch.zeros_like(right)).requires_grad:
-            raise InputError("solve is not differentiated.", fix="Call it under torch.no_grad(), or lt.custom_root.")
+        # A product tells whether what the operator was made of is differentiated.
+        if any(recorders(found) != (0, False) for found in (right, self.matvec(torch.zeros_like(right)))):
+            raise InputError(
+                "solve is not differentiated.", fix="Call it under torch.no_grad(), or in the solver of lt.custom_root."
+            )
         x, info = getattr(linalg, method)(linalg.aslinearoperator(self), _array(right), x0=start, **options)
         found = torch.from_numpy(x).to(right)
         return found if self._inputs.takes_flat(b) else self._inputs.unravel(found), info
@@ -438,7 +451,11 @@ def _flat(product: Callable[[Tree], Tree], v: Any, source: Space, target: Space)
 
 
 def _array(vector: Tensor) -> Any:
-    return vector.detach().cpu().numpy()
+    array: Any = vector.detach().cpu()
+    if vectorized() or recorders(vector)[0]:
+        return array.numpy()  # which torch refuses
+    with outside_transforms():
+        return unwrapped(array).numpy()
 
 
 def _scipy_linalg(user: str) -> Any:

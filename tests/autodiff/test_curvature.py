@@ -345,6 +345,31 @@ def test_a_preconditioner_and_too_few_steps(problem) -> None:
     assert G.solve(b, maxiter=1, rtol=1e-10)[1] == 1
 
 
+DERIVATIVES = {
+    "reverse": lambda f, d: torch.func.jacrev(f)(d),
+    "forward": lambda f, d: torch.func.jvp(f, (d,), (torch.ones_like(d),))[1],
+    "tape": lambda f, d: functional.jacobian(f, d),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_the_derivative_of_a_solution_by_custom_root(problem, derivative) -> None:
+    G = GGNVec(problem.net, LOSSES["mean squared error"], problem.ps)
+    matrix = gauss_newton_of(problem, LOSSES["mean squared error"]) + 0.1 * torch.eye(9, dtype=torch.float64)
+    b = problem.ravel(problem.direction)
+
+    def solver(f, x):
+        return x - JacVec(f, x).solve(f(x), rtol=1e-12)[0]
+
+    def damped(d: Tensor) -> Tensor:
+        return lt.custom_root(lambda x, d: (G + d).matvec(x) - b, torch.zeros_like(b), solver, d)
+
+    d = torch.tensor(0.1, dtype=torch.float64)
+    x = torch.linalg.solve(matrix, b)
+    torch.testing.assert_close(damped(d), x)
+    torch.testing.assert_close(derivative(damped, d), -torch.linalg.solve(matrix, x))
+
+
 def test_solutions_have_the_dtypes_of_the_tree() -> None:
     x = {"a": torch.ones(2), "b": torch.ones((), dtype=torch.float64)}
     H = HesVec(lambda x: (x["a"] ** 2).sum() + x["b"] ** 2 + x["a"].sum() * x["b"], x)
@@ -364,12 +389,18 @@ def test_what_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
         H.solve(torch.ones(3))
     with pytest.raises(InputError, match="must have the structure of x"):
         H.solve({"a": x})
-    with pytest.raises(InputError, match="not run inside of transforms"):
+    with pytest.raises(InputError, match="not run inside of vmap"):
         torch.func.vmap(H.solve)(torch.ones(3, 2))
-    with pytest.raises(InputError, match="not run inside of transforms"):
-        torch.func.grad(lambda b: H.solve(b)[0].sum())(x)
-    with pytest.raises(InputError, match="solve is not differentiated"):
-        H.solve(x.clone().requires_grad_())
+    for derivative in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.grad(lambda x: torch.func.grad(lambda y: f(x) * y.sum())(x).sum())(x),
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+        lambda f: f(x.clone().requires_grad_()),
+    ):
+        with pytest.raises(InputError, match="solve is not differentiated"):
+            derivative(lambda b: H.solve(b)[0].sum())
+        with pytest.raises(InputError, match="solve is not differentiated"):
+            derivative(lambda x: HesVec(lambda x: (x**3).sum(), x).solve(torch.ones(2))[0].sum())
     damping = torch.tensor(0.1, requires_grad=True)
     with pytest.raises(InputError, match="solve is not differentiated"):
         (H + damping).solve(x)
@@ -384,6 +415,15 @@ def test_what_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(LuxtorchError, match="SciPy is not installed(.|\n)*scipy, for solve"):
         H.solve(x)
+
+
+def test_numbers_are_not_taken_of_what_is_mapped_or_differentiated() -> None:
+    def product(x: Tensor) -> Tensor:
+        return torch.from_numpy(HesVec(lambda x: (x**3).sum(), x).matvec(np.ones(2))).sum()
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError):
+            transform(product)(torch.ones(2) if transform is torch.func.grad else torch.ones(2, 2))
 
 
 def test_scipy_finds_eigenvalues_and_least_squares(problem) -> None:
