@@ -45,7 +45,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
     """
     if not is_whole(seed):
         raise wrong_type("seed", seed, "an int")
-    return torch.tensor([seed % _WORD, 0], dtype=torch.uint64, device=device)
+    return torch.tensor([int(seed) % _WORD, 0], dtype=torch.uint64, device=device)
 
 
 def as_key(rng: Rng) -> Tensor:

@@ -299,6 +299,20 @@ def test_out_is_written(make_key, dtype):
     assert y.shape == (3, 2)
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda number: torch.empty(5).uniform_(-number(3), number(3)),
+        lambda number: torch.empty(5).normal_(number(3), number(2)),
+        lambda number: torch.randint(number(0), number(9), (5,)),
+    ],
+    ids=["uniform_", "normal_", "randint"],
+)
+def test_tensors_without_dimensions_are_numbers(make_key, fill):
+    key = make_key()
+    assert torch.equal(drawn(lambda _: fill(torch.tensor), key, None), drawn(lambda _: fill(int), key, None))
+
+
 def test_the_default_device_and_dtype_are_torchs(make_key):
     with torch.device("meta"):
         assert drawn(lambda _: torch.rand(3), make_key(), None).is_meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ def test_a_key_is_what_torch_calls_one():
     key = lr.key(7)
     assert key.dtype == torch.uint64 and key.tolist() == [7, 0]
     assert lr.key(-1).tolist() == [2**64 - 1, 0]
+    assert lr.key(np.int64(7)).tolist() == [7, 0]
 
 
 @pytest.mark.skipif(not _philox.has_kernels("cpu"), reason="this torch has no stateless kernels on the CPU")

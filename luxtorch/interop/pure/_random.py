@@ -35,6 +35,7 @@ _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.c
 
 def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Draw uniformly; for complex dtypes both parts."""
+    low, high = _numbers(low, high)
     if dtype.is_complex:
         return torch.view_as_complex(lr.uniform(key, (*shape, 2), low=low, high=high, dtype=_REAL[dtype]))
     return lr.uniform(key, shape, low=low, high=high, dtype=dtype)
@@ -42,6 +43,7 @@ def uniform(key: Tensor, shape: Sequence[int], dtype: torch.dtype, low: float = 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Draw normally; the parts of a complex number have half the variance each."""
+    mean, std = _numbers(mean, std)
     if dtype.is_complex:
         parts = lr.normal(key, (*shape, 2), std=std / math.sqrt(2), dtype=_REAL[dtype])
         return torch.view_as_complex(parts) + mean
@@ -55,10 +57,16 @@ def exponential(key: Tensor, shape: Sequence[int], dtype: torch.dtype, lambd: fl
 
 def integers(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
     """Draw integers from low to high - 1; of a range above 2^53, up to 2^32 of the last are never drawn."""
+    low, high = _numbers(low, high)
     if high - low <= 2**53:
         return lr.randint(key, shape, low, high)
     first, second = lr.split(key)
     return (lr.randint(first, shape, 0, (high - low) >> 32) << 32) + lr.randint(second, shape, 0, 2**32) + low
+
+
+def _numbers(*values: Any) -> tuple[Any, ...]:
+    """Return numbers for what are numbers to torch: also tensors without dimensions."""
+    return tuple(value.item() if isinstance(value, Tensor) else value for value in values)
 
 
 # Functions that return a new tensor.
