@@ -32,7 +32,7 @@ from luxtorch.autodiff import (
 ONES = torch.ones(4, 2, dtype=torch.float64)
 
 
-def CUBES(outputs: Tensor) -> Tensor:
+def cubes(outputs: Tensor) -> Tensor:
     return (outputs**3).sum()
 
 
@@ -61,9 +61,9 @@ FUNCTIONS: dict[str, Callable] = {
     "HesVec forward": lambda p: lambda ps: HesVec(p.loss, ps, mode="forward")(ps),
     "linearize": lambda p: lambda ps: linearize(p.net, ps)[1](ps),
     "JacVec reverse": lambda p: lambda ps: JacVec(p.net, ps, mode="reverse")(ps),
-    "GGNVec": lambda p: lambda ps: GGNVec(p.net, CUBES, ps)(ps),
-    "GGNVec forward": lambda p: lambda ps: GGNVec(p.net, CUBES, ps, mode="forward")(ps),
-    "GGNVec.diagonal": lambda p: lambda ps: GGNVec(p.net, CUBES, ps).diagonal(chunk_size=3),
+    "GGNVec": lambda p: lambda ps: GGNVec(p.net, cubes, ps)(ps),
+    "GGNVec forward": lambda p: lambda ps: GGNVec(p.net, cubes, ps, mode="forward")(ps),
+    "GGNVec.diagonal": lambda p: lambda ps: GGNVec(p.net, cubes, ps).diagonal(chunk_size=3),
     "hessian_diagonal": lambda p: lambda ps: hessian_diagonal(p.loss, ps),
     "2 HesVec + 1": lambda p: lambda ps: (2 * HesVec(p.loss, ps) + 1)(ps),
 }
