@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from luxtorch._torch import compile_constant
 from luxtorch.core import InputError, KeyNameError, register_constant, suggest
+from luxtorch.core._plain import write_as
 
 Shape: TypeAlias = "tuple[int, ...]"
 Entries: TypeAlias = "tuple[tuple[str, Axes | Shape], ...]"
@@ -138,6 +139,7 @@ _INTERNED: WeakValueDictionary[Entries, Axes] = WeakValueDictionary()
 
 # Axes are a pytree constant: torch.compile guards on them by a single comparison.
 register_constant(Axes)
+write_as(Axes, lambda axes: axes._entries, Axes)
 
 
 def _places(entries: Entries) -> Iterator[tuple[str, Place]]:

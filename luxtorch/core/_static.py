@@ -40,6 +40,7 @@ class Static(Generic[H]):
         return f"Static({self.value!r})"
 
 
-register_constant(Static)
+# Strict torch.export can hold a number or a string in a structure, but no object.
+register_constant(Static, lambda static: static.value, Static)
 # States are saved and loaded as plain data.
 torch.serialization.add_safe_globals([Static])

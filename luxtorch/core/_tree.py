@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import optree
@@ -10,6 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from luxtorch._errors import InputError, described
+
+from ._plain import from_plain, to_plain
 
 T = TypeVar("T")
 
@@ -26,6 +29,15 @@ _CONSTANTS: set[type] = set()
 _NODES: set[type] = set()
 
 
+@dataclass(frozen=True)
+class ChildKey(pytree.SequenceKey[Any]):
+    """Stand in a path for a child of a node that has only a number."""
+
+    def get(self, node: Any) -> Any:
+        """Return the child of a node."""
+        return pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)[0][self.idx]
+
+
 def register_node(
     cls: type[T],
     flatten: Callable[[T], tuple[list[Any], Any]],
@@ -36,6 +48,7 @@ def register_node(
     """Register a class as a pytree node, with torch and with optree.
 
     torch registers its nodes in an optree namespace that torchopt does not use, so a node is registered with both.
+    `torch.export.save` writes the structure of a tree as JSON, with `static` as in `to_plain`.
 
     Args:
         cls: The class to register.
@@ -49,10 +62,18 @@ def register_node(
 
     def flatten_with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
         children, static = flatten(node)
-        keys = [pytree.GetAttrKey(name) for name in names] if names else map(pytree.SequenceKey, range(len(children)))
+        keys = [pytree.GetAttrKey(name) for name in names] if names else map(ChildKey, range(len(children)))
         return list(zip(keys, children, strict=True)), static
 
-    pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=_type_name(cls),
+        to_dumpable_context=to_plain,
+        from_dumpable_context=from_plain,
+    )
     optree.register_pytree_node(
         cls,  # type: ignore[arg-type]
         flatten,  # type: ignore[arg-type]
@@ -64,16 +85,34 @@ def register_node(
         _SINGLE[cls] = single
 
 
+def _type_name(cls: type) -> str:
+    """Return the name of a class in files: where it is public, as files within a folder may be renamed."""
+    public = [part for part in cls.__module__.split(".") if not part.startswith("_")]
+    return ".".join([*public, cls.__qualname__])
+
+
+def register_names(*classes: type) -> None:
+    """Have named tuples, which are nodes as they are, written by name where the structure of a tree is written."""
+    for cls in classes:
+        pytree._register_namedtuple(cls, serialized_type_name=_type_name(cls))
+
+
 DEFERRED: dict[type, Callable[..., Any]] = {}
 """Classes of nodes that can be assembled later, and functions that make such a node, of its leaves, its structure for
 optree and that for torch. The attribute `_deferred` holds these until somebody asks for a part of the node."""
 
 
-def register_constant(cls: type[Any]) -> None:
+def register_constant(
+    cls: type[Any],
+    content: Callable[[Any], Any] = pytree.ConstantNode,
+    make: Callable[[Any], Any] = lambda held: held.value,
+) -> None:
     """Register a class whose values are part of a tree's structure, with torch and with optree.
 
     Args:
         cls: The class; its values are hashable.
+        content: What torch keeps of such a value in a structure: something hashable that is equal for equal values.
+        make: The inverse.
 
     Example:
         >>> class Mode(str): ...
@@ -81,7 +120,21 @@ def register_constant(cls: type[Any]) -> None:
         >>> tree_leaves({"mode": Mode("train"), "count": 1})
         [1]
     """
-    pytree.register_constant(cls)
+
+    def flatten(node: Any) -> tuple[list[Any], Any]:
+        return [], content(node)
+
+    by_itself = content is pytree.ConstantNode
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda _, held: make(held),
+        flatten_with_keys_fn=flatten,
+        serialized_type_name=_type_name(cls),
+        to_dumpable_context=lambda held: to_plain(held.value if by_itself else held),
+        from_dumpable_context=lambda plain: pytree.ConstantNode(from_plain(plain)) if by_itself else from_plain(plain),
+    )
+    pytree.CONSTANT_NODES.add(cls)
     optree.register_pytree_node(
         cls,
         lambda node: ((), node),  # type: ignore[arg-type,return-value]

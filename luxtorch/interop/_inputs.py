@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from luxtorch.core import InputError, Layer, register_node, suggest
 
 
@@ -82,3 +84,4 @@ def _unflatten(children: Any, static: tuple[int, tuple[str, ...]]) -> Inputs:
 
 
 register_node(Inputs, lambda x: ([*x.args, *x.kwargs.values()], (len(x.args), tuple(x.kwargs))), _unflatten)
+torch.serialization.add_safe_globals([Inputs])  # a saved program holds examples of its inputs

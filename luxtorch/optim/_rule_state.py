@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import KeyNameError
+from luxtorch.core._tree import register_names
 
 from ._hyperparameters import Shapes, unpack
 
@@ -61,6 +62,7 @@ class RuleState(NamedTuple):
         return [*hyper, *slots, *([self.steps] if isinstance(self.steps, Tensor) else [])]
 
 
+register_names(RuleState)
 torch.serialization.add_safe_globals([RuleState])
 
 

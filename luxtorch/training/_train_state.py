@@ -22,6 +22,7 @@ from luxtorch.core import (
 )
 from luxtorch.core._describe import tree_html
 from luxtorch.core._paths import Path
+from luxtorch.core._plain import write_as
 from luxtorch.core._table import plain, section, shown
 from luxtorch.core._tree import DEFERRED
 from luxtorch.optim.modifiers._chain import as_rule
@@ -364,4 +365,5 @@ register_node(
     lambda children, statics: TrainState._of(statics, Trees(*children)),
     names=Trees._fields,
 )
+write_as(Statics, lambda statics: (statics.model, statics.rule), lambda parts: Statics(*parts))
 DEFERRED[TrainState] = TrainState._later

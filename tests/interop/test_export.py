@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import luxtorch as lt
+from luxtorch import optim, training
 from luxtorch.interop import Inputs, export, from_torch
 
 
@@ -160,6 +162,85 @@ def test_a_fixed_batch_stays_fixed(make, normal):
 def test_an_example_without_a_batch_is_an_error(make, example):
     with pytest.raises(lt.InputError, match="batch"):
         export(*make("dense"), example)
+
+
+class Called(nn.Module):
+    """Make a function a module, which is all that torch exports."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args):
+        return self.f(*args)
+
+
+LAYER = MODELS["dense"][0]()
+
+
+def functions(normal):
+    """Return functions of trees by name, with arguments."""
+    ps, st = lt.setup(0, LAYER)
+    test, vector, x = lt.test_mode(st), lt.ComponentVector(ps), normal(5, 3)
+    matrix = lt.ComponentMatrix(normal(len(vector.flat), len(vector.flat)), vector.axes, vector.axes)
+    rule = optim.OptimiserChain(optim.ClipNorm(1.0), optim.Adam(optim.linear(0.1, 0.0, 10)))
+    state = optim.setup(rule, vector)
+    return {
+        "dicts": (lambda ps, st, x: LAYER(x, ps, st), (ps, test, x)),
+        "dicts, training": (lambda ps, st, x: LAYER(x, ps, st), (ps, st, x)),
+        "vector": (lambda ps, st, x: LAYER(x, ps, st), (vector, test, x)),
+        "vector, training": (lambda ps, st, x: LAYER(x, ps, st), (vector, st, x)),
+        "made inside": (lambda x: lt.ComponentVector({"a": x, "b": {"c": x[0]}}), (x,)),
+        "components": (lambda ps: (2 * ps.layer_1.weight, ps["layer_1"]), (vector,)),
+        "matrix": (lambda matrix, ps: matrix @ ps, (matrix, vector)),
+        "inputs": (lambda inputs: inputs.args[0] * inputs.kwargs["scale"], (Inputs(x, scale=x),)),
+        "update": (lambda state, ps, gradient: optim.update(state, ps, gradient), (state, vector, vector)),
+        "training state": (
+            lambda ts, x: (ts, ts.model(x, ts.parameters, ts.states)[0]),
+            (training.TrainState(LAYER, ps, test, rule), x),
+        ),
+    }
+
+
+def same(got, wanted):
+    leaves, structure = pytree.tree_flatten(got)
+    others, other = pytree.tree_flatten(wanted)
+    assert structure == other
+    torch.testing.assert_close(leaves, others)
+
+
+@pytest.mark.parametrize("name", functions(torch.zeros))
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_functions_of_trees_are_exported_and_saved(name, strict, normal):
+    f, args = functions(normal)[name]
+    if strict and name in ("update", "training state"):  # torch cannot hold a rule in a structure there
+        with pytest.raises(Exception, match="is not a constant"):
+            torch.export.export(Called(f), args, strict=True)
+        return
+    program = torch.export.export(Called(f), args, strict=strict)
+    if name == "training state":
+        program.example_inputs = None  # torch.load trusts no model
+    program = loaded(program)
+    _, others = functions(normal)[name]
+    same(program(*others), f(*others))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # it writes its buffers
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["test", "train"])
+def test_modules_are_exported_and_saved(strict, mode, make, normal):
+    layer, ps, st = make("dense")
+    st, x = getattr(lt, f"{mode}_mode")(st), normal(4, 3)
+    program = loaded(torch.export.export(lt.to_torch(layer, ps, st), (x,), strict=strict))
+    torch.testing.assert_close(program(x), layer(x, ps, st)[0])
+
+
+def test_a_structure_that_cannot_be_saved_is_named(normal):
+    layer = lt.Dense(3, 2, lambda x: x.sin())
+    ts = training.TrainState(layer, *lt.setup(0, layer), optim.Adam(0.1))
+    program = torch.export.export(Called(lambda ts: ts.parameters), (ts,))
+    with pytest.raises(lt.InputError, match="functions and classes with names[\\s\\S]*lambda"):
+        torch.export.save(program, io.BytesIO())
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from luxtorch.core import InputError, Static
 from luxtorch.core._paths import Name, Path, select
+from luxtorch.core._tree import register_names
 
 from .._leaves import Leaves
 from .._rule import ChangeState, GradientTransformation, ListRule, Updates, negative
@@ -31,6 +32,7 @@ class GroupsState(NamedTuple):
     states: tuple[Any, ...]
 
 
+register_names(GroupsState)
 torch.serialization.add_safe_globals([GroupsState])
 
 
