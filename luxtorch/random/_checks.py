@@ -19,7 +19,10 @@ from ._key import checked, is_whole
 
 def drawn(key: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> tuple[tuple[int, ...], torch.dtype]:
     """Return the shape and the dtype of a draw, or raise if they do not fit the key."""
-    sizes: tuple[int, ...] = (shape,) if is_whole(shape) else tuple(shape)  # type: ignore[assignment]
+    try:
+        sizes: tuple[int, ...] = (shape,) if is_whole(shape) else tuple(shape)  # type: ignore[assignment]
+    except TypeError:
+        raise wrong_type("shape", shape, "a sequence of ints") from None
     batch = checked(key).shape[:-1]
     for size in sizes:
         if not is_whole(size):
@@ -46,11 +49,11 @@ def single(key: Tensor) -> Tensor:
     return key
 
 
-def number(name: str, value: float) -> float:
+def number(name: str, value: float, expected: str = "a number") -> float:
     """Return a number that is not NaN, or raise if it is not one."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
-            raise wrong_type(name, value, "a number")
+            raise wrong_type(name, value, expected)
         value = float(value)
     if math.isnan(value):
         raise out_of_range(name, value, "a number")
@@ -86,7 +89,7 @@ def parameters(
     """
     for name, value in given.items():
         if not isinstance(value, Tensor):
-            if not allowed(number(name, value)):
+            if not allowed(number(name, value, "a number or a real tensor")):
                 raise out_of_range(name, value, expected)
         elif value.is_complex() or value.dtype == torch.bool:
             raise wrong_type(name, value, "a number or a real tensor")
@@ -122,7 +125,8 @@ def spread(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor, broadcast to a shape."""
     pairs = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in pairs):
-        raise wrong_shape(name, value, f"one that broadcasts to {shape}")
+        fix = f"Ask for the shape of the whole output, to which that of {name} broadcasts."
+        raise wrong_shape(name, value, f"one that broadcasts to {shape}", fix=fix)
     return value.expand(shape)
 
 

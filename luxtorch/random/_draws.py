@@ -141,7 +141,8 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
         A bool tensor of `shape` on the key's device.
 
     Raises:
-        InputError: If `p` is not between 0 and 1, where that can be seen without waiting for a device.
+        InputError: If `p` is not between 0 and 1, where that can be seen without waiting for a device; elsewhere, the
+            draw is False.
 
     Example:
         >>> import luxtorch.random as lr

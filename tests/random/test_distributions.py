@@ -441,6 +441,7 @@ MISTAKES = {
     "randint, dtype": (lambda key: lr.randint(key, (), dtype=torch.float32), DTypeError, "an integer dtype"),
     "randint, range": (lambda key: lr.randint(key, (), 0, 300, dtype=torch.uint8), InputError, "range of torch.uint8"),
     "size": (lambda key: lr.uniform(key, (2.5,)), DTypeError, "Each size in shape must be an int"),
+    "shape": (lambda key: lr.gamma(key, 1.0, torch.tensor(3)), DTypeError, "shape must be a sequence of ints"),
     "size, a bool": (lambda key: lr.normal(key, (True,)), DTypeError, "Each size in shape must be an int"),
     "uniform, NaN": (lambda key: lr.uniform(key, low=math.nan), InputError, "low must be a number"),
     "uniform, inf": (lambda key: lr.uniform(key, high=math.inf), InputError, "high must be finite"),
