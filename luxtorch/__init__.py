@@ -5,6 +5,7 @@ module, such as `lt.optim`, `lt.training`, `lt.init`, `lt.random` or `lt.testing
 """
 
 from importlib import import_module as _import_module
+from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -187,7 +188,7 @@ from .losses import SquaredHingeLoss as SquaredHingeLoss
 from .losses import TripletMarginLoss as TripletMarginLoss
 from .random import replicate as replicate
 
-__version__ = "0.1.0"
+__version__: str
 
 if _TYPE_CHECKING:
     from . import distributed as distributed
@@ -206,6 +207,8 @@ _LATE_MODULES = frozenset(["distributed", "errors", "inspect", "interop", "optim
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "__version__":
+        return _version("luxtorch")
     if name in _LATE_MODULES:
         return _import_module(f".{name}", __name__)
     if not name.startswith("_") and hasattr(late := _import_module("._late", __name__), name):
@@ -214,4 +217,4 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE_MODULES, *vars(_import_module("._late", __name__))})
+    return sorted({*globals(), "__version__", *_LATE_MODULES, *vars(_import_module("._late", __name__))})

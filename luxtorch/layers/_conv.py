@@ -15,7 +15,7 @@ from luxtorch.core import InputError, Layer, Parameters, States, out_of_range, s
 from luxtorch.init import Initializer, glorot_uniform, zeros
 
 from ._activations import Activation, activated, as_activation
-from ._shared import arguments_text, initial_weight_and_bias, require_size, unfit
+from ._shared import arguments_text, initial_weight_and_bias, parameter, require_size, unfit
 
 PerDim: TypeAlias = int | Sequence[int]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -213,7 +213,7 @@ class Conv(_Convolution):
         both_sides = symmetric(self._pairs)
         if both_sides is None or (self.padding_mode != "zeros" and any(both_sides)):
             x, both_sides = padded(x, self._pairs, PADDING_MODES[self.padding_mode]), (0,) * self._dims
-        bias = ps["bias"] if self.bias else None
+        bias = parameter(ps, "bias") if self.bias else None
         y = _CONV[self._dims](x, ps["weight"], bias, self.stride, both_sides, self.dilation, self.groups)
         return activated(y, self.activation), st
 
@@ -285,7 +285,7 @@ class ConvTranspose(_Convolution):
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the transposed convolution of the input after bias and activation, and `st`."""
         convolve, cut = _CONV_TRANSPOSE[self._dims], symmetric(self._cut)
-        bias = ps["bias"] if self.bias else None
+        bias = parameter(ps, "bias") if self.bias else None
         # With an output_padding torch has no third derivative.
         if cut is not None and (not any(self.output_padding) or reverse_alone()):  # type: ignore[arg-type]
             y = convolve(x, ps["weight"], bias, self.stride, cut, self.output_padding, self.groups, self.dilation)

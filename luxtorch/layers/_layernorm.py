@@ -19,14 +19,14 @@ from luxtorch._transforms import (
     saved_aside,
     transformed,
 )
-from luxtorch.core import Layer, Parameters, States, out_of_range
+from luxtorch.core import Layer, Parameters, States, out_of_range, wrong_type
 from luxtorch.core._renamed import renamed_option
 from luxtorch.core._sharded import settled
 from luxtorch.init import Initializer, ones, zeros
 from luxtorch.random import fold_in
 
 from ._activations import Activation, activated, as_activation
-from ._shared import HALVES, arguments_text, initial_weight_and_bias, require_size, unfit
+from ._shared import HALVES, arguments_text, initial_weight_and_bias, parameter, require_size, unfit
 
 
 def initial_affine(layer: Any, key: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def affine_of(layer: Any, ps: Parameters) -> tuple[Tensor | None, Tensor | None]
     """Return weight and bias of a normalization, None where it has none."""
     if not layer.affine:
         return None, None
-    return ps["weight"], ps["bias"] if layer.bias else None
+    return parameter(ps, "weight"), parameter(ps, "bias") if layer.bias else None
 
 
 def check_channels(layer: Layer, x: Tensor, channels: int, min_ndim: int) -> None:
@@ -232,7 +232,10 @@ class RMSNorm(_LastDimensionsNorm):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return the normalized input and `st`."""
-        return settled(F.rms_norm(x, self.shape, ps["weight"] if self.affine else None, self.eps)), st
+        if x.is_complex():  # torch would take the mean of squares for that of absolute squares
+            raise wrong_type("The input", x, "real floating-point numbers")
+        weight = parameter(ps, "weight") if self.affine else None
+        return settled(F.rms_norm(x, self.shape, weight, self.eps)), st
 
 
 def _last_dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:

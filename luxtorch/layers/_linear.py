@@ -15,7 +15,7 @@ from luxtorch.core._sharded import is_sharded
 from luxtorch.init import Initializer, glorot_uniform, ones, zeros
 
 from ._activations import Activation, activated, as_activation
-from ._shared import arguments_text, initial_weight_and_bias, linear, require_size, unfit
+from ._shared import arguments_text, initial_weight_and_bias, linear, parameter, require_size, unfit
 
 
 class Dense(Layer):
@@ -68,7 +68,7 @@ class Dense(Layer):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x @ weight.T + bias), st)`."""
-        y = linear(x, ps["weight"], ps["bias"] if self.bias else None)
+        y = linear(x, ps["weight"], parameter(ps, "bias") if self.bias else None)
         return activated(y, self.activation), st
 
     def expected_input(self) -> str:
@@ -134,7 +134,9 @@ class Scale(Layer):
 
     def __call__(self, x: Tensor, ps: Parameters, st: States) -> tuple[Tensor, States]:
         """Return `(activation(x * weight + bias), st)`."""
-        y = x * ps["weight"]
+        if x.shape[x.ndim - len(self.shape) :] != self.shape:
+            raise unfit(self, x, "The input's last dimensions must be those of the weight.")
+        y = torch.mul(x, ps["weight"])
         return activated(y + ps["bias"] if self.bias else y, self.activation), st
 
     def expected_input(self) -> str:
@@ -203,7 +205,7 @@ class Bilinear(Layer):
         """Return `(activation(x1 @ weight @ x2 + bias), st)`."""
         x1, x2 = x if isinstance(x, tuple) else (x, x)
         self._check(x1, x2)
-        weight, bias = ps["weight"], ps["bias"] if self.bias else None
+        weight, bias = ps["weight"], parameter(ps, "bias") if self.bias else None
         if transformed() or is_sharded(x1):
             # torch's kernel has no batching rule for weights, and none for sharded tensors.
             y = torch.einsum("...i,oij,...j->...o", x1, weight, x2)

@@ -14,12 +14,14 @@ from luxtorch._transforms import traced
 from luxtorch.core import (
     InputError,
     Layer,
+    Parameters,
     described,
     out_of_range,
     show_value,
     tree_flatten,
     tree_map,
     tree_unflatten,
+    wrong_type,
 )
 from luxtorch.core._sharded import settled, sharded_part
 from luxtorch.loops import scan
@@ -55,6 +57,14 @@ def initial_weight_and_bias(
     if layer.bias:
         ps["bias"] = layer.init_bias(fold_in(key, "bias"), bias_shape)
     return ps
+
+
+def parameter(ps: Parameters, name: str) -> Tensor:
+    """Return a parameter; torch's functions would take None for a layer without it."""
+    found: Tensor | None = ps[name]
+    if found is None:
+        raise wrong_type(f"The parameter '{name}'", None, "a tensor", fix="A layer without it is made with an option.")
+    return found
 
 
 def arguments_text(layer: Layer, *sizes: Any, **defaults: Any) -> str:
