@@ -14,7 +14,7 @@ from torch import Tensor
 import luxtorch as lt
 from luxtorch import optim, training
 from luxtorch.components import ComponentVector
-from luxtorch.core import InputError
+from luxtorch.core import DTypeError, InputError
 from luxtorch.optim import LBFGS, minimize
 
 TIGHT = {"tolerance_grad": 1e-9, "tolerance_change": 0.0}
@@ -413,6 +413,13 @@ def test_wrong_arguments(way):
         transform(lambda x: minimize(lambda x: x.square().sum(), other, x)[1])(x)
     with pytest.raises(InputError, match="max_iter must be at least 1"):
         transform(lambda x: found(quartic, x, max_iter=0)[1])(x)
+    with pytest.raises(DTypeError, match="n: A parameter is not differentiable"):
+        transform(lambda x: minimize(quartic, optim.setup(LBFGS(), {"n": x}), {"n": x.long()})[1])(x)
+
+
+def test_no_words_inside_of_vmap():
+    with pytest.raises(InputError, match="a reason has no words"):
+        torch.vmap(lambda x: found(quartic, x)[2].why())(torch.ones(2, 3))
 
 
 def test_a_state_of_many_models():

@@ -17,7 +17,7 @@ from .._leaves import from_components, pair, rebuild, to_components
 from .._opt_state import OptState
 from .._rule_state import ALL, RuleState, check_names
 from ._lbfgs import LBFGS, check_size, flatten, unflatten
-from ._objective import FlatObjective
+from ._objective import FlatObjective, check_differentiable
 from ._search import Limits, MinimizeResult, by_numbers, by_tensors
 
 
@@ -121,6 +121,7 @@ def _differentiable(
 ) -> tuple[Any, RuleState, MinimizeResult]:
     """Return what was found with the derivatives of a root of the gradient, by all but the parameters that move."""
     names, leaves, _, in_parts, _ = pair(to_components(ps), None)
+    check_differentiable(names, leaves)
     moves = [name not in frozen for name in names]
     moving = [p for p, free in zip(leaves, moves, strict=True) if free]
     still = [p for p, free in zip(leaves, moves, strict=True) if not free]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -34,9 +34,7 @@ class FlatObjective:
         self.f, self.ps = f, ps
         names, self.leaves, _, in_parts, _ = pair(ps, None)
         self._apart = bool(in_parts)
-        for name, p in zip(names, self.leaves, strict=True):
-            if not p.is_floating_point():
-                raise DTypeError("A parameter is not differentiable.", got=str(p.dtype), where=name or "the parameter")
+        check_differentiable(names, self.leaves)
         self.start = flatten(self.leaves)
         names, tensors, *_ = pair(to_components(ps), None)
         self.frozen = mark(tensors, [name in frozen for name in names]) if frozen else None
@@ -68,6 +66,13 @@ class FlatObjective:
     def tree(self, x: Tensor) -> Any:
         """Return a vector as a tree of the parameters, in memory of its own."""
         return rebuild(self.ps, (part.clone() for part in self.parts(x)))
+
+
+def check_differentiable(names: Sequence[str], leaves: Sequence[Tensor]) -> None:
+    """Raise if a parameter is no floating point number."""
+    for name, p in zip(names, leaves, strict=True):
+        if not p.is_floating_point():
+            raise DTypeError("A parameter is not differentiable.", got=str(p.dtype), where=name or "the parameter")
 
 
 def _check(loss: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luxtorch._transforms import vmap_levels
 from luxtorch.core import InputError, out_of_range
 from luxtorch.loops import while_loop
 
@@ -50,12 +51,23 @@ class MinimizeResult(NamedTuple):
         return self.reason in _REASONS[1:5]
 
     def why(self) -> Any:
-        """Return the reason as a word, of many models as a list of words; not inside of transforms."""
+        """Return the reason as a word, of many models as a list of words.
+
+        Raises:
+            InputError: Inside of vmap, where there are no numbers.
+        """
+        if not isinstance(self.reason, Tensor):
+            return self.reason
+        if vmap_levels(self.reason):
+            raise InputError(
+                "Inside of vmap a reason has no words.",
+                fix="Return the result, and ask it outside; inside, converged is a tensor.",
+            )
 
         def words(codes: Any) -> Any:
             return list(map(words, codes)) if isinstance(codes, list) else _REASONS[codes]
 
-        return words(self.reason.tolist()) if isinstance(self.reason, Tensor) else self.reason
+        return words(self.reason.tolist())
 
     def in_tensors(self, like: Tensor) -> MinimizeResult:
         """Return the same in tensors."""
