@@ -400,7 +400,7 @@ class MultiHeadAttention(ContainerLayer):
 
     def _places(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, drops: bool) -> Tensor:
         """Return the places in the cache of the elements that come, (length,), after a look at all that must fit."""
-        wrong = wrong_names(cache, _IN_CACHE, "state", "Make it with lt.with_cache, or lt.initial_states.")
+        wrong = wrong_names(cache, _IN_CACHE, "state", _TOGETHER)
         if wrong is not None:
             wrong.inside = ("cache",)
             raise wrong
@@ -411,14 +411,12 @@ class MultiHeadAttention(ContainerLayer):
                 "With a cache, the input must be one sequence that attends to itself, or a batch of the cache's size.",
                 expected=f"the batch {tuple(batch)}",
                 got=f"the batch {tuple(q.shape[:-3])}, {q.shape[-2]} queries and {k.shape[-2]} keys",
-                fix="Make another cache for another batch_size: lt.with_cache. Cross-attention must not be causal.",
+                fix="For another batch_size, make another model by lt.with_cache. Cross-attention must not be causal.",
             )
         for name, new in (("keys", k), ("values", v)):
             wanted = (*batch, new.shape[-3], limit, new.shape[-1])
             if tuple(cache[name].shape) != wanted:
-                raise wrong_shape(
-                    f"The cache of {name}", cache[name], wanted, fix="Make the states for this very model."
-                )
+                raise wrong_shape(f"The cache of {name}", cache[name], wanted, fix=_TOGETHER)
             if cache[name].dtype != new.dtype:
                 raise DTypeError(
                     "The cache must have the dtype of keys and values.",
@@ -463,6 +461,7 @@ class MultiHeadAttention(ContainerLayer):
 
 
 _IN_CACHE = frozenset(("keys", "values", "position"))
+_TOGETHER = "Call the model with the states that lt.with_cache, or lt.setup, made for it."
 
 
 def _require_room(position: Tensor, length: int, limit: int) -> None:
