@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -160,8 +161,9 @@ def _name(value: Any) -> str:
 def _found(path: str) -> Any:
     """Return the function or class of a name."""
     home, _, name = path.partition(":")
-    if home not in sys.modules and home.partition(".")[0] in _OWN:
-        importlib.import_module(home)
+    if home.partition(".")[0] in _OWN:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(home)
     if home not in sys.modules:
         raise _not_allowed(f"{home}.{name}", f"Import {home} first.")
     value = _attribute(sys.modules[home], name)

@@ -175,6 +175,11 @@ def export(
 
     Random numbers of a model in training mode come from operators of luxtorch, which such a program needs. For other
     dynamic dimensions, call `torch.export.export` on the module of `lt.to_torch`.
+
+    `torch.export` also takes modules whose arguments and results are trees of luxtorch, such as parameters, states, a
+    ComponentVector or the state of an optimizer, and saves these programs; to load one, luxtorch has to be imported.
+    What a tree's structure names, such as an activation, is written by its name, if it is a function of torch or of
+    luxtorch or one that `torch.serialization.add_safe_globals` allows. With `strict=True` torch takes no optimizer.
     """
     args, kwargs = arguments(example_inputs)
     size = _batch_size(example_inputs) if dynamic_batch else -1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
-from luxtorch.core import out_of_range
+from luxtorch.core import described, out_of_range
 
 from ._loss import Loss, as_numbers, checked_parts, log_sigmoid, unlike
 
@@ -300,11 +300,11 @@ class TripletMarginLoss(Loss):
         if self.distance is None:
             return _distance(a, b, self.p, self.eps)
         apart = self.distance(a, b)
-        if a.ndim > 1 and apart.shape[:1] != a.shape[:1]:
+        if not isinstance(apart, Tensor) or (a.ndim > 1 and apart.shape[:1] != a.shape[:1]):
             raise self.error(
                 "The distances are not those of the samples.",
                 expected=f"a distance for each of {len(a)} samples, from tensors of shape {tuple(a.shape)}",
-                got=f"distances of shape {tuple(apart.shape)}",
+                got=described(apart),
                 fix="Reduce the last dimension only, for instance (a - b).norm(dim=-1).",
             )
         return apart

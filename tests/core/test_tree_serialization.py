@@ -224,6 +224,7 @@ def test_what_cannot_be_written_is_named(value, text):
         {"name": "torch:nothing"},
         {"name": "torch:os"},
         {"name": "not_imported_yet:f"},
+        {"name": "torch.not_there:f"},
         {"class": "builtins:dict", "fields": {}},
         {"class": "subprocess:Popen", "values": ["ls"]},
         {"class": "torch:Tensor", "fields": {}},

@@ -275,6 +275,11 @@ LOGITS = torch.zeros(4, 3)
             "distance for each of 4 samples[\\s\\S]*shape \\(\\)",
         ),
         (
+            lambda: L.TripletMarginLoss(distance=lambda a, b: 1.0)((LOGITS,) * 3, None),
+            lt.InputError,
+            "distance for each of 4 samples[\\s\\S]*of type float",
+        ),
+        (
             lambda: L.CrossEntropyLoss(label_smoothing=1.5),
             lt.InputError,
             "label_smoothing[\\s\\S]*at most 1[\\s\\S]*1.5",
