@@ -216,6 +216,13 @@ def compiled_stack() -> list[Any]:
     return list(TracingContext.extract_stack()) if TracingContext.try_get() is not None else []
 
 
+def in_compiled_body() -> bool:
+    """Tell whether torch.compile reads the body of an operator of its own now, such as a loop."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+
+
 def compiler_backend(name: str) -> Callable[..., Any]:
     """Return a backend of torch.compile by its name."""
     from torch._dynamo import lookup_backend  # with it comes the compiler, which takes seconds to import

@@ -12,9 +12,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from luxtorch._torch import compile_constant
+from luxtorch._torch import compile_constant, in_compiled_body
 from luxtorch._transforms import functional, is_silenced, traced
-from luxtorch.core import LuxtorchError, map_tensors, tensors, tree_flatten, tree_map, tree_unflatten, wrong_type
+from luxtorch.core import (
+    InputError,
+    LuxtorchError,
+    map_tensors,
+    tensors,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+    wrong_type,
+)
 from luxtorch.jit._bodies import hold, keep
 from luxtorch.jit._effects import register_effect
 
@@ -77,6 +86,11 @@ def _call(f: Callable[..., object], options: tuple[Any, ...], tree: Any) -> Call
 
 @compile_constant
 def _name_forever(f: Callable[..., object], options: tuple[Any, ...], tree: Any) -> str:
+    if in_compiled_body():
+        raise InputError(
+            "Inside of torch.compile, bodies of loops and branches must not call lt.debug: they would drop it.",
+            fix="Compile by lt.jit, where they do not; or call it outside of the loop.",
+        )
     call = _call(f, options, tree)
     _FOREVER[call.name] = call
     return call.name
@@ -173,16 +187,18 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 def callback(f: Callable[..., object], *args: Any, **kwargs: Any) -> None:
     """Call a function of Python with the values of tensors, whenever the program runs.
 
-    In eager code that is a plain call. Inside of `lt.jit` and `torch.compile`, and in bodies of `lt.scan` and the like
-    there, it is called each time that the program gets there, in the order of the code, whether or not anything is
-    made of it. The tensors that it gets are copies without gradients, so it may keep them. What it returns is dropped;
-    what it raises ends the program.
+    In eager code that is a plain call. Inside of `lt.jit`, and in bodies of `lt.scan` and the like there, it is called
+    each time that the program gets there, in the order of the code, whether or not anything is made of it. The tensors
+    that it gets are copies without gradients, so it may keep them. What it returns is dropped; what it raises ends the
+    program.
 
     Under vmap it is called for each member in turn, if any of the arguments differs between members. Derivatives call
     it once, in the forward pass, with the values alone. Where vmap runs both branches of `lt.cond`, or a loop on for
     members that are done, it is called there too. On a GPU it waits for the values.
 
-    A program that calls a function of yours is compiled anew in each process, and is not exported.
+    A program that calls a function of yours is compiled anew in each process. None that calls Python is exported. In
+    torch.compile the graph breaks there, so not with `fullgraph=True`; `lt.debug.print` and `lt.debug.check` stay in
+    the graph, but for bodies of loops and branches, where they are an error.
 
     Args:
         f: The function.
@@ -205,14 +221,20 @@ def callback(f: Callable[..., object], *args: Any, **kwargs: Any) -> None:
 
     Source: `jax.debug.callback`, always ordered.
     """
+    if torch.compiler.is_dynamo_compiling():
+        # As a constant of a graph, a function that was made in there would get copies of what it closes over.
+        uncompiled: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            _callback_now, reason="lt.debug.callback calls Python; lt.debug.print and check stay in the graph."
+        )
+        uncompiled(f, args, kwargs)
+    else:
+        _callback_now(f, args, kwargs)
+
+
+def _callback_now(f: Callable[..., object], args: Any, kwargs: Any) -> None:
     if not callable(f):
-        _refuse(f)
+        raise wrong_type("f", f, "a function")
     run_with_values(_with_copies, (f,), (args, kwargs))
-
-
-@compile_constant
-def _refuse(f: object) -> None:
-    raise wrong_type("f", f, "a function")
 
 
 def _with_copies(f: Callable[..., object], tree: Any, place: Place) -> None:
