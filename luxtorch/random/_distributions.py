@@ -116,7 +116,8 @@ def choice(
 
     Raises:
         InputError: If there is nothing to draw from, or too little without replacement; or a weight is negative or not
-            finite, where that can be seen without waiting for a device: elsewhere, the number is -1.
+            finite, where that can be seen without waiting for a device: elsewhere, the number is -1, and rows are asked
+            for that are not there, which torch reports.
 
     Example:
         >>> import torch, luxtorch.random as lr
@@ -129,7 +130,7 @@ def choice(
     number = rows(x)
     shape, _ = drawn(single(key), shape, None)
     size = math.prod(shape)
-    if size > (number if not replace else size if number else 0):
+    if size > (math.inf if replace and number else number):
         fix = "" if replace else "Pass replace=True."
         raise out_of_range("x", number, f"at least {1 if replace else size}, to draw {size}", fix=fix)
     if p is not None:
@@ -138,7 +139,11 @@ def choice(
         index = randint(key, shape, 0, max(number, 1))
     else:
         index = permutation(key, number)[:size].reshape(shape)
-    return x.index_select(0, index.flatten()).reshape(*shape, *x.shape[1:]) if isinstance(x, Tensor) else index
+    if not isinstance(x, Tensor):
+        return index
+    # Compiled code would take the last row for -1.
+    index = torch.where(index < 0, number, index) if p is not None else index
+    return x.index_select(0, index.flatten()).reshape(*shape, *x.shape[1:])
 
 
 def _weighted(key: Tensor, p: Tensor, number: int, size: int, replace: bool) -> Tensor:
@@ -157,7 +162,9 @@ def _weighted(key: Tensor, p: Tensor, number: int, size: int, replace: bool) -> 
         # Above zero, so that no weight of zero is found at the start.
         places = ends[-1] * (1 - uniform(key, (size,), dtype=torch.float64))
         index, total = torch.searchsorted(ends, places), ends[-1].expand(size)
-        return _index("p", index, total, (total > 0) & good.all(), "weights of which one is positive")
+        return _index(
+            "p", index, total, (total > 0) & total.isfinite() & good.all(), "weights of which one is positive"
+        )
     scores, index = (p.log() + gumbel(key, (number,), dtype=torch.float64)).topk(size)
     return _index("p", index, scores.exp(), scores.isfinite() & good.all(), f"weights of which {size} are positive")
 

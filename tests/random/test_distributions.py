@@ -428,6 +428,20 @@ def test_wrong_weights_that_are_not_seen_give_minus_one(make_key):
             assert (torch.vmap(lambda row: lr.categorical(key, row))(logits) < 0).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("backend", ["replay", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_wrong_weights_of_rows_that_are_not_seen_are_an_error(make_key, backend):
+    key, rows, weights = make_key(), torch.eye(3), torch.stack([torch.ones(3), torch.zeros(3)])
+
+    def pick(p):
+        return lr.choice(key, rows, (2,), p=p)
+
+    jitted = jit(pick, backend=backend)
+    assert torch.equal(jitted(weights[0]), pick(weights[0]))
+    for run in (torch.vmap(pick), lambda weights: jitted(weights[1])):
+        with pytest.raises((RuntimeError, IndexError), match="out of (bounds|range)"):
+            run(weights)
+
+
 def test_a_covariance_that_is_none_gives_nan_where_it_is_not_seen(make_key):
     matrices = torch.stack([torch.eye(2), -torch.eye(2)])
     drawn = torch.vmap(lambda c: lr.multivariate_normal(make_key(), torch.zeros(2), c))(matrices)
@@ -487,6 +501,11 @@ MISTAKES = {
         lambda key: lr.choice(key, 3, (2,), replace=False, p=torch.tensor([1.0, 0.0, 0.0])),
         InputError,
         "p must be weights of which 2 are positive",
+    ),
+    "choice, a sum of inf": (
+        lambda key: lr.choice(key, 2, p=torch.full((2,), 1e308, dtype=torch.float64)),
+        InputError,
+        "p must be weights",
     ),
     "choice, keys": (lambda key: lr.choice(lr.split(key, 5), 5, (5,)), InputError, "the wrong shape[\\s\\S]*vmap"),
     "gamma, dtype": (lambda key: lr.gamma(key, 1.0, dtype=torch.int64), DTypeError, "dtype must be a real floating"),
