@@ -325,7 +325,9 @@ class MultiHeadAttention(ContainerLayer):
 
     def _set_cache(self, shape: Any) -> None:
         if not self.is_causal:
-            raise out_of_range("is_causal", False, "True with a cache", fix="What comes later must change nothing.")
+            raise out_of_range(
+                "is_causal", False, "True with a cache", fix="Pass is_causal=True: what comes later must not count."
+            )
         sizes = tuple(shape) if isinstance(shape, tuple | list) else ()
         whole = [isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes]
         if not sizes or not all(whole) or sizes[-1] < 1:
@@ -398,7 +400,7 @@ class MultiHeadAttention(ContainerLayer):
         y, _ = self.rotary(x if at is None else (x, at), ps["rotary"], st["rotary"])
         return y
 
-    def _places(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, drops: bool) -> Tensor:
+    def _places(self, q: Tensor, k: Tensor, v: Tensor, cache: Mapping[str, Tensor], drops: bool) -> Tensor:
         """Return the places in the cache of the elements that come, (length,), after a look at all that must fit."""
         wrong = wrong_names(cache, _IN_CACHE, "state", _TOGETHER)
         if wrong is not None:
@@ -406,11 +408,13 @@ class MultiHeadAttention(ContainerLayer):
             raise wrong
         assert self.cache is not None
         *batch, limit = self.cache
-        if tuple(q.shape[:-3]) != tuple(batch) or q.shape[-2] != k.shape[-2]:
+        length = q.shape[-2]
+        shapes = [(*each.shape[:-3], each.shape[-2]) for each in (q, k, v)]
+        if any(shape != (*batch, length) for shape in shapes):
             raise InputError(
                 "With a cache, the input must be one sequence that attends to itself, or a batch of the cache's size.",
-                expected=f"the batch {tuple(batch)}",
-                got=f"the batch {tuple(q.shape[:-3])}, {q.shape[-2]} queries and {k.shape[-2]} keys",
+                expected=f"(*batch, length) = {(*batch, length)} of queries, keys and values",
+                got=", ".join(map(str, shapes)),
                 fix="For another batch_size, make another model by lt.with_cache. Cross-attention must not be causal.",
             )
         for name, new in (("keys", k), ("values", v)):
@@ -430,8 +434,8 @@ class MultiHeadAttention(ContainerLayer):
             )
         if drops:
             raise InputError("Attention with a cache must be in test mode.", got="dropout", fix="st = lt.test_mode(st)")
-        _require_room(cache["position"], q.shape[-2], limit)
-        return cache["position"] + torch.arange(q.shape[-2], device=q.device)
+        _require_room(cache["position"], length, limit)
+        return cache["position"] + torch.arange(length, device=q.device)
 
     def _inputs(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         parts = x if isinstance(x, tuple) else (x, x, x)

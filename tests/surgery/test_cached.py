@@ -435,9 +435,11 @@ X = torch.ones(2, 3, WIDTH)
 @pytest.mark.parametrize(
     ("x", "options", "text"),
     [
-        (torch.ones(3, 3, WIDTH), {}, "batch of the cache's size[\\s\\S]*\\(2,\\)[\\s\\S]*\\(3,\\)"),
+        (torch.ones(3, 3, WIDTH), {}, "batch of the cache's size[\\s\\S]*\\(2, 3\\)[\\s\\S]*\\(3, 3\\)"),
         (torch.ones(3, WIDTH), {}, "batch of the cache's size"),
-        ((X, X[:, :2]), {}, "attends to itself[\\s\\S]*3 queries and 2 keys"),
+        ((X, X[:, :2]), {}, "attends to itself[\\s\\S]*\\(2, 3\\), \\(2, 2\\), \\(2, 2\\)"),
+        ((X, X, X[:, :2]), {}, "attends to itself[\\s\\S]*\\(2, 3\\), \\(2, 3\\), \\(2, 2\\)"),
+        ((X, X[:1]), {}, "batch of the cache's size[\\s\\S]*\\(1, 3\\)"),
         ((X, X, X, torch.ones(3, 3).bool()), {}, "mask has the wrong shape[\\s\\S]*\\(2, 2, 3, 6\\)"),
         ((X, X, X, torch.ones(3, 6).long()), {}, "mask must be a tensor of booleans"),
         (X.double(), {}, "dtype"),
