@@ -192,7 +192,7 @@ def functions(normal):
         "vector, training": (lambda ps, st, x: LAYER(x, ps, st), (vector, st, x)),
         "made inside": (lambda x: lt.ComponentVector({"a": x, "b": {"c": x[0]}}), (x,)),
         "components": (lambda ps: (2 * ps.layer_1.weight, ps["layer_1"]), (vector,)),
-        "matrix": (lambda matrix, ps: matrix @ ps, (matrix, vector)),
+        "matrix": (torch.matmul, (matrix, vector)),
         "inputs": (lambda inputs: inputs.args[0] * inputs.kwargs["scale"], (Inputs(x, scale=x),)),
         "update": (lambda state, ps, gradient: optim.update(state, ps, gradient), (state, vector, vector)),
         "training state": (
