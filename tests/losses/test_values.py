@@ -73,6 +73,30 @@ def test_margins_over_classes_are_loops(make_key, margin, p):
     torch.testing.assert_close(L.MultiLabelMarginLoss()(x, padded), some.mean())
 
 
+def test_a_small_variance_has_the_derivatives_of_the_smallest(make_key):
+    mean, y, variance = drawn(make_key(), 3), drawn(make_key(), 3), torch.tensor([0.1, 0.0, 2.0]).double()
+
+    def ours(variance):
+        return L.GaussianNLLLoss(agg="sum", eps=0.5)((mean, variance), y)
+
+    def formula(variance):
+        return (variance.log() / 2 + (mean - y) ** 2 / (2 * variance)).sum()
+
+    at = variance.clamp_min(0.5)
+    forward, reverse, jvp = torch.func.jacfwd, torch.func.jacrev, torch.func.jvp
+    torch.testing.assert_close(ours(variance), formula(at))
+    for derivative in (
+        forward,
+        reverse,
+        torch.func.hessian,
+        lambda f: forward(forward(f)),
+        lambda f: reverse(reverse(f)),
+    ):
+        torch.testing.assert_close(derivative(ours)(variance), derivative(formula)(at))
+    tangent = drawn(make_key(), 3)
+    torch.testing.assert_close(jvp(ours, (variance,), (tangent,))[1], jvp(formula, (at,), (tangent,))[1])
+
+
 def test_a_negative_variance_is_seen_or_gives_nan():
     mean, variance, y = torch.zeros(3), torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3)
 
