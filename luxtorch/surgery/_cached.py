@@ -97,7 +97,8 @@ def with_cache(
             expected="MultiHeadAttention, or what holds it, with is_causal=True",
             fix="For another size of a model that has caches, begin with the model that it was made of.",
         )
-    return new, ps, _filled(new.initial_states(META_KEY), own_st, likes, [*tensors((own_ps, own_st)), None][0])
+    numbers = (leaf for leaf in tensors((own_ps, own_st)) if leaf.is_floating_point())
+    return new, ps, _filled(new.initial_states(META_KEY), own_st, likes, next(numbers, None))
 
 
 def _changed(layer: Layer, shape: tuple[int, ...]) -> Layer | None:
@@ -145,7 +146,7 @@ def _filled(
         wanted: All states, on the meta device.
         st: Those that there are.
         likes: A parameter for each place, whose dtype and device the new ones have.
-        like: One for places without.
+        like: One for places without; None if there is none at all.
         path: Where the states are.
     """
     like = likes.get(path, like)

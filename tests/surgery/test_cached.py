@@ -311,6 +311,13 @@ def test_a_layer_of_ones_own_takes_part(make_key, made):
     torch.testing.assert_close(got, model(x, ps, st)[0])
 
 
+def test_a_model_without_parameters_has_a_cache_of_numbers(make_key):
+    model = lt.Chain(lt.Dropout(0.5), Sum())  # a key is all that it has
+    ps, st = lt.setup(make_key(), model)
+    _, _, cached = lt.with_cache(model, ps, st, max_length=3)
+    assert cached["layer_2"]["sum"].dtype == torch.float32
+
+
 def greedy(writer):
     """Return a jitted function that writes tokens after a prompt."""
 
