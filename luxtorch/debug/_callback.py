@@ -39,7 +39,7 @@ class Call:
     """Hold what a program calls: a function, and its arguments but for the values of tensors.
 
     Args:
-        name: What it is called by. Equal calls have one name, in every process, unless they call a user's function.
+        name: What it is called by. Equal calls have one name, unless they call a user's function.
         f: Takes the options, the tree, and the place in a batch.
         options: Its first arguments.
         tree: The tree, with `Call` for each tensor.
@@ -73,7 +73,7 @@ _PLAIN = (bool, int, float, complex, str)
 def _call(f: Callable[..., object], options: tuple[Any, ...], tree: Any) -> Call:
     """Return the call of a function, by the name that equal ones have."""
     name = uuid.uuid4().hex
-    # With a name that is the same in the next process, its program is found on disk again.
+    # Equal ones are one.
     if all(isinstance(option, str) for option in options):
         name = hashlib.sha256(repr((f.__qualname__, options, tree)).encode()).hexdigest()[:32]
     call = Call(name, f, options, tree)
@@ -116,7 +116,7 @@ def _callback(name: str, batch: Sequence[int], values: Sequence[Tensor]) -> Tens
         values: What it is called with.
 
     Returns:
-        A tensor without elements: Inductor keeps the order of operators by what they return.
+        A tensor without elements, since torch orders operators by what they return.
     """
     call = _named(name)
     for place in product(*map(range, batch)):
@@ -196,7 +196,7 @@ def callback(f: Callable[..., object], *args: Any, **kwargs: Any) -> None:
     it once, in the forward pass, with the values alone. Where vmap runs both branches of `lt.cond`, or a loop on for
     members that are done, it is called there too. On a GPU it waits for the values.
 
-    A program that calls a function of yours is compiled anew in each process. None that calls Python is exported. In
+    A program that calls Python replays its operators one by one, as with `backend="replay"`, and is not exported. In
     torch.compile the graph breaks there, so not with `fullgraph=True`; `lt.debug.print` and `lt.debug.check` stay in
     the graph, but for bodies of loops and branches, where they are an error.
 

@@ -34,8 +34,8 @@ def check(condition: bool | Tensor, message: str, *args: Any, **kwargs: Any) -> 
 
     In eager code that is an `assert`. Inside of `lt.jit` and `torch.compile`, where a tensor has no value while the
     function is traced, the error comes when the program gets there: in a scan at the first step that fails, under vmap
-    at the first member, which it names. Nothing is returned then. Arguments that were donated and may have been
-    written into can not be used any more. See `lt.debug.callback` for branches under vmap, where both are run.
+    at the first member, which it names. Nothing is returned then, and arguments that were to be donated stay as they
+    were. See `lt.debug.callback` for branches under vmap, where both are run, and for what becomes of the program.
 
     The processor looks at the condition, so on a GPU each check waits for all that was computed before.
 

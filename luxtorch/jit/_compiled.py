@@ -91,12 +91,7 @@ class Assembled:
         tensors = list(tensors)
         if owner is not None:
             owner.copy_aliased(tensors)
-        try:
-            pool = [*tensors, *run(list(tensors)), *statics]
-        except BaseException:
-            if owner is not None:  # it may have been written into
-                mark_donated(given)
-            raise
+        pool = [*tensors, *run(list(tensors)), *statics]
         picked = order(pool)
         # Donated tensors that are returned get a new tensor object; compilers return `x + 0` as `x` itself.
         held = set(map(id, picked))
@@ -164,6 +159,8 @@ class Compiled(Assembled):
                     leaves = self._restrided(leaves, self.stable_strides)
                     self.trace = trace(fn, leaves, spec, dynamic)
             backend = options.backend
+            if backend == "inductor" and has_effects(self.trace.graph):
+                backend = "replay"  # Inductor keeps no order of operators without a common tensor
             self.signature = self.trace.signature
             self.code = ""
             self.compiling = False
@@ -224,7 +221,6 @@ class Compiled(Assembled):
 
         options = dict(options)
         as_graph = options.pop("triton.cudagraphs", False) and _is_on_one_gpu(self.trace)
-        as_graph = as_graph and not has_effects(self.trace.graph)  # it would have them at the first call alone
         # A CUDA graph has memory of its own, so it cannot write into donated tensors.
         chosen = pairs(self.trace, self._donated) if self._donated and not as_graph else []
         with COMPILING, keeping(self._bodies):

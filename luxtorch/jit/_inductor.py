@@ -14,7 +14,6 @@ from luxtorch.core import tensors
 
 from ._bodies import CALLERS, Body, Form, calls_of_bodies, changed_call, compiled_body, keeping, with_bodies
 from ._donate import Pair
-from ._effects import with_tokens
 from ._programs import find, load, program_key, store
 from ._purity import ConstantFolding
 from ._replay import Program, replay
@@ -219,7 +218,6 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     transpose_products(graph)
     _keys_as_rows(graph)
     with_bodies(graph, _compiled)
-    with_tokens(graph)
     return compile_fx_inner(
         graph,
         fakes,

@@ -222,8 +222,8 @@ def test_a_check_in_a_layer_names_the_layer_and_the_line():
         model(-torch.ones(2), *lt.setup(0, model))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_what_was_donated_is_lost_where_it_may_have_been_written_into(backend):
+@pytest.mark.parametrize("backend", ["replay", pytest.param("inductor", marks=compiled)])
+def test_what_was_to_be_donated_stays_where_a_check_fails(backend):
     def double(p):
         lt.debug.check(p.max() < 4, "too large")
         return 2 * p
@@ -232,11 +232,7 @@ def test_what_was_donated_is_lost_where_it_may_have_been_written_into(backend):
     p = f(f(torch.ones(200, 200)))
     with pytest.raises(lt.errors.CheckError, match="too large"):
         f(p)
-    if backend == "replay":  # which writes into nothing
-        assert p.sum() == 160_000
-    else:
-        with pytest.raises(lt.errors.DonatedError):
-            p.sum()
+    assert p.sum() == 160_000
 
 
 def test_a_program_with_it_is_not_exported(tmp_path):
@@ -311,49 +307,6 @@ def test_values_that_look_alike_are_told_apart(capsys):
     one, other = Quiet("one"), Quiet("other")
     jit(lambda x: lt.debug.print("{}", one) or lt.debug.print("{}", other) or lt.debug.print("{}", 1) or x, backend="replay")(X)  # fmt: skip  # noqa: E501
     assert capsys.readouterr().out.split() == ["one", "other", "1"]
-
-
-@pytest.mark.slow
-@compiled
-def test_the_next_process_finds_the_program_with_its_print(tmp_path):
-    script = """
-import sys, torch, luxtorch as lt
-from luxtorch.jit import _inductor
-made = _inductor._compile_new
-_inductor._compile_new = lambda *args: print("compiled") or made(*args)
-def f(x):
-    lt.debug.print("{} %s", {"sum": x.sum()})
-    lt.debug.check(x.sum() < 5, "too large")
-    lt.scan(lambda c, x: (lt.debug.print("step {}", c), (c + x, None))[1], torch.zeros(()), x)
-    if sys.argv[1] == "callback":
-        lt.debug.callback(lambda x: print("called", x), x.sum())
-    return (x.sin() * 2).sum()
-f = lt.jit(f, backend="inductor")
-print(f(torch.ones(3)).item())
-try:
-    f(torch.full((3,), 2.0))
-except lt.errors.CheckError as error:
-    print(error.problem)
-"""
-
-    def run(kind, text):
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-c", script % text, kind]
-        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-        return out[0] == "compiled", [line for line in out if line != "compiled"]
-
-    steps = ["step 0.0", "step 1.0", "step 2.0"]
-    number = str((torch.ones(3).sin() * 2).sum().item())
-    after = ["{'sum': tensor(6.)} %s", "too large"]
-
-    def lines(text, *called):
-        return [f"{{'sum': tensor(3.)}} {text}", *steps, *called, number, after[0] % text, after[1]]
-
-    assert run("print", "a") == (True, lines("a"))
-    assert run("print", "a") == (False, lines("a"))
-    assert run("print", "b") == (True, lines("b"))
-    for _ in range(2):
-        assert run("callback", "a") == (True, lines("a", "called tensor(3.)"))
 
 
 # torch.compile.
