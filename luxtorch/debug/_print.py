@@ -22,8 +22,8 @@ def print(fmt: str, *args: Any, **kwargs: Any) -> None:
 
     The text is that of `print(fmt.format(*args, **kwargs))` where the tensors have values: in eager code at once,
     inside of `lt.jit` and `torch.compile` at each call, inside of `lt.scan` and the like at each step. Lines keep
-    their order, but for torch.compile by Inductor, which may change it. Under vmap there is a line for each member, and under derivatives one, of the forward pass; see
-    `lt.debug.callback`.
+    their order, but for torch.compile by Inductor, which may change it. Under vmap there is a line for each member, and
+    under derivatives one, of the forward pass; see `lt.debug.callback`.
 
     Args:
         fmt: A format, as of `str.format`.
