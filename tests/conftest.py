@@ -21,11 +21,16 @@ settings.load_profile("luxtorch")
 torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take only a share of the slow tests where `SHARE` asks for that: `SHARE=2/3` is the second of three.
 
-    `FAST_SHARE` does the same for the others.
+    `FAST_SHARE` does the same for the others. Of the many cases of a test that is marked `sampled(n)`, one in n is
+    fast: all of them are checked in the slow tests, and a change that breaks the kind is seen at once.
     """
+    for item in items:
+        if (sampled := item.get_closest_marker("sampled")) and _number(item.nodeid) % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
     shares = {slow: os.environ.get(name, "1/1").split("/") for slow, name in ((True, "SHARE"), (False, "FAST_SHARE"))}
 
     def taken(item: pytest.Item) -> bool:

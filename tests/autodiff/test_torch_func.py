@@ -256,6 +256,7 @@ def _compare(context: str, name: str, tree: str, rng: torch.Generator) -> None:
             _same(CONTEXTS[context](OURS[way], f, x), CONTEXTS[context](THEIRS[way], f, x), where)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("context", "tree"),
     [

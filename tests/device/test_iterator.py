@@ -169,6 +169,7 @@ def test_to_interrupt_is_not_put_off() -> None:
         next(iter(DeviceIterator(loader(), "cpu", prefetch=1)))
 
 
+@pytest.mark.sampled(4)
 @forks
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("prefetch", PREFETCH)

@@ -42,6 +42,7 @@ def drawn(rng, kind):
     return [torch.randn(4, 2, 4, generator=rng, dtype=torch.float64) for _ in range(1 if kind == "encoder" else 2)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -66,6 +67,7 @@ def test_values_and_gradients_are_torchs_without_the_numbers(rng, kind, mask, tr
     torch.testing.assert_close(vmap(loss, (None, 0))(ps, masks), alone)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="before, the compiler could not trace unflatten under a mode")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled(rng, kind):

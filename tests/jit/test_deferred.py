@@ -88,6 +88,7 @@ USES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use", USES)
 def test_it_is_like_any_other(start, batch, use):
     _, deferred = jit(step, backend="replay")(start, batch)
@@ -97,6 +98,7 @@ def test_it_is_like_any_other(start, batch, use):
     assert USES[use](deferred) == USES[use](assembled)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_compile_takes_it_whole(start, batch, kind, same):
     _, ts = jit(step, backend="replay")(fresh(start, kind), batch)

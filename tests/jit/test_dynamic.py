@@ -239,6 +239,7 @@ def of_two(x: Tensor) -> Any:
     return numbers, strides, square, flat.cumsum(0), x.T @ x, x[:, :, None] * x[:, None, :]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dims", [0, pytest.param(-1, marks=pytest.mark.slow), (-2, 1)], ids=str)
 def test_any_dimension_in_any_layout(dims):
     jitted = jit(of_two, dynamic={"x": dims}, backend="replay", maxsize=200)

@@ -62,6 +62,7 @@ def _check(got, expected):
 INDUCTOR = {"dense": "batch", "layernorm": False, "dropout": "batch", "lstm": False}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "dynamic", "backend"),
     [

@@ -65,6 +65,7 @@ def given(rng):
     return torch.randn(4, 3, 5, generator=rng, dtype=F64), torch.tensor([3, 0, 1])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("index", INDICES)

@@ -154,6 +154,7 @@ ELEMENTWISE = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("function", ELEMENTWISE, ids=lambda function: function.__name__)
 def test_a_view_sees_the_numbers_in_whatever_order_a_kernel_leaves_them(function, dynamic, rng):

@@ -40,6 +40,7 @@ def test_the_values_are_right(name):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_transform_knows_them(make_key, name):
     laws = ["gradient", "forward", "vmap_inputs", "vmap_models", "compile", "value"]

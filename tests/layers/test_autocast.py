@@ -27,6 +27,7 @@ def low(function):
     return run
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of torch's rms_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CHOSEN)

@@ -165,6 +165,7 @@ OPERATOR = {"value", "grad", "jacrev", "jvp of a pullback", NAMES[-1]}
 SLOWLY = [name if name in ("grad", "vmap of grad") else rare(name) for name in NAMES]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [rare("tanh"), rare("relu"), "lstm", rare("gru")])
 def test_every_transform_gives_the_numbers_of_the_plain_function(make_key, device, kind, name):
@@ -177,6 +178,7 @@ def test_every_transform_gives_the_numbers_of_the_plain_function(make_key, devic
     assert ("luxtorch.recurrent.default" in jitted.lower(ps, x).graph) == (name in OPERATOR)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SLOWLY)
 @pytest.mark.parametrize("kind", ["lstm", rare("gru")])
 def test_torch_compile_too(make_key, kind, name):

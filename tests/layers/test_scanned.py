@@ -63,6 +63,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("lengths", [False, True], ids=["whole", "lengths"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("cell", ["custom", *[pytest.param(name, marks=pytest.mark.slow) for name in CELLS][1:]])

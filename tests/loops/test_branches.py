@@ -47,6 +47,7 @@ def theta(request, rng):
 FIRST, *OTHERS = BODIES
 
 
+@pytest.mark.sampled(3)
 @HOW
 @pytest.mark.parametrize("word", ["", *LONG])
 @pytest.mark.parametrize("body", [FIRST, *(pytest.param(body, marks=pytest.mark.slow) for body in OTHERS)])

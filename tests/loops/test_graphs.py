@@ -58,6 +58,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_number_of_operators_does_not_depend_on_the_length(name, given):
     transform, most = TRANSFORMS[name]
@@ -67,6 +68,7 @@ def test_the_number_of_operators_does_not_depend_on_the_length(name, given):
     assert short.count("\n") == long.count("\n")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("f", [total, limited, branch], ids=lambda f: f.__name__)
 def test_bodies_are_freed_with_the_function(f, given):
     gc.collect()
@@ -283,6 +285,7 @@ def by_cond(p):
     return lt.cond(torch.tensor(True), lambda: p()["a"]["w"] * p()["b"], lambda: p()["b"])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("loop", [by_scan, by_while_loop, by_cond])
 @pytest.mark.parametrize("group", ["whole", "group", "group in a dict"])
 def test_a_body_may_close_over_a_vector_and_its_groups_which_are_used_again_after_it(loop, group):

@@ -10,6 +10,7 @@ from luxtorch.errors import DTypeError, InputError, LuxtorchError, TracingError
 from tests.loops.words import F64, HOW, eager, loop
 
 
+@pytest.mark.sampled(3)
 @HOW
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5])

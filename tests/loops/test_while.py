@@ -38,6 +38,7 @@ def theta(rng):
     return {name: 0.5 + torch.rand(3, generator=rng, dtype=F64) for name in "xw"}
 
 
+@pytest.mark.sampled(4)
 @HOW
 @pytest.mark.parametrize("word", ["", *LONG])
 def test_every_word_with_a_limit(how, word, theta):
@@ -45,6 +46,7 @@ def test_every_word_with_a_limit(how, word, theta):
     torch.testing.assert_close(got, apply(word, reference)(theta), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.sampled(4)
 @HOW
 @pytest.mark.parametrize("word", ["", *[word for word in WORDS if "R" not in word]])
 def test_forward_mode_and_batches_without_one(how, word, theta):

@@ -146,6 +146,7 @@ def close(actual: Any, expected: Any, rtol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("how", "decay"), [("eager", 0.0), ("eager", 0.3), ("in turns", 0.3)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OF_TORCH)

@@ -369,6 +369,7 @@ WAYS = {
 TABLE: dict[tuple[str, str, str], bool] = {}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", RULES)
 @both_kinds

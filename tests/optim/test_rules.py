@@ -64,6 +64,7 @@ def test_formula(case, kind, draw):
     close(kind.leaves(new), torch_run(case, kind.leaves(ps), [kind.leaves(n) for n in noises]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", ["descent", "momentum", "nesterov", "adam-eps", "adamw-decay"], indirect=True)
 @pytest.mark.parametrize("kind", ["dict", "vector", "tensor"], indirect=True)
 def test_compiled_once(case, kind, draw):
