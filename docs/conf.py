@@ -53,7 +53,10 @@ toc_object_entries_show_parents = "hide"
 
 # Tutorials: the examples, run. The one for several processes needs torchrun, so it is shown only; and so is that which
 # needs transformers and peft, where these are not installed.
-shown_only = ["ddp_", *([] if find_spec("peft") and find_spec("transformers") else ["finetune_"])]
+shown_only = [
+    "ddp_",
+    *([] if find_spec("peft") and find_spec("transformers") else ["finetune_"]),
+]
 sphinx_gallery_conf = {
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["tutorials"],
