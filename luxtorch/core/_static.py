@@ -40,7 +40,15 @@ class Static(Generic[H]):
         return f"Static({self.value!r})"
 
 
+# torch.compile looks whether the flags of two layers are one object, and compiles anew if that changes.
+_FLAGS = {flag: Static(flag) for flag in (False, True)}
+
+
+def _made(value: H) -> Static[H]:
+    return _FLAGS[value] if value is True or value is False else Static(value)  # type: ignore[return-value]
+
+
 # Strict torch.export can hold a number or a string in a structure, but no object.
-register_constant(Static, lambda static: static.value, Static)
+register_constant(Static, lambda static: static.value, _made)
 # States are saved and loaded as plain data.
 torch.serialization.add_safe_globals([Static])

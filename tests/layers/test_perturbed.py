@@ -195,6 +195,9 @@ def all_forms():
 
 # Containers that do more with a layer inside than to call it.
 NOT_INSIDE = (
+    ("test_attention", "rotary", "rotary"),
+    ("test_attention", "cache, rotary, grouped, weights", "rotary"),
+    ("test_transformer", "encoder, rotary", "self_attn.rotary"),
     ("test_branch_maxout_repeated", "AlternatePrecision", ""),
     ("test_branch_maxout_repeated", "PairwiseFusion with a layer", "layers"),
     ("test_compact", "groups of layers", "layers"),
