@@ -155,7 +155,7 @@ if rank == 0:
             "of those of a single process"
         )
         assert difference.max() < 1e-6, "the losses are not those of a single process"
-    print(f"{share:.2%} of {len(y_test)} held-out digits are recognised")
+    print(f"{share:.2%} of {len(y_test)} held-out digits are recognized")
 
 if rank == 0:
     try:

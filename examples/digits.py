@@ -76,7 +76,7 @@ def start():
 
 
 def accuracy(ts):
-    """Return the share of held-out digits recognised, and what each is taken for."""
+    """Return the share of held-out digits recognized, and what each is taken for."""
     with torch.no_grad():
         y_hat, _ = model(x_test, ts.parameters, lt.test_mode(ts.states))
     guess = y_hat.argmax(1)
@@ -136,7 +136,7 @@ assert equal, "the resumed run differs from the whole one"
 share, guess = accuracy(ts)
 print(
     "the resumed run equals the whole one; "
-    f"{share:.2%} of {len(y_test)} held-out digits are recognised"
+    f"{share:.2%} of {len(y_test)} held-out digits are recognized"
 )
 
 try:

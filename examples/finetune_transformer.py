@@ -163,7 +163,7 @@ def step(ts, data):
 
 
 def accuracy(ts):
-    """Return the share of the held-out pieces that are recognised."""
+    """Return the share of the held-out pieces that are recognized."""
     with torch.no_grad():
         logits, _ = logits_of(ts.model, ts.parameters, lt.test_mode(ts.states), x_test)
     return float((logits.argmax(1) == y_test).float().mean())

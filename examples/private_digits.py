@@ -70,7 +70,7 @@ def step(key, ts, noise):
 
 
 def accuracy(ts):
-    """Return the share of the held-out digits that are recognised."""
+    """Return the share of the held-out digits that are recognized."""
     with torch.no_grad():
         guess = model(x_test, ts.parameters, ts.states)[0].argmax(1)
     return (guess == y_test).float().mean().item()

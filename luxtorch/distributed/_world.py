@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from luxtorch.core import InputError, LuxtorchError, out_of_range
 
@@ -60,14 +62,21 @@ def initialize(
         number = int(os.environ.get("LOCAL_RANK", rank or 0))
         torch.cuda.set_device(number % torch.cuda.device_count())
         backend = backend or "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=timeout)
     with collective("meeting"):
         try:
+            restarts, store = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), None
+            if init_method is None and restarts != "0":
+                # torchrun may keep its store, in which processes that have died have left their addresses.
+                store, rank, world_size = next(rendezvous("env://", timeout=limit))
+                store = PrefixStore(f"restart {restarts}", store)
             dist.init_process_group(
                 backend or "gloo",
                 init_method=init_method,
+                store=store,
                 rank=-1 if rank is None else rank,
                 world_size=-1 if world_size is None else world_size,
-                timeout=timedelta(seconds=timeout),
+                timeout=limit,
             )
         except ValueError as error:  # a part of torchrun's environment is missing, or a backend is unknown
             raise InputError(

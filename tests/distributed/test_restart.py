@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,19 +43,31 @@ distributed.shutdown()
 """
 
 
+def launched(script: Path, folder: Path, killed: int) -> str:
+    """Run the script under torchrun, and return what torchrun writes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *launcher, script, folder, str(killed)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            _, errors = run.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
+    assert run.returncode == 0, errors
+    return errors
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_resumes_bit_for_bit(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
-    ends = {}
-    for name, killed in (("undisturbed", -1), ("killed", 3)):
-        (tmp_path / name).mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-        arguments = [tmp_path / "train.py", tmp_path / name, str(killed)]
-        done = subprocess.run(
-            [sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("exitcode: -9" in done.stderr) == (killed >= 0), done.stderr
-        ends[name] = torch.load(tmp_path / name / "end.pt")
-    for name, value in ends["undisturbed"].items():
-        assert torch.equal(ends["killed"][name], value), name
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def end(name: str, killed: int) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        assert ("exitcode: -9" in launched(script, folder, killed)) == (killed >= 0)
+        return torch.load(folder / "end.pt")
+
+    undisturbed, resumed = end("undisturbed", -1), end("killed", 3)
+    for name, value in undisturbed.items():
+        assert torch.equal(resumed[name], value), name

@@ -59,6 +59,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("tutorials", "__pycache__"))
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("output", "__pycache__"))
+    shutil.copy(ROOT / "README.md", folder)  # the home page shows a part of it
     (folder / "benchmarks").mkdir()
     for path in (*(ROOT / "benchmarks").glob("*.md"), *(ROOT / "benchmarks").glob("*.png")):
         shutil.copy(path, folder / "benchmarks")

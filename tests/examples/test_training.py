@@ -25,7 +25,7 @@ def test_a_parabola_is_fitted(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_are_recognised_and_a_resumed_run_equals_a_whole_one(tmp_path, capsys):
+def test_digits_are_recognized_and_a_resumed_run_equals_a_whole_one(tmp_path, capsys):
     result = run_copy(tmp_path, "digits")
     assert result["share"] >= 0.98
     assert "the resumed run equals the whole one" in capsys.readouterr().out

@@ -107,9 +107,11 @@ def test_the_summary_knows_what_the_layer_returns(make_key, file):
 @pytest.mark.parametrize("mode", [lt.train_mode, lt.test_mode])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_layer_of_luxtorch_is_pure(make_key, file, mode):
+    excused = {name: form[2] for name, form in runpy.run_path(str(file))["FORMS"].items() if len(form) > 2}
     for name, layer, x, ps, st in forms(file, make_key):
         report = check_purity(layer, x, ps, mode(st))
-        assert report, f"{name}: {report}"
+        # Of a form that is excused from the law `state`, states may come back as they were computed.
+        assert all(found.kind in excused.get(name, ()) for found in report.findings), f"{name}: {report}"
 
 
 @pytest.mark.slow
