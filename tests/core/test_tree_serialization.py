@@ -88,6 +88,10 @@ def trees():
         yield f"{name}, training", [train_state(rule), train_state(rule, flat=True)]
     frozen = optim.freeze(optim.setup(optim.Adam(0.1), vector), "layer_4")
     yield "frozen", frozen
+    yield (
+        "minimum",
+        optim.MinimizeResult(torch.zeros(()), torch.zeros(()), torch.ones(()), torch.ones(()), torch.ones(())),
+    )
     yield "packed", pack({"a": torch.zeros(1), "b": "text", "c": (3, torch.zeros(2))})
     yield "user", Bag([torch.zeros(1), torch.zeros(2)], "a")
     yield "constant", {"mode": Mode("fast"), "x": torch.zeros(1)}

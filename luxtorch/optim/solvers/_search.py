@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luxtorch._transforms import vmap_levels
 from luxtorch.core import InputError, out_of_range
+from luxtorch.core._tree import register_names
 from luxtorch.loops import while_loop
 
 from .._rule_state import ALL, RuleState, Slots
@@ -33,8 +34,7 @@ class MinimizeResult(NamedTuple):
         reason: Why it ended. "gradient": `grad_norm` is small enough. "step", "loss", "slope": the parameters, or the
             loss, hardly moved, or would hardly move. "line search": nothing lower was found along the direction.
             "iterations", "evaluations": there may be no more. "not finite": the loss or its gradient was not, where the
-            search began, and nothing was done. Of a
-            tensor, `why` tells the words.
+            search began, and nothing was done. Of a tensor, `why` tells the words.
     """
 
     loss: float | Tensor
@@ -76,6 +76,9 @@ class MinimizeResult(NamedTuple):
         values: tuple[Any, ...] = (*self[:4], _REASONS.index(self.reason))
         numbers = (like.new_full((), value) for value in values[:2])
         return MinimizeResult(*numbers, *(torch.full((), value, device=like.device) for value in values[2:]))
+
+
+register_names(MinimizeResult)
 
 
 class Limits(NamedTuple):
