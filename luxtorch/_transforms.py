@@ -56,6 +56,11 @@ def watched() -> bool:
     return dispatch_modes() > 0
 
 
+def readable(tensor: Tensor) -> bool:
+    """Tell whether the numbers of a tensor are seen without waiting for a device, and are what later calls will get."""
+    return tensor.device.type == "cpu" and not (transformed() or watched())
+
+
 def traced() -> bool:
     """Tell whether operators are recorded, or run on tensors without numbers, instead of being run."""
     return torch.compiler.is_compiling() or any(map(get_dispatch_mode, TRACERS))

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import reverse_alone
+from luxtorch._transforms import readable, reverse_alone
 from luxtorch.core import InputError, out_of_range, wrong_type
 from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.core._weighted import watched_means
 
-from ._loss import Loss, as_numbers, machine_epsilon, readable, total
+from ._loss import Loss, as_numbers, machine_epsilon, total
 
 
 class ClassLoss(Loss):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from luxtorch._transforms import reverse_alone, transformed, watched
+from luxtorch._transforms import reverse_alone
 from luxtorch.core import InputError, Parameters, States, Value, out_of_range, show_value, suggest, wrong_type
 
 Aggregation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -220,11 +220,6 @@ def as_numbers(y: Tensor, y_hat: Tensor) -> Tensor:
 def machine_epsilon(y_hat: Tensor, epsilon: float | None) -> float:
     """Return the number to add inside a logarithm: the given one, or the machine epsilon of the dtype."""
     return torch.finfo(y_hat.dtype).eps if epsilon is None else epsilon
-
-
-def readable(tensor: Tensor) -> bool:
-    """Tell whether the numbers of a tensor are seen without waiting for a device, and are what later calls will get."""
-    return tensor.device.type == "cpu" and not (transformed() or watched())
 
 
 def log_sigmoid(x: Tensor) -> Tensor:

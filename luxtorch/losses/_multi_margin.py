@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luxtorch._transforms import readable
 from luxtorch.core import out_of_range
 from luxtorch.core._sharded import beside
 
 from ._classes import as_floats, class_indices
-from ._loss import Loss, log_sigmoid, readable
+from ._loss import Loss, log_sigmoid
 from ._weights import Weights, as_weights, require_weights, weights_beside
 
 

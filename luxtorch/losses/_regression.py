@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._transforms import reverse_alone
+from luxtorch._transforms import readable, reverse_alone
 
-from ._loss import Loss, as_numbers, checked_parts, machine_epsilon, readable, unlike
+from ._loss import Loss, as_numbers, checked_parts, machine_epsilon, unlike
 
 
 class MAELoss(Loss):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luxtorch._errors import InputError, out_of_range, wrong_shape, wrong_type
-from luxtorch._transforms import transformed, watched
+from luxtorch._transforms import readable
 
 from ._key import checked, is_whole
 
@@ -132,10 +132,5 @@ def spread(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def require(name: str, value: Tensor, ok: Tensor, expected: str) -> None:
     """Raise if a tensor has values that are not allowed, where these can be seen without waiting for a device."""
-    if visible(ok) and not bool(ok.all()):
+    if readable(ok) and not bool(ok.all()):
         raise out_of_range(name, value.detach()[~ok][0].item(), expected)
-
-
-def visible(tensor: Tensor) -> bool:
-    """Tell whether the numbers in a tensor can be seen without waiting for a device."""
-    return not transformed() and not watched() and tensor.device.type == "cpu"

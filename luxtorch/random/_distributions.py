@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from luxtorch._errors import InputError, out_of_range, wrong_shape, wrong_type
+from luxtorch._transforms import readable
 
 from . import _gamma
-from ._checks import common_shape, drawn, parameters, require, single, spread, visible
+from ._checks import common_shape, drawn, parameters, require, single, spread
 from ._draws import normal, permutation, randint, rows, uniform
 from ._key import is_whole
 
@@ -331,7 +332,7 @@ def _steps(u: Tensor, rate: Tensor) -> Tensor:
     below, count = probability, torch.zeros_like(u)
     for k in range(1, _STEPS + 1):
         more = u >= below
-        if visible(more) and not bool(more.any()):
+        if readable(more) and not bool(more.any()):
             break
         count = count + more
         probability = probability * (rate / k)
@@ -413,7 +414,7 @@ def multivariate_normal(
 def _factor(covariance: Tensor) -> Tensor:
     """Return the Cholesky factor, NaN where there is none, or raise where that is seen."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    if visible(failed) and bool(failed.any()):
+    if readable(failed) and bool(failed.any()):
         fix = "For a covariance without an inverse, pass a factor of it as scale_tril."
         raise InputError("covariance must be positive definite.", fix=fix)
     return torch.where((failed == 0)[..., None, None], factor, torch.nan)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from luxtorch._errors import InputError
 from luxtorch._torch import compile_constant, primal_of, set_forward_mode
-from luxtorch._transforms import derivatives
+from luxtorch._transforms import derivatives, readable
 
 from . import _ops
-from ._checks import visible
 from ._draws import normal, uniform
 from ._key import split
 
@@ -39,7 +38,7 @@ def gamma_parts(key: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:
         accepted = uniform(second, shape, dtype=dtype).log() < bound
         factor = torch.where(found | ~accepted, factor, d * (1 + s) ** 3)
         found = found | accepted
-        if visible(found) and bool(found.all()):
+        if readable(found) and bool(found.all()):
             break
     log_other = -exponential(last, shape, dtype) / a
     return factor, log_other + _path(concentration, factor.log() + log_other)
