@@ -1,7 +1,7 @@
 """Private names of torch that luxtorch uses, in one place: a new release of torch shows here what it has changed.
 
 Other modules take them from here. Those that live by the insides of one part of torch name these themselves:
-`autodiff/_torch_func.py` (levels of torch.func), `jit/`, `core/_traced_once.py` and `loops/` (tracing,
+`autodiff/_torch_func.py` (levels of torch.func), `jit/`, `optim/_leafwise.py` and `loops/` (tracing,
 Inductor, guards), `random/_philox.py` and `layers/recurrent/_kernels.py` (kernels). `tests/test_torch_private.py`
 checks that each name is there.
 """

@@ -6,7 +6,7 @@ import pytest
 
 import luxtorch as lt
 from luxtorch import inspect, surgery
-from luxtorch._deprecated import moved
+from luxtorch.core._renamed import moved
 
 MOVED = "capture check_purity debug_mode summary DebugModel Impurity NonFiniteError Observation PurityReport Statistics"
 

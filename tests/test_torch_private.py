@@ -18,14 +18,12 @@ HOME = "_torch.py"
 
 LIVE_BY_THE_INSIDES = {
     "autodiff/_torch_func.py": "functorch levels",
-    "core/_traced_once.py": "tracing",
     "core/_tree.py": "torch.utils._pytree",
     "interop/pure/_causal_mask.py": "what torch's transformers ask about a mask, replaced there",
     "jit/": "tracing, Inductor, guards",
-    "loops/_closure.py": "tracing",
-    "loops/_split.py": "operators of a graph",
+    "loops/_closure.py": "tracing, operators of a graph",
     "layers/recurrent/_kernels.py": "kernels of recurrent layers",
-    "optim/": "torch._foreach_*",
+    "optim/": "torch._foreach_*, tracing",
     "random/_philox.py": "kernels of random numbers",
 }
 """Where private names stand besides, and which."""

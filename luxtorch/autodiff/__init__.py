@@ -5,12 +5,12 @@ from ._gradient import withgradient as withgradient
 from ._jacobian import batched_jacobian as batched_jacobian
 from ._jacobian import hessian as hessian
 from ._jacobian import jacobian as jacobian
+from ._jacobian import per_sample_gradients as per_sample_gradients
 from ._linear import LinearOperator as LinearOperator
-from ._operators import GGNVec as GGNVec
-from ._operators import HesVec as HesVec
-from ._operators import JacVec as JacVec
-from ._operators import hessian_diagonal as hessian_diagonal
-from ._per_sample import per_sample_gradients as per_sample_gradients
+from ._products import GGNVec as GGNVec
+from ._products import HesVec as HesVec
+from ._products import JacVec as JacVec
+from ._products import hessian_diagonal as hessian_diagonal
 from ._products import hvp as hvp
 from ._products import jacobian_vector_product as jacobian_vector_product
 from ._products import linearize as linearize

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from luxtorch._linalg import RULES, by_rule
+from luxtorch._formulas import RULES, by_rule
 from luxtorch._transforms import differentiated
 from luxtorch.core import map_tensors, register_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from luxtorch.core._sharded import beside, is_sharded

@@ -21,9 +21,11 @@ from ._layer import Parameters as Parameters
 from ._layer import States as States
 from ._layer import show_value as show_value
 from ._mode import TRAINING as TRAINING
+from ._mode import Static as Static
 from ._mode import test_mode as test_mode
 from ._mode import train_mode as train_mode
 from ._mode import update_state as update_state
+from ._plain import Value as Value
 from ._setup import apply as apply
 from ._setup import initial_parameters as initial_parameters
 from ._setup import initial_states as initial_states
@@ -35,7 +37,6 @@ from ._setup import stateless_apply as stateless_apply
 from ._stack import stack as stack
 from ._stack import unstack as unstack
 from ._stateful import StatefulLayer as StatefulLayer
-from ._static import Static as Static
 from ._tree import count as count
 from ._tree import flatten_names as flatten_names
 from ._tree import map_tensors as map_tensors
@@ -54,4 +55,3 @@ from ._tree import tree_map_with_path as tree_map_with_path
 from ._tree import tree_structure as tree_structure
 from ._tree import tree_unflatten as tree_unflatten
 from ._tree import unflatten_names as unflatten_names
-from ._value import Value as Value

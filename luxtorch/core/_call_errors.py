@@ -20,9 +20,8 @@ from torch import Tensor
 from luxtorch._errors import DTypeError, InputError, KeyNameError, LayerError, LuxtorchError, described, suggest
 from luxtorch.random._key import is_key
 
-from ._meta import META_KEY
 from ._sharded import is_sharded
-from ._tree import named_leaves, subtree, tensors, tree_leaves
+from ._tree import META_KEY, named_leaves, subtree, tensors, tree_leaves
 
 if TYPE_CHECKING:
     from ._layer import Layer

@@ -16,8 +16,8 @@ from luxtorch._torch import Dropouts
 from luxtorch.random import fold_in
 
 from ._layer import Layer
+from ._plain import Value
 from ._stateful import StatefulLayer
-from ._value import Value
 
 
 class ContainerLayer(Layer):

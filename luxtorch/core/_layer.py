@@ -15,10 +15,9 @@ from typing_extensions import dataclass_transform
 from luxtorch._torch import without_modes
 
 from ._call_errors import locate_errors
-from ._meta import META_KEY
+from ._plain import Value
 from ._table import Line, html, runs
-from ._tree import count, named_leaves, subtree
-from ._value import Value
+from ._tree import META_KEY, count, named_leaves, subtree
 
 Parameters: TypeAlias = Mapping[str, Any]
 """A nested mapping from names to tensors: a dict, or a ComponentVector."""

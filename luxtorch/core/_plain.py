@@ -1,4 +1,4 @@
-"""Static parts of trees as JSON and back: plain values, and by their names classes and functions that may be loaded."""
+"""Frozen values, such as layers; and plain values, classes and functions by their names, as JSON and back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,47 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from typing_extensions import dataclass_transform
 
 from luxtorch._errors import InputError, described
 
-from ._value import Value
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+class Value:
+    """Base class of immutable values; subclasses become frozen dataclasses.
+
+    Two values are equal if they are of the same class and have equal fields; equal values hash alike. Equality and
+    hash are defined here once, because generating them for each class would take half of its time at import.
+
+    Args:
+        kw_only: Whether the fields are keyword-only arguments.
+    """
+
+    def __init_subclass__(cls, *, kw_only: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(cls)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._compared()))
+
+    def _compared(self) -> tuple[Any, ...]:
+        """Return the values of the fields that make two objects equal."""
+        return tuple(getattr(self, item.name) for item in fields(self) if item.compare)  # type: ignore[arg-type]
+
+    def _set(self, **values: Any) -> None:
+        """Set fields from a custom constructor or from `__post_init__`; they never change otherwise."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
 
 _OWN = ("torch", "luxtorch")
 

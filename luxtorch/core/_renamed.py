@@ -1,7 +1,4 @@
-"""Renamed parameters in old files, and renamed options, with deprecation warnings.
-
-The affine parameters of normalizations are `weight` and `bias`, as in torch; formerly the first was `scale`.
-"""
+"""Former names, with deprecation warnings: names that have moved, parameters in old files, and options."""
 
 from __future__ import annotations
 
@@ -9,9 +6,34 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any, TypeVar
+from warnings import warn
 
 from luxtorch._errors import InputError
+
+
+def moved(module: str, names: str, to: str) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a module, in which names still stand that have moved to another one.
+
+    Args:
+        module: The module that they have left, its `__name__`.
+        names: The names, with spaces between.
+        to: The module where they are now.
+
+    Example:
+        >>> __getattr__ = moved("luxtorch.surgery", "capture summary", to="luxtorch.inspect")
+    """
+    old = frozenset(names.split())
+
+    def __getattr__(name: str) -> Any:
+        if name not in old:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        warn(f"{module}.{name} has moved: use {to}.{name}.", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(to), name)
+
+    return __getattr__
+
 
 T = TypeVar("T")
 

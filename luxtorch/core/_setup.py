@@ -14,9 +14,8 @@ from luxtorch.random import Rng, as_key, fold_in
 
 from ._container import refuse_modules
 from ._layer import Layer, Parameters, States
-from ._meta import META_KEY, to_meta
-from ._static import Static
-from ._tree import count, map_tensors
+from ._mode import Static
+from ._tree import META_KEY, count, map_tensors, to_meta
 
 
 def setup(rng: Rng, layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:

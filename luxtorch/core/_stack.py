@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luxtorch._errors import DTypeError, InputError, KeyNameError, LuxtorchError, described, suggest
 
-from ._static import Static
+from ._mode import Static
 from ._tree import named_leaves, path_name, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 

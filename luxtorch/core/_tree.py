@@ -1,4 +1,4 @@
-"""Pytrees: registration of nodes with torch and optree, tree_map and the like, and dotted names of leaves."""
+"""Pytrees: registration of nodes with torch and optree, tree_map and the like, names of leaves, and copies on meta."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import optree
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -397,3 +398,14 @@ def count(tree: Any) -> int:
 def subtree(tree: Any, name: str) -> Any:
     """Return the subtree of a child; the whole tree for the empty name."""
     return tree[name] if name else tree
+
+
+META_KEY = torch.empty(2, dtype=torch.uint64, device="meta")
+"""A key on the meta device: initial values from it have shapes and dtypes, and no memory."""
+
+
+def to_meta(x: Any) -> Any:
+    """Return an input, or one of a given shape, on the meta device."""
+    if isinstance(x, Sequence) and all(isinstance(size, int) for size in x):
+        return torch.empty(tuple(x), device="meta")
+    return map_tensors(lambda leaf: leaf.to("meta"), x)

@@ -1,17 +1,21 @@
-"""`print` of values in compiled functions, and formats whose fields are checked where they are written."""
+"""`print`, `check` and `breakpoint` in compiled functions, and formats that are checked where they are written."""
 
 from __future__ import annotations
 
 import builtins
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luxtorch._torch import compile_constant, outside_transforms, without_modes
+from luxtorch._errors import user_line
+from luxtorch._torch import compile_constant, compiled_stack, outside_transforms, without_modes
 from luxtorch.core import InputError, LuxtorchError, tree_map, wrong_type
 
 from ._callback import SYMBOLS, Place, run_with_values, staged
@@ -132,3 +136,139 @@ class _Any:
         return ""
 
     __repr__ = __str__
+
+
+class CheckError(LuxtorchError, AssertionError):
+    """Report that a condition of `lt.debug.check` does not hold, and in which line that is.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> lt.debug.check(torch.tensor(1.0) < 0, "it is above zero")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        luxtorch.debug._check.CheckError: it is above zero
+          got:      False at ...
+    """
+
+
+def check(condition: bool | Tensor, message: str, *args: Any, **kwargs: Any) -> None:
+    """Raise an error if a condition does not hold, whenever the program runs.
+
+    In eager code that is an `assert`. Inside of `lt.jit` and `torch.compile`, where a tensor has no value while the
+    function is traced, the error comes when the program gets there: in a scan at the first step that fails, under vmap
+    at the first member, which it names. Nothing is returned then, and arguments that were to be donated stay as they
+    were. See `lt.debug.callback` for branches under vmap, where both are run, and for what becomes of the program.
+
+    The processor looks at the condition, so on a GPU each check waits for all that was computed before.
+
+    Args:
+        condition: A bool, or a boolean tensor without dimensions.
+        message: What the error says, a format as in `lt.debug.print`.
+        args: Its fields by position, any trees.
+        kwargs: Its fields by name.
+
+    Raises:
+        CheckError: If the condition does not hold.
+        DTypeError: If the condition is no boolean scalar, or the message no string.
+        InputError: If the message has other fields than there are values.
+
+    Example:
+        >>> import torch, luxtorch as lt
+        >>> @lt.jit(backend="replay")
+        ... def log(x):
+        ...     lt.debug.check((x > 0).all(), "the logarithm of {}", x.min())
+        ...     return x.log()
+        >>> log(torch.ones(2))
+        tensor([0., 0.])
+        >>> log(torch.tensor([1.0, -3.0]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        luxtorch.debug._check.CheckError: the logarithm of -3.0
+          got:      False at ...
+
+    Source: `jax.experimental.checkify.check`, but without a function that passes the errors on.
+    """
+    boolean = isinstance(condition, Tensor) and condition.dtype == torch.bool and not condition.ndim
+    if not (boolean or isinstance(condition, (bool, torch.SymBool))):
+        _refuse(condition)
+    check_format(message, args, kwargs)
+    run_with_values(_check, (message, _line()), (condition, args, kwargs))
+
+
+def _check(message: str, line: str, tree: Any, place: Place) -> None:
+    condition, args, kwargs = tree
+    if not condition:
+        member = f", for member {', '.join(map(str, place))} of the vmap" * bool(place)
+        raise CheckError(formatted(message, args, kwargs), got=f"False at {line}{member}")
+
+
+@compile_constant
+def _refuse(condition: object) -> None:
+    raise wrong_type(
+        "The condition of a check",
+        condition,
+        "a boolean scalar, such as (x > 0).all()",
+        fix="Reduce it by .all() or .any().",
+    )
+
+
+@compile_constant
+def _line() -> str:
+    """Return the user's line, also where torch.compile does not run it."""
+    for frame in reversed(compiled_stack()):
+        if _PACKAGE not in Path(frame.filename).parents:
+            return f"{frame.filename}:{frame.lineno}"
+    return user_line()
+
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def breakpoint(**values: Any) -> None:
+    """Stop in Python's debugger, whenever the program runs.
+
+    In eager code it stops in the caller's frame, as Python's `breakpoint()` does. Inside of `lt.jit`, and under
+    transforms, where the names of the function stand for no values, it stops when the program gets there, and has the
+    values that were passed under their names; see `lt.debug.callback`. `sys.breakpointhook`, and with it
+    `PYTHONBREAKPOINT`, choose another debugger or none.
+
+    Args:
+        values: What to look at, any trees.
+
+    Example:
+        >>> import sys, torch, luxtorch as lt
+        >>> def look():  # in place of a debugger, which would wait for commands
+        ...     print(sys._getframe(1).f_locals["loss"])
+        >>> before, sys.breakpointhook = sys.breakpointhook, look
+        >>> @lt.jit(backend="replay")
+        ... def double(x):
+        ...     lt.debug.breakpoint(loss=2 * x)
+        ...     return 2 * x
+        >>> double(torch.tensor(3.0))
+        tensor(6.)
+        tensor(6.)
+        >>> sys.breakpointhook = before
+
+    Source: `jax.debug.breakpoint`; the debugger is Python's own.
+    """
+    if not staged():
+        frame = sys._getframe(1)
+        if sys.breakpointhook is sys.__breakpointhook__ and not os.environ.get("PYTHONBREAKPOINT"):
+            from pdb import Pdb
+
+            Pdb().set_trace(frame)
+        else:
+            _stop({**frame.f_locals, **values}, frame.f_globals)
+        return
+    run_with_values(_stop_with, (), values)
+
+
+def _stop_with(values: Any, place: Place) -> None:
+    _stop(values, {})
+
+
+def _stop(names: dict[str, Any], scope: dict[str, Any]) -> None:
+    exec(_CODE, dict(scope), names)
+
+
+_CODE = compile("breakpoint()", "<lt.debug.breakpoint>", "exec")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from luxtorch.core import out_of_range, tensors
 
-from ._cast import in_precision, map_tensors
-from ._device import Device
+from ._device import Device, in_precision, map_tensors
 
 Arrive = Callable[[], Any]
 """Waits for a batch to be there, and returns it."""

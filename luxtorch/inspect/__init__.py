@@ -4,9 +4,9 @@ from luxtorch.core._statistics import Statistics as Statistics
 
 from ._capture import capture as capture
 from ._debug import DebugModel as DebugModel
+from ._debug import NonFiniteError as NonFiniteError
+from ._debug import Observation as Observation
 from ._debug import debug_mode as debug_mode
-from ._debug_check import NonFiniteError as NonFiniteError
-from ._debug_check import Observation as Observation
 from ._purity import Impurity as Impurity
 from ._purity import PurityReport as PurityReport
 from ._purity import check_purity as check_purity

@@ -1,10 +1,13 @@
-"""Find layers that are not pure functions: `check_purity`."""
+"""Find layers that are not pure functions: `check_purity`; and the global random generators of each library."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import random
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,8 +32,52 @@ from luxtorch.core import (
 from luxtorch.core._statistics import physical
 from luxtorch.random import Rng, as_key
 
-from ._global_random import generators, moved, reseed, restored
 from ._watch import Call, Path, describe, watched
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of the global generators that there are."""
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "Python": random.getstate()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["torch on CUDA"] = torch.cat(torch.cuda.get_rng_state_all())
+    if numpy := sys.modules.get("numpy"):
+        name, keys, *rest = numpy.random.get_state()
+        found["NumPy"] = (name, keys.tobytes(), *rest)
+    return found
+
+
+def moved_generators(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Name the generators that have moved on."""
+    return [name for name, state in before.items() if not _same_states(state, after[name])]
+
+
+def _same_states(a: Any, b: Any) -> bool:
+    # Under forward-mode transforms, a tensor cannot become an array or bytes.
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+def reseed(seed: int) -> None:
+    """Set the global generators to a seed."""
+    torch.manual_seed(seed)  # noqa: TID251  # between times, `generators_restored` puts them back
+    random.seed(seed)  # noqa: TID251
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Put the global generators back afterwards."""
+    own, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy else None
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if initialized else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(own)
+        if numpy:
+            numpy.random.set_state(of_numpy)
 
 
 @dataclass(frozen=True)
@@ -124,7 +171,7 @@ def check_purity(
     for seed in range(2):
         watch = _Watch()
         model = watched(layer, watch)
-        with restored(), torch.enable_grad():
+        with generators_restored(), torch.enable_grad():
             reseed(seed)
             model(_copied(x), _followed(nested_dicts(ps)), _copied(st))
         runs.append(watch)
@@ -159,10 +206,13 @@ class _Watch:
 
     def __call__(self, call: Call, layer: Layer, path: Path, x: Any, ps: Any, st: Any) -> tuple[Any, Any]:
         before = [Snapshot("input", x), Snapshot("parameter", ps), Snapshot("state", st)]
-        random, known = generators(), len(self.findings)
+        random, known = generator_states(), len(self.findings)
         y, new = call(x, ps, st)
         found = [("mutates", line) for snapshot in before for line in snapshot.changes()]
-        found += [("random", f"uses the global random numbers of {name}.") for name in moved(random, generators())]
+        found += [
+            ("random", f"uses the global random numbers of {name}.")
+            for name in moved_generators(random, generator_states())
+        ]
         found += [("state", line) for line in before[2].faults(new)]
         found += [("state", line) for line in self._dropped(layer, path, new)]
         inside = {finding.kind for finding in self.findings[known:]}
@@ -205,7 +255,7 @@ def _remembered(models: list[Layer], x: Any, ps: Any, st: Any) -> Iterator[Impur
     other = tree_map(lambda leaf: 0.5 * leaf + 0.1 if leaf.is_floating_point() else leaf, ps)
     found = []
     for model, order in zip(models, ((ps, other), (other, ps)), strict=True):
-        with restored(), torch.no_grad():
+        with generators_restored(), torch.no_grad():
             for tree in order:
                 reseed(0)
                 found.append([Snapshot("output", model(_copied(x), tree, _copied(st))).copies])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from luxtorch._torch import storage_id
 from luxtorch._transforms import unwrapped
 from luxtorch.core import Layer, map_tensors, out_of_range, setup, tensors, unknown_name
-from luxtorch.core._meta import META_KEY, to_meta
 from luxtorch.core._table import Line, aligned, html, plain
+from luxtorch.core._tree import META_KEY, to_meta
 
 from ._watch import Call, Path, holds_modules, watched, watched_modules
 

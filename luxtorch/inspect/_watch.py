@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from luxtorch.core import Layer, Parameters, States, WrapperLayer
-from luxtorch.core._replace import replace_children
+from luxtorch.core._paths import replace_children
 from luxtorch.layers import Cell, Perturbed
 from luxtorch.layers._perturbed import HOLDERS, Tap
 

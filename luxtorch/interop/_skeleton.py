@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,23 +12,100 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as of_torch
 
 from luxtorch._torch import storage_id
-from luxtorch._transforms import in_reverse, unwrapped
+from luxtorch._transforms import in_reverse, transformed, unwrapped, watched
 from luxtorch.core import InputError, LuxtorchError, Parameters, States, Static
 
-from ._code import check_code, check_draws, functions_of, sources_of
-from ._deferred import CurrentCall, deferred
-from ._identity import Identity, identity_of
+from ._code import NOTHING, Identity, SharedState, check_code, check_draws, functions_of, identity_of, sources_of
 from ._module_copy import Alias, ModuleCopy
 from ._names import NAMES, names_of
 from ._reach import asks_for_parameters, left_by_calls
 from ._reset import Place, not_reset
-from ._shared import NOTHING, SharedState
 from ._submodule import Placeholder, Submodule, tensors_of, writes_parameter
 from .pure._keys import Keys
 from .pure._mode import PureMode
 from .pure._modules import make_pure, make_traceable
+
+
+class _Call(threading.local):
+    """Hold the current call of a converted module, for each thread."""
+
+    copy: WorkingCopy | None = None
+    keys: Keys | None = None
+
+
+_now = _Call()
+
+
+class CurrentCall:
+    """Set the current call for checkpoints inside; a class, since each call enters one and a generator is slower."""
+
+    def __init__(self, copy: WorkingCopy, keys: Keys) -> None:
+        self._call = copy, keys
+
+    def __enter__(self) -> None:
+        self._before = _now.copy, _now.keys
+        _now.copy, _now.keys = self._call
+
+    def __exit__(self, *_: object) -> None:
+        _now.copy, _now.keys = self._before
+
+
+def deferred(function: Callable[..., Any], copy: WorkingCopy, keys: Keys) -> Callable[..., Any]:
+    """Return a function that runs later as it would now: with the same functions replaced and the same keys."""
+    keys = keys.copy()
+
+    @functools.wraps(function)
+    def later(*args: Any, **kwargs: Any) -> Any:
+        if _now.copy is copy:
+            return function(*args, **kwargs)
+        again = keys.copy()
+        with CurrentCall(copy, again), PureMode(again, copy):
+            return function(*args, **kwargs)
+
+    return later
+
+
+def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of the generator of torch's checkpoint that knows the current call."""
+
+    @functools.wraps(original)
+    def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _now.copy is None or _now.keys is None:
+            return original(function, *args, **kwargs)
+        if transformed() or watched():  # these save what they need themselves, and do not allow checkpoints
+            return iter((None,))
+        return original(deferred(function, _now.copy, _now.keys), *args, **kwargs)
+
+    return generator
+
+
+class _Reentrant(of_torch.CheckpointFunction):
+    """Use non-reentrant checkpoints in the call of a converted module: this kind has no `autograd.grad`."""
+
+    @classmethod
+    def apply(cls, function: Any, preserve: bool, *args: Any) -> Any:
+        if _now.copy is None:
+            return of_torch_reentrant.apply(function, preserve, *args)
+        return of_torch.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+of_torch_reentrant = of_torch.CheckpointFunction
+
+
+def install() -> None:
+    """Patch torch's checkpoint inside of the calls of converted modules; elsewhere it is unchanged."""
+    for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"):
+        if hasattr(of_torch, name):
+            setattr(of_torch, name, _checkpoint(getattr(of_torch, name)))
+            break
+    of_torch.CheckpointFunction = _Reentrant  # type: ignore[misc]
+
+
+install()
+
 
 RNG = "rng"
 """The name under which the state of a module with random or unknown code keeps its key."""

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from luxtorch._errors import user_line
 from luxtorch.core import LuxtorchError
 
 from ._purity import ConstantFolding, TracingError
 from ._replay import Program, replay
 from ._trace import record
-from ._user_line import user_line
 
 _BODIES: WeakValueDictionary[str, Body] = WeakValueDictionary()
 _KEEPERS: ContextVar[tuple[list[Any], ...]] = ContextVar("keepers", default=())

@@ -18,14 +18,24 @@ from torch import Tensor
 from luxtorch.core import DTypeError
 
 from ._bodies import keeping
-from ._donate import AliasGuard, Donated, Pair, mark_donated, pairs, raise_donated
+from ._donate import (
+    AliasGuard,
+    Donated,
+    Pair,
+    Strides,
+    copy_strided,
+    mark_donated,
+    other_strides,
+    pairs,
+    raise_donated,
+    stable_strides,
+)
 from ._effects import has_effects
 from ._flatten import Spec, assembler
 from ._options import Backend, Options
 from ._purity import tracing_errors
 from ._replay import CudaGraph, Program, replay
 from ._sizes import Expression
-from ._strides import Strides, copy_strided, other_strides, stable_strides
 from ._trace import Trace, trace
 
 _LOGGER = logging.getLogger("luxtorch.jit")

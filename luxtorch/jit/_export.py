@@ -21,12 +21,12 @@ from luxtorch.core import InputError, LuxtorchError, described
 from ._bodies import CALLERS
 from ._compiled import COMPILING, Assembled, check_leaves
 from ._constants import NotComparable, fingerprint, wrap_static
+from ._donate import copy_strided
 from ._effects import is_effect
 from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
 from ._programs import processor
 from ._purity import tracing_errors
 from ._sizes import Expression, static
-from ._strides import copy_strided
 from ._trace import Trace
 
 _KEY = "luxtorch"

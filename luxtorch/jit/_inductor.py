@@ -13,11 +13,10 @@ from torch import Tensor, fx
 from luxtorch.core import tensors
 
 from ._bodies import CALLERS, Body, Form, calls_of_bodies, changed_call, compiled_body, keeping, with_bodies
-from ._donate import Pair
+from ._donate import Pair, state_outputs
 from ._programs import find, load, program_key, store
 from ._purity import ConstantFolding
 from ._replay import Program, replay
-from ._strides import state_outputs
 from ._trace import Trace, record
 
 # A second thread makes a product of 2 x 64 x 64 x 64 operations slower (6.8 us with one thread, 8.1 with two), one of

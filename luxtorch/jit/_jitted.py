@@ -18,6 +18,7 @@ import torch
 from torch.compiler import is_compiling
 from typing_extensions import ParamSpec
 
+from luxtorch._errors import user_line
 from luxtorch._transforms import functional, watched
 from luxtorch.core import InputError, Static, described, unknown_name
 
@@ -35,7 +36,6 @@ from ._export import export
 from ._flatten import deferred_leaves, flatten, flatten_torch_nodes, leaf_ranges, leaves_with_paths, path_text
 from ._options import Backend, Options
 from ._purity import TracingError
-from ._user_line import user_line
 
 P = ParamSpec("P")
 R = TypeVar("R")

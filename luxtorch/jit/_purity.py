@@ -10,29 +10,77 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily
 
+from luxtorch._errors import called_by_user, package_of, user_line
 from luxtorch._torch import storage_id, version_of
 from luxtorch._transforms import unwrapped
 from luxtorch.core import InputError, LuxtorchError, described
 
-from ._effects import EFFECTS
+from ._effects import EFFECTS, arguments, tensors_in, with_declared_writes, written
 from ._flatten import SHARDED
-from ._indexing import put, taken
 from ._sizes import any_symbol
-from ._user_line import called_by_user, package_of, user_line
-from ._writes import arguments, tensors_in, with_declared_writes, written
+
+IsTraced: TypeAlias = Callable[[Tensor], bool]
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _is_traced_number(item: Any, is_traced: IsTraced) -> bool:
+    """Tell whether an index is a whole number without a value."""
+    return isinstance(item, Tensor) and not item.ndim and item.dtype in _INTEGERS and is_traced(item)
+
+
+def taken(x: Tensor, index: Any, is_traced: IsTraced) -> Tensor:
+    """Return `x[index]`."""
+    place = _first(x, index, is_traced)
+    if place is None:
+        return x[index]
+    dim, rows, rest = place
+    return taken(x.index_select(dim, rows), rest, is_traced)
+
+
+def put(x: Tensor, index: Any, value: Any, is_traced: IsTraced) -> None:
+    """Do `x[index] = value`."""
+    place = _first(x, index, is_traced)
+    if place is None:
+        x[index] = value
+        return
+    dim, rows, rest = place
+    part = x.index_select(dim, rows)
+    put(part, rest, value, is_traced)
+    there = torch.arange(x.shape[dim], device=x.device) == rows  # vmap has no rule for index_copy_
+    x.copy_(torch.where(there.view(-1, *[1] * (x.ndim - dim - 1)), part, x))
+
+
+def _first(x: Tensor, index: Any, is_traced: IsTraced) -> tuple[int, Tensor, Any] | None:
+    """Return the dimension of the first traced number, that number as rows, and the index into these rows instead."""
+    items = index if isinstance(index, tuple) else (index,)
+    at = next((n for n, item in enumerate(items) if _is_traced_number(item, is_traced)), None)
+    if at is None:
+        return None
+    dim = sum(map(_dims, items[:at]))
+    if any(item is ... for item in items[:at]):
+        dim = x.ndim - sum(map(_dims, items[at:]))
+    if not 0 <= dim < x.ndim:
+        raise IndexError(f"too many indices for tensor of dimension {x.ndim}")
+    number = items[at].long()
+    rows = torch.where(number < 0, number + x.shape[dim], number).view(1)
+    return dim, rows, (*items[:at], 0, *items[at + 1 :])
+
+
+def _dims(item: Any) -> int:
+    """Return how many dimensions an index takes."""
+    if item is None or item is ... or isinstance(item, bool):
+        return 0
+    return item.ndim if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) else 1
+
 
 _aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from ._strides import is_dense
+from ._donate import is_dense
+from ._effects import writes
 from ._trace import NO_OPS
-from ._writes import writes
 
 Program: TypeAlias = Callable[[list[Any]], Sequence[Tensor]]
 """A function of a list of input tensors, which it may clear, that returns the outputs of a graph."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._user_line import user_line
+from luxtorch._errors import user_line
 
 _PLAIN = {"torch", "Size", "size", "stride", "int", "float", "bool"}
 

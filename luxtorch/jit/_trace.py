@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from luxtorch._errors import user_line
+
 from ._constants import REGISTER, NotComparable, fingerprint, is_mutable, texts
+from ._effects import writes
 from ._flatten import Spec, flatten, flatten_torch_nodes, fresh_contexts, path_text
 from ._purity import FunctionCheck, TraceCheck, TracingError, can_draw, storage, tracing_errors
 from ._signature import Signature
 from ._sizes import Expression, Sizes, hides_symbols, is_number
-from ._user_line import user_line
-from ._writes import writes
 
 
 @dataclass

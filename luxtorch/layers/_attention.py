@@ -24,7 +24,7 @@ from luxtorch.core import (
     wrong_type,
 )
 from luxtorch.core._call_errors import wrong_names
-from luxtorch.core._replace import replace_children
+from luxtorch.core._paths import replace_children
 from luxtorch.core._sharded import beside, is_sharded
 from luxtorch.init import Initializer, glorot_uniform, zeros
 

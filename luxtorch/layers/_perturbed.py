@@ -24,8 +24,7 @@ from luxtorch.core import (
     tree_structure,
     unknown_name,
 )
-from luxtorch.core._paths import Name, is_glob, places
-from luxtorch.core._replace import replace_children
+from luxtorch.core._paths import Name, is_glob, places, replace_children
 
 from ._compact_parts import Group
 from ._containers import Layers, as_layer

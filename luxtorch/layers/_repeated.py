@@ -25,7 +25,7 @@ from luxtorch.core import (
     tree_leaves,
     tree_map,
 )
-from luxtorch.core._meta import META_KEY
+from luxtorch.core._tree import META_KEY
 from luxtorch.random import split
 
 from ._containers import EXTRA_INPUTS, LayerLike, NamedLayers, as_layer, extra_input, some_layers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone, transformed
 from luxtorch.core import TRAINING, InputError, KeyNameError, Layer, Parameters, States, Static, out_of_range, suggest
-from luxtorch.core._meta import META_KEY
+from luxtorch.core._tree import META_KEY
 from luxtorch.init import normal
 from luxtorch.random import fold_in
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from luxtorch._transforms import traced, unwrapped
 from luxtorch.core import LuxtorchError
 
-from ._while import while_loop
+from ._conditions import while_loop
 
 Memory: TypeAlias = tuple[Tensor, ...]
 Map: TypeAlias = Callable[[Tensor], Tensor]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from luxtorch._transforms import reverse_alone
 
+from ._classes import Weights, as_weights, require_weights, weights_beside
 from ._loss import Loss, log_sigmoid, machine_epsilon
-from ._weights import Weights, as_weights, require_weights, weights_beside
 
 
 class BinaryCrossEntropyLoss(Loss):

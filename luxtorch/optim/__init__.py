@@ -1,7 +1,5 @@
 """Optimizers: rules that are pure functions of parameters, gradients and an explicit state."""
 
-from ._adjust import adjust as adjust
-from ._adjust import transfer as transfer
 from ._hyperparameters import Range as Range
 from ._leafwise import LeafwiseRule as LeafwiseRule
 from ._opt_state import OptState as OptState
@@ -9,7 +7,6 @@ from ._opt_state import freeze as freeze
 from ._opt_state import slots as slots
 from ._opt_state import thaw as thaw
 from ._opt_state import unfreeze as unfreeze
-from ._rates import rate as rate
 from ._rule import ListRule as ListRule
 from ._rule import Rule as Rule
 from ._rule_state import RuleState as RuleState
@@ -23,8 +20,11 @@ from ._schedules import one_cycle as one_cycle
 from ._schedules import piecewise as piecewise
 from ._schedules import polynomial as polynomial
 from ._schedules import warmup_cosine as warmup_cosine
+from ._update import adjust as adjust
 from ._update import eval_parameters as eval_parameters
+from ._update import rate as rate
 from ._update import setup as setup
+from ._update import transfer as transfer
 from ._update import update as update
 from .modifiers import AccumGrad as AccumGrad
 from .modifiers import ClipGrad as ClipGrad

@@ -1,6 +1,6 @@
 """Changing models that are set up: freezing, sharing, adapting, dividing and replacing parameters and layers."""
 
-from luxtorch._deprecated import moved as _moved
+from luxtorch.core._renamed import moved as _moved
 
 from ._cached import with_cache as with_cache
 from ._ema import EMA as EMA

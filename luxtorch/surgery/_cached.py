@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States, tensors
-from luxtorch.core._meta import META_KEY
+from luxtorch.core._tree import META_KEY
 from luxtorch.layers import Positions, RepeatedLayer, RotaryPositionalEmbedding
 from luxtorch.layers._shared import require_size
 

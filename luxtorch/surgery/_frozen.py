@@ -10,8 +10,8 @@ from torch import Tensor
 
 from luxtorch._torch import is_view
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map
-from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path, select_any
+from luxtorch.core._tree import META_KEY
 from luxtorch.layers._containers import as_layer
 
 from ._partition import closed, join, merged, ordered, pruned, taken

@@ -16,8 +16,8 @@ from luxtorch.core import (
     out_of_range,
     unknown_name,
 )
-from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path
+from luxtorch.core._tree import META_KEY
 from luxtorch.layers import WeightNorm
 
 from ._frozen import frozen_names, unfrozen

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, out_of_range, unflatten_names
-from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Path
+from luxtorch.core._tree import META_KEY
 from luxtorch.init import Initializer, kaiming_uniform
 from luxtorch.layers._containers import as_layer
 from luxtorch.random import Rng, as_key, fold_in

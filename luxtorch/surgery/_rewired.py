@@ -23,9 +23,8 @@ from luxtorch.core import (
     wrong_shape,
 )
 from luxtorch.core._call_errors import wrong_names
-from luxtorch.core._meta import META_KEY
-from luxtorch.core._paths import Path, select_any
-from luxtorch.core._replace import replace_children
+from luxtorch.core._paths import Path, replace_children, select_any
+from luxtorch.core._tree import META_KEY
 from luxtorch.layers._perturbed import Tap
 
 from ._partition import join

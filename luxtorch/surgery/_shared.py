@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor, equal
 
 from luxtorch.core import InputError, Layer, Parameters, States, flatten_names, tree_map, unflatten_names
-from luxtorch.core._meta import META_KEY
 from luxtorch.core._paths import Name, places
 from luxtorch.core._statistics import physical
+from luxtorch.core._tree import META_KEY
 from luxtorch.layers._containers import as_layer
 
 from ._partition import closed, merged, ordered, taken

@@ -36,9 +36,8 @@ from luxtorch.core import (
 from luxtorch.jit import jit
 from luxtorch.random import Rng, as_key, split
 
-from ._compare import LawError, close, same_structure, same_values
 from ._orders import QUICK, check_words
-from ._subject import Subject, in_parts, is_real
+from ._subject import LawError, Subject, close, in_parts, is_real, same_structure, same_values
 
 _LOOSE, _TIGHT = 1e-5, 1e-9
 

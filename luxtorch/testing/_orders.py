@@ -19,8 +19,7 @@ from torch import Tensor
 from luxtorch.core import InputError, described, out_of_range, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from luxtorch.random import Rng, as_key, fold_in
 
-from ._compare import LawError
-from ._subject import moved, nonlinear, normal_like, weighted
+from ._subject import LawError, moved, nonlinear, normal_like, weighted
 
 Function = Callable[[Any], Tensor]
 """A function of a tree of real numbers that returns one number."""
@@ -68,7 +67,7 @@ def check_derivatives(f: Callable[..., Any], *xs: Any, rng: Rng = 0, words: Iter
         >>> lt.testing.check_derivatives(lambda x: x.detach() * x, x)
         Traceback (most recent call last):
             ...
-        luxtorch.testing._compare.LawError: ...
+        luxtorch.testing._subject.LawError: ...
     """
     for leaf in tree_leaves(xs):
         if not (isinstance(leaf, Tensor) and leaf.dtype == torch.float64):

@@ -13,7 +13,7 @@ from torch import Tensor
 from luxtorch import random
 from luxtorch._transforms import transformed
 from luxtorch.autodiff._arguments import check_chunk_size
-from luxtorch.autodiff._per_sample import per_sample_gradients, samples
+from luxtorch.autodiff._jacobian import per_sample_gradients, samples
 from luxtorch.autodiff._torch_func import pack, unpack
 from luxtorch.core import (
     InputError,

@@ -16,8 +16,8 @@ from luxtorch.core import map_tensors, tensors
 from luxtorch.core._sharded import any_sharded, own_parts
 from luxtorch.optim._kernels import numbers, unobserved
 from luxtorch.optim._leaves import pair, rebuild
-from luxtorch.optim._rates import changing_rate
 from luxtorch.optim._rule import negative
+from luxtorch.optim._update import changing_rate
 
 from ._gradients import Objective, all_finite, check_state, gradients, select
 from ._train_state import TrainState, Trees

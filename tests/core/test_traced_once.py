@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.core._traced_once import traced_once
 from luxtorch.optim import _leafwise
+from luxtorch.optim._leafwise import traced_once
 
 TABLE = torch.arange(6.0).reshape(2, 3)
 

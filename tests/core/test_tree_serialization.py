@@ -232,7 +232,7 @@ def test_what_cannot_be_written_is_named(value, text):
         {"class": "builtins:dict", "fields": {}},
         {"class": "subprocess:Popen", "values": ["ls"]},
         {"class": "torch:Tensor", "fields": {}},
-        {"class": "luxtorch.core._static:Static", "parts": 1},
+        {"class": "luxtorch.core._mode:Static", "parts": 1},
         {"class": "luxtorch.optim._rule_state:RuleState", "values": [1]},
         {"dtype": "os"},
         {"pickle": "gASV"},

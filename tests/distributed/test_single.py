@@ -161,8 +161,8 @@ def test_what_is_no_rule_is_an_error(wrong):
 @pytest.fixture
 def place(monkeypatch):
     def set_place(rank, ranks):
-        monkeypatch.setattr("luxtorch.distributed._data.rank", lambda: rank)
-        monkeypatch.setattr("luxtorch.distributed._data.world_size", lambda: ranks)
+        monkeypatch.setattr("luxtorch.distributed._world.rank", lambda: rank)
+        monkeypatch.setattr("luxtorch.distributed._world.world_size", lambda: ranks)
 
     return set_place
 
@@ -171,10 +171,10 @@ def place(monkeypatch):
 def test_the_shares_are_equal_and_together_all(size, ranks, uneven):
     rows = torch.arange(3 * size).reshape(size, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("luxtorch.distributed._data.world_size", lambda: ranks)
+        patch.setattr("luxtorch.distributed._world.world_size", lambda: ranks)
         shares = []
         for rank in range(ranks):
-            patch.setattr("luxtorch.distributed._data.rank", lambda rank=rank: rank)
+            patch.setattr("luxtorch.distributed._world.rank", lambda rank=rank: rank)
             try:
                 x, tree = distributed.shard_data((rows, {"y": rows.numpy()[:, 0]}), uneven=uneven)
                 subset = distributed.shard_data(TensorDataset(rows), uneven=uneven)

@@ -16,8 +16,7 @@ import luxtorch as lt
 from luxtorch import InputError, LayerError
 from luxtorch.core import tree_leaves, tree_map
 from luxtorch.core._statistics import Statistics
-from luxtorch.inspect._debug import debug_mode
-from luxtorch.inspect._debug_check import NonFiniteError
+from luxtorch.inspect._debug import NonFiniteError, debug_mode
 
 MODEL = lt.Chain(first=lt.Dense(2, 3), block=lt.Chain(act=torch.sqrt, last=lt.Dense(3, 1)))
 

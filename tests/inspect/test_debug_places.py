@@ -8,9 +8,8 @@ from torch import nn
 
 import luxtorch as lt
 from luxtorch.core import Layer, tree_leaves, tree_map
-from luxtorch.core._replace import replace_children
-from luxtorch.inspect._debug import debug_mode
-from luxtorch.inspect._debug_check import NonFiniteError
+from luxtorch.core._paths import replace_children
+from luxtorch.inspect._debug import NonFiniteError, debug_mode
 
 
 class Net(nn.Module):

@@ -17,9 +17,8 @@ import luxtorch as lt
 from luxtorch.core import WrapperLayer, tree_leaves, tree_map
 from luxtorch.interop import Inputs, from_torch
 from luxtorch.interop._inputs import arguments
-from luxtorch.testing._compare import same_values
 from luxtorch.testing._laws import LAWS
-from luxtorch.testing._subject import Subject, is_real
+from luxtorch.testing._subject import Subject, is_real, same_values
 
 from .forms import FORMS, LOOPED
 from .test_torch_nn import of_module

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import luxtorch as lt
 from luxtorch.jit import TracingError, jit
-from luxtorch.jit._writes import _BACKWARD, _UNDECLARED, with_declared_writes, written
+from luxtorch.jit._effects import _BACKWARD, _UNDECLARED, with_declared_writes, written
 
 from .conftest import BACKENDS
 

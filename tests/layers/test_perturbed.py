@@ -12,7 +12,7 @@ from torch import nn
 import luxtorch as lt
 from luxtorch import Chain, Dense, InputError, KeyNameError
 from luxtorch.core import named_leaves, tree_leaves, tree_map
-from luxtorch.core._replace import replace_children
+from luxtorch.core._paths import replace_children
 from luxtorch.layers import Ensemble, Perturbed, intermediate_gradients
 
 MODEL = Chain(Dense(3, 4, torch.tanh), lt.BatchNorm(4), lt.Dropout(0.5), Chain(Dense(4, 4), Dense(4, 2)))

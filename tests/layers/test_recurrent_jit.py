@@ -12,8 +12,7 @@ import luxtorch as lt
 from luxtorch import BidirectionalRNN, GRUCell, LSTMCell, Recurrence, RNNCell, StackedCell, optim, training
 from luxtorch.core import tree_map
 from luxtorch.layers.recurrent._fused import stepwise
-from luxtorch.layers.recurrent._kernels import fused, loop_backward, loop_forward
-from luxtorch.layers.recurrent._operators import recurrent, recurrent_backward
+from luxtorch.layers.recurrent._kernels import fused, loop_backward, loop_forward, recurrent, recurrent_backward
 
 replayed = partial(lt.jit, backend="replay")
 compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")

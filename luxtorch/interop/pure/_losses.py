@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luxtorch._ctc import ctc_losses
+from luxtorch._formulas import ctc_losses
 from luxtorch._torch import legacy_reduction
 from luxtorch._transforms import reverse_alone, traced, transformed, unwrapped, watched
 from luxtorch.core import out_of_range

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from luxtorch._linalg import RULES, by_rule
+from luxtorch._formulas import RULES, by_rule
 from luxtorch._torch import compile_constant, let_modes_replace
 from luxtorch._transforms import first_order, functional, transformed
 
 from . import (
     _attention,
-    _dropout,
     _lookup,
     _losses,
     _norms,
@@ -146,7 +145,6 @@ def _called_by_torch() -> bool:
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **_attention.REPLACEMENTS,
-    **_dropout.REPLACEMENTS,
     **_lookup.REPLACEMENTS,
     **_losses.REPLACEMENTS,
     **_norms.REPLACEMENTS,

@@ -134,7 +134,7 @@ def stepwise(cell: Steps, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -
 def _operator(kernel: Kernel, xs: Tensor, carry: Carry, weights: Sequence[Tensor]) -> tuple[Tensor, Carry]:
     """Return the same by the custom operator, which is one node of a graph and has only reverse-mode derivatives."""
     # Imported late: registering operators takes a tenth of the time of importing luxtorch.
-    from ._operators import keep_opaque, recurrent_layer
+    from ._kernels import keep_opaque, recurrent_layer
 
     if torch.is_autocast_enabled(xs.device.type):
         dtype = torch.get_autocast_dtype(xs.device.type)

@@ -7,6 +7,6 @@ from ._gradients import ClipNorm as ClipNorm
 from ._gradients import SignDecay as SignDecay
 from ._gradients import WeightDecay as WeightDecay
 from ._groups import Groups as Groups
-from ._plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from ._wrappers import MixedPrecision as MixedPrecision
+from ._wrappers import ReduceLROnPlateau as ReduceLROnPlateau
 from ._wrappers import per_member as per_member
