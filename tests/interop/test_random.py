@@ -77,6 +77,11 @@ DRAWS = {
     "distribution": lambda x: torch.distributions.Normal(x, 1.0, validate_args=False).rsample(),
     "distribution, old": lambda x: torch.distributions.Laplace(x, 1.0, validate_args=False).rsample(),
     "categories": lambda x: torch.distributions.Categorical(x.expand(9, 3, 4), validate_args=False).sample(),
+    "poisson": lambda x: torch.poisson(9 * x + 5),
+    "poisson, method": lambda x: torch.distributions.Poisson(9 * x.double() + 5, validate_args=False).sample(),
+    "gamma": lambda x: torch.distributions.Gamma(x + 0.5, 2.0, validate_args=False).rsample((2,)),
+    "student": lambda x: torch.distributions.StudentT(x + 2.0, validate_args=False).sample(),
+    "dirichlet": lambda x: torch._sample_dirichlet(x + 0.5),
     "dropout": lambda x: F.dropout(x),
     "dropout, in place": lambda x: F.dropout(x.clone(), 0.4, inplace=True),
     "dropout, torch": lambda x: torch.dropout(x, 0.4, True),
@@ -199,6 +204,11 @@ CONTINUOUS = {
     "exponential_": (lambda: torch.zeros(SAMPLES).exponential_(2.0), scipy.stats.expon(scale=0.5)),
     "cauchy_": (lambda: torch.zeros(SAMPLES).cauchy_(1.0, 2.0), scipy.stats.cauchy(1, 2)),
     "log_normal_": (lambda: torch.zeros(SAMPLES).log_normal_(0.5, 0.3), scipy.stats.lognorm(0.3, scale=math.exp(0.5))),
+    "gamma": (
+        lambda: torch.distributions.Gamma(torch.full((SAMPLES,), 0.7), 2.0).sample(),
+        scipy.stats.gamma(0.7, 0, 0.5),
+    ),
+    "beta": (lambda: torch.distributions.Beta(torch.full((SAMPLES,), 0.7), 2.0).sample(), scipy.stats.beta(0.7, 2.0)),
     "rrelu": (lambda: F.rrelu(-torch.ones(SAMPLES), 0.1, 0.4, training=True), scipy.stats.uniform(-0.4, 0.3)),
     "random_": (
         lambda: torch.zeros(SAMPLES, dtype=torch.int64).random_().double() / 2.0**63,
@@ -223,6 +233,10 @@ DISCRETE = {
     "geometric_": (
         lambda: torch.zeros(SAMPLES).geometric_(0.4).clamp(max=4) - 1,
         [0.4, 0.4 * 0.6, 0.4 * 0.36, 0.216],
+    ),
+    "poisson": (
+        lambda: torch.poisson(torch.full((SAMPLES,), 1.5)).clamp(max=4),
+        [*scipy.stats.poisson(1.5).pmf(range(4)), scipy.stats.poisson(1.5).sf(3)],
     ),
     "multinomial": (lambda: torch.multinomial(PARTS, SAMPLES, True), (PARTS / 4).tolist()),
     "multinomial, first": (lambda: PARTS.expand(SAMPLES, 4).multinomial(2)[:, 0], (PARTS / 4).tolist()),
@@ -340,11 +354,26 @@ def test_a_generator_of_ones_own_is_used(make_key, rng, name):
     assert torch.equal(drawn(lambda _: OWN[name](rng), make_key(), None), OWN[name](other))
 
 
-@pytest.mark.parametrize("name", ["poisson", "binomial", "_standard_gamma", "_sample_dirichlet"])
-def test_what_has_no_key_is_refused_by_name(make_key, name):
-    arguments = (torch.ones(2), torch.ones(2) / 2)[: 1 + (name == "binomial")]
-    with pytest.raises(LuxtorchError, match=f"torch.{name} draws from torch's global generator"):
-        drawn(lambda _: getattr(torch, name)(*arguments), make_key(), None)
+def test_what_has_no_key_is_refused_by_name(make_key):
+    with pytest.raises(LuxtorchError, match="torch.binomial draws from torch's global generator"):
+        drawn(lambda _: torch.binomial(torch.ones(2), torch.ones(2) / 2), make_key(), None)
+
+
+@pytest.mark.parametrize("family", ["Gamma", "Beta", "Dirichlet"])
+def test_samples_of_a_distribution_have_the_derivative_of_its_parameters(make_key, family):
+    """A model with such a sample is trained through it: the mean of many is compared with that of the distribution."""
+
+    def sample(parameter):
+        if family == "Dirichlet":
+            both = torch.stack([parameter, torch.full_like(parameter, 2.0)], -1)
+            return torch.distributions.Dirichlet(both).rsample()[..., 0]
+        return getattr(torch.distributions, family)(parameter, torch.full_like(parameter, 2.0)).rsample()
+
+    parameter = torch.full((SAMPLES,), 1.5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(drawn(sample, make_key(), parameter).sum(), parameter)
+    # The mean is a / 2, or a / (a + 2).
+    expected = 0.5 if family == "Gamma" else 2.0 / 3.5**2
+    assert abs(slope.mean().item() - expected) < 4 * slope.std().item() / SAMPLES**0.5 + 1e-3
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def _numbers(*values: Any) -> tuple[Any, ...]:
     return tuple(value.item() if isinstance(value, Tensor) else value for value in values)
 
 
+def poisson(key: Tensor, rate: Tensor) -> Tensor:
+    """Draw whole numbers of the dtype of their rates."""
+    return lr.poisson(key, rate.detach()).to(rate.dtype)
+
+
 # Functions that return a new tensor.
 
 
@@ -261,6 +266,11 @@ def _all_of(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max + 1
 
 
+def _with_parameter(draw: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return a replacement of a function of a tensor of parameters, of which each makes a number."""
+    return lambda keys, input: draw(keys.next(), input)
+
+
 def _batchable(function: Any) -> Callable[..., Tensor]:
     """Return a function that makes a tensor batched by vmap, so that random numbers can be written into it.
 
@@ -290,6 +300,11 @@ def _scatter(keys: Keys, x: Tensor, dim: int, index: Tensor, *value: Any, **opti
 
 def _scatter_(keys: Keys, x: Tensor, *args: Any, **options: Any) -> Tensor:
     return x.copy_(_scatter(keys, x, *args, **options)) if functional() else x.scatter_(*args, **options)
+
+
+def _clamp_(keys: Keys, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Clamp in place by an operator that has a batching rule; torch's gamma distribution clamps what it draws."""
+    return x.copy_(x.clamp(*args, **options)) if functional() else x.clamp_(*args, **options)
 
 
 def _unsupported(name: str, function: Any) -> Callable[..., Any]:
@@ -328,9 +343,14 @@ _FILLING: dict[Any, Callable[..., Any]] = {
     Tensor.scatter_: _scatter_,
     Tensor.scatter: _scatter,
     torch.scatter: _scatter,
+    Tensor.clamp_: _clamp_,
+    **{
+        getattr(torch, name): keyed(getattr(torch, name), _with_parameter(draw))
+        for name, draw in (("poisson", poisson), ("_standard_gamma", lr.gamma), ("_sample_dirichlet", lr.dirichlet))
+    },
     **{
         getattr(torch, name): _unsupported(f"torch.{name}", getattr(torch, name))
-        for name in ("poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "native_dropout", "_fused_dropout")
+        for name in ("binomial", "native_dropout", "_fused_dropout")
     },
 }
 
