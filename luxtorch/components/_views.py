@@ -188,6 +188,26 @@ def split_once(vector: R) -> R:
     return once
 
 
+def settled(vector: R) -> R:
+    """Return a vector whose components, at every depth, are computed now and kept for good.
+
+    A function that closes over it closes over its components, each by itself. That is for bodies of loops: a component
+    has a small gradient, which each step adds to, where a vector would have a large one.
+    """
+    if vector._components is not None and vector._stamp is None:
+        return vector
+    kept = make(type(vector), vector.flat, vector.axes)
+    _settle(kept)
+    return kept
+
+
+def _settle(vector: Views) -> None:
+    for component in vector._kept().values():
+        if isinstance(component, Views):
+            _settle(component)
+    vector.__dict__["_stamp"] = None
+
+
 def _shaped(piece: Tensor, batch: Shape, shape: Shape) -> Tensor:
     """Return a view of a flat piece in the shape of its leaf."""
     if len(shape) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from luxtorch._torch import (
     wrap_for_grad,
 )
 from luxtorch._transforms import is_silenced, silenced, traced, unwrapped
-from luxtorch.core import InputError, described, map_tensors, tensors
-from luxtorch.core._tree import is_node, tree_leaves, tree_map
+from luxtorch.components._views import Views, settled
+from luxtorch.core import InputError, described, map_tensors, tensors, tree_flatten, tree_unflatten
+from luxtorch.core._tree import is_node
 from luxtorch.jit._bodies import Body, traced_body
 from luxtorch.jit._effects import is_effect, tensors_in, written
 from luxtorch.jit._purity import TracingError
@@ -96,11 +98,11 @@ def split(
     """
     with outside_transforms():
         body, constants = traced_body(joint, like)
-        if _writes(body.graph):
+        if writes(body.graph):
             first = body  # with what its operators call
             functional = torch.func.functionalize(lambda *tensors: list(first.graph(*tensors)))
             body, _ = traced_body(functional, [*like, *constants])
-            if _writes(body.graph):
+            if writes(body.graph):
                 return None
     graph = body.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -150,7 +152,7 @@ def split(
     return Split(forward, backward, again, len(saved), constants)
 
 
-def _writes(graph: fx.GraphModule) -> bool:
+def writes(graph: fx.GraphModule) -> bool:
     """Tell whether an operator of a graph writes into what another has made, as `squeeze_` in a product does."""
     operators = (node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
     return any(operator._schema.is_mutable for operator in operators)
@@ -255,7 +257,6 @@ def explored(f: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[Tensor,
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    f = rebound(f, {}, afresh=True)  # what a vector keeps of its components is not to be what is made here
     made, records = _Made(), torch.is_grad_enabled()
     # Only shapes are asked for, so nothing is differentiated here.
     with disable_proxy_modes_tracing(), made, torch.no_grad(), no_tangents():
@@ -278,18 +279,20 @@ def replaced(f: Callable[..., Any], originals: Sequence[Tensor], values: Sequenc
     return map_tensors(mode.value, result)
 
 
-def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, afresh: bool = False) -> Any:
+def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, settle: bool = False) -> Any:
     """Return a function with other tensors in the variables that it closes over, and in its defaults.
 
     Args:
         f: The function.
         table: The new tensors, by the ids of the old ones.
         always: Whether variables with one of these get cells of their own even if nothing changes.
-        afresh: Whether trees with vectors in them are made anew even if nothing changes.
+        settle: Whether vectors get components that are computed now, each of which is closed over by itself.
     """
     known: dict[int, Any] = {}
 
     def change(value: Any) -> Any:
+        if isinstance(value, Views):
+            return settled(value) if settle else changed_tree(value)
         if isinstance(value, (FunctionType, partial)):
             return changed_function(value)
         if isinstance(value, Tensor):
@@ -297,13 +300,14 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, afresh
         return value
 
     def tree(value: Any) -> Any:
-        if isinstance(value, (FunctionType, partial, Tensor)):
+        if isinstance(value, (FunctionType, partial, Tensor, Views)):
             return change(value)
-        if not isinstance(value, (dict, list, tuple)) and not is_node(value):
-            return value
-        new = tree_map(change, value)
-        same = all(one is other for one, other in zip(tree_leaves(value), tree_leaves(new), strict=True))
-        return value if same and not (afresh and any(map(is_node, tree_leaves(value, is_leaf=is_node)))) else new
+        return changed_tree(value) if isinstance(value, (dict, list, tuple)) or is_node(value) else value
+
+    def changed_tree(value: Any) -> Any:
+        leaves, spec = tree_flatten(value, is_leaf=lambda inner: isinstance(inner, Views) and inner is not value)
+        new = list(map(change, leaves))
+        return value if all(map(operator.is_, leaves, new)) else tree_unflatten(new, spec)
 
     def affected(value: Any, new: Any) -> bool:
         return new is not value or (always and any(id(one) in table for one in tensors(value)))
@@ -340,7 +344,7 @@ def rebound(f: Any, table: Mapping[int, Tensor], *, always: bool = False, afresh
             known[id(f)] = new
         return known[id(f)]
 
-    return changed_function(f) if table or afresh else f
+    return changed_function(f) if table or settle else f
 
 
 def current(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from luxtorch._torch import TransformType, all_transforms, forward_level
 from luxtorch._transforms import is_silenced, silenced, unwrapped
 from luxtorch.jit._effects import EFFECTS
 
-from ._closure import Flat
+from ._closure import Flat, writes
 
 
 class Operator(ABC):
@@ -85,11 +85,14 @@ REBUILT: dict[Any, Callable[..., list[Tensor]]] = {}
 
 def interpreted(graph: fx.GraphModule) -> Callable[..., list[Tensor]]:
     """Return a graph as a function that can be transformed, also where there are loops and branches in it."""
+    in_place = writes(graph)
 
     class Interpreter(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target in EFFECTS and is_silenced() and target not in REBUILT:
                 return None
+            if target is torch.ops.aten.view.default and not in_place:
+                return args[0].reshape(args[1])  # a batch may lie in memory as what was traced did not
             return REBUILT[target](*args) if target in REBUILT else super().call_function(target, args, kwargs)
 
     return lambda *flat: list(Interpreter(graph).run(*flat))

@@ -193,6 +193,7 @@ class Lifted:
 
     def __init__(self, f: Callable[..., Any], args: Sequence[Any]) -> None:
         self._arguments = Packed(tuple(args))
+        f = rebound(f, {}, settle=True)
         self.result, pairs = explored(f, *args)
         self.originals = [original for original, _ in pairs]
         self.closed = [here for _, here in pairs]

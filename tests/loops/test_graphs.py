@@ -201,6 +201,35 @@ def test_the_backward_pass_computes_no_step_again(given):
     assert operators(checkpoint=True) == [1, 1]
 
 
+HOLDERS = {
+    "vector": lambda v: v,
+    "vector in a dict": lambda v: {"p": v}["p"],
+    "dict of groups": lambda v: {"cell": v["cell"]},
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_vector_that_is_closed_over_costs_what_a_dict_costs(holder, make_key):
+    """The gradient of each component is added up by itself; that of the vector is put together after the loop."""
+    cell = lt.GRUCell(3, 3)
+    ps = {"cell": lt.initial_parameters(make_key(), cell), "other": torch.ones(50)}
+    xs = torch.ones(4, 2, 3)
+
+    def loss(ps):
+        def step(carry, x):
+            (y, carry), _ = cell((x, carry), ps["cell"], {})
+            return carry, y
+
+        return lt.scan(step, (torch.ones(2, 3),), xs)[1].sum()
+
+    def operators(given, hold):
+        graph = lt.jit(torch.func.grad(lambda ps: loss(hold(ps))), backend="replay").lower(given).graph
+        names = re.findall(r"scan\.default\('(\w+)'", graph)
+        return [sorted(re.findall(r"torch\.ops\.(\S+)\(", _bodies.body_named(name).graph.code)) for name in names]
+
+    assert operators(lt.ComponentVector(ps), HOLDERS[holder]) == operators(ps, lambda ps: ps)
+
+
 @pytest.mark.parametrize("how", ["tape in grad", "pullback later", "jvp of a pullback"])
 def test_a_derivative_that_comes_later_is_right(how, given):
     """Where nobody could know that there will be a second derivative, what was saved for the first is not enough."""

@@ -86,7 +86,26 @@ def nested(scan: Any, theta: Any) -> Tensor:
     return h.square().sum() + ys.sin().sum()
 
 
-BODIES = {body.__name__: body for body in (gru, integers, dropout, vector, nested)}
+def components(scan: Any, theta: Any) -> Tensor:
+    """A vector that is closed over: by its components, groups and the whole, by inner steps, derivatives and batches."""
+    v = lt.ComponentVector({"p": {"w": theta["wh"][:, :3], "h": theta["h"].sin()}, "x": theta["x"].tanh()})
+    group = v["p"]
+
+    def loss(ps: Any, h: Tensor) -> Tensor:
+        return torch.tanh(ps["p"]["w"] @ h + ps["x"][0]).sum()
+
+    def step(h: Tensor, x: Tensor) -> Any:
+        slope = torch.func.grad(loss)(v, h)
+        h = torch.tanh(group["w"] @ h + x) * v["p"].h + 0.1 * slope["p"]["w"].sum(0)
+        inner, _ = scan(lambda c, w: (torch.sin(c + w * group["h"]), None), h, v["p"]["w"])
+        several = torch.vmap(lambda w: (w * v["x"][1]).sum())(group["w"])
+        return inner + several, (h.sum() + v.flat[1]) * group.flat[0]
+
+    h, ys = scan(step, theta["h"], theta["x"])
+    return (h * v["p"]["h"]).sum() + ys.square().sum() + group["w"].square().sum()
+
+
+BODIES = {body.__name__: body for body in (gru, integers, dropout, vector, nested, components)}
 
 
 @pytest.fixture
