@@ -87,7 +87,7 @@ def nested(scan: Any, theta: Any) -> Tensor:
 
 
 def components(scan: Any, theta: Any) -> Tensor:
-    """A vector that is closed over: by its components, groups and the whole, by inner steps, derivatives and batches."""
+    """A vector that is closed over: its components, groups and the whole, also by derivatives and batches inside."""
     v = lt.ComponentVector({"p": {"w": theta["wh"][:, :3], "h": theta["h"].sin()}, "x": theta["x"].tanh()})
     group = v["p"]
 
