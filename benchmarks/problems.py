@@ -14,9 +14,20 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 LR = 1e-5
-"""Small, so that rounding decides nothing in four steps, and no loss is at zero after thousands."""
+"""Small, so that rounding decides nothing in four steps, and no loss is at zero after thousands.
+
+A step of Adam goes the further, the more parameters there are: models of millions have a tenth of it.
+"""
 
 ODE_STEPS = 200
+HEADS = 4
+"""The heads of each transformer's attention."""
+
+RESNET = ((64, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512))
+"""The channels of ResNet-18's blocks, before and after; where they grow, the image becomes smaller by the same."""
+
+INNER_STEPS, INNER_LR = 5, 0.01
+"""The gradient descent of W19 on each task."""
 
 
 class Data(NamedTuple):
@@ -42,10 +53,11 @@ class Problem(NamedTuple):
         model: Which model in `models.py` it takes.
         make: Draws its data from a generator.
         loss: "cross entropy", "mean square" or "sum of squares".
-        optimizer: "Adam" or "SGD", with the learning rate `LR`.
+        optimizer: "Adam" or "SGD", with the learning rate `lr`.
         activation: The activation of layers that leave it open.
         main: Whether it runs when nothing was selected.
-        steps: How many times a loop in it runs its body.
+        lr: The learning rate.
+        steps: How many times a loop in it runs its body, or how many equal layers it has.
     """
 
     name: str
@@ -57,6 +69,7 @@ class Problem(NamedTuple):
     optimizer: str = "Adam"
     activation: str = "relu"
     main: bool = True
+    lr: float = LR
     steps: int = 1
 
     def data(self) -> Data:
@@ -112,20 +125,44 @@ def _cnn(rng: np.random.Generator) -> Data:
     return Data(ps | _weights(rng, "layer_10", 10, 64), _normal(rng, 32, 3, 32, 32), _classes(rng, 32))
 
 
-def _lstm(rng: np.random.Generator) -> Data:
-    ps = {"layer_1.weight_ih": _glorot(rng, (256, 32)), "layer_1.weight_hh": _glorot(rng, (256, 64))}
-    ps |= {"layer_1.bias_ih": 0.1 * _normal(rng, 256), "layer_1.bias_hh": 0.1 * _normal(rng, 256)}
-    return Data(ps | _weights(rng, "layer_2", 10, 64), _normal(rng, 32, 100, 32), _classes(rng, 32))
+def _resnet(rng: np.random.Generator) -> Data:
+    """Return W16: ResNet-18 as it is for small images, with 3x3 kernels in the first layer and no maximum after it."""
+
+    def normed(name: str, number: int, *shape: int) -> Arrays:
+        weight = {f"{name}layer_{number}.weight": _glorot(rng, shape)}
+        return weight | _norm(f"{name}layer_{number + 1}", shape[0])
+
+    ps = normed("", 1, 64, 3, 3, 3)
+    for number, (before, after) in enumerate(RESNET, 3):
+        for part, shape in ((1, (after, before, 3, 3)), (3, (after, after, 3, 3))):
+            ps |= normed(f"layer_{number}.layer_1.", part, *shape)
+        ps |= normed(f"layer_{number}.layer_2.", 1, after, before, 1, 1) if before != after else {}
+    return Data(ps | _weights(rng, "layer_12", 10, 512), _normal(rng, 8, 3, 32, 32), _classes(rng, 8))
 
 
-def _transformer(rng: np.random.Generator) -> Data:
-    ps = _weights(rng, "layer_1", 128, 32)
-    for layer in ("layer_2", "layer_3"):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            ps |= _weights(rng, f"{layer}.self_attn.{name}", 128, 128)
-        ps |= _weights(rng, f"{layer}.linear1", 512, 128) | _weights(rng, f"{layer}.linear2", 128, 512)
-        ps |= _norm(f"{layer}.norm1", 128) | _norm(f"{layer}.norm2", 128)
-    return Data(ps | _weights(rng, "layer_5", 10, 128), _normal(rng, 16, 64, 32), _classes(rng, 16))
+def _lstm(hidden: int, steps: int) -> Callable[[np.random.Generator], Data]:
+    def make(rng: np.random.Generator) -> Data:
+        ps = {f"layer_1.weight_{to}": _glorot(rng, (4 * hidden, n)) for to, n in (("ih", 32), ("hh", hidden))}
+        ps |= {f"layer_1.bias_{to}": 0.1 * _normal(rng, 4 * hidden) for to in ("ih", "hh")}
+        return Data(ps | _weights(rng, "layer_2", 10, hidden), _normal(rng, 32, steps, 32), _classes(rng, 32))
+
+    return make
+
+
+def _transformer(layers: int, width: int, batch: int) -> Callable[[np.random.Generator], Data]:
+    def make(rng: np.random.Generator) -> Data:
+        ps = _weights(rng, "layer_1", width, 32)
+        for layer in (f"layer_{number + 2}" for number in range(layers)):
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                ps |= _weights(rng, f"{layer}.self_attn.{name}", width, width)
+            ps |= _weights(rng, f"{layer}.linear1", 4 * width, width) | _weights(
+                rng, f"{layer}.linear2", width, 4 * width
+            )
+            ps |= _norm(f"{layer}.norm1", width) | _norm(f"{layer}.norm2", width)
+        ps |= _weights(rng, f"layer_{layers + 3}", 10, width)
+        return Data(ps, _normal(rng, batch, 64, 32), _classes(rng, batch))
+
+    return make
 
 
 def _ensemble(rng: np.random.Generator) -> Data:
@@ -217,6 +254,13 @@ def _equal(rng: np.random.Generator) -> Data:
     return Data(ps, _normal(rng, 32, 64), _normal(rng, 32, 64))
 
 
+def _sine_waves(rng: np.random.Generator) -> Data:
+    """Return W19: 8 sine waves as Finn et al. (2017) draw them, 10 points to adapt to each and 10 to judge by."""
+    amplitude, phase = rng.uniform(0.1, 5, (8, 1, 1, 1)), rng.uniform(0, np.pi, (8, 1, 1, 1))
+    x = rng.uniform(-5, 5, (8, 2, 10, 1))
+    return Data(_mlp(rng, 1, 40, 40, 1), x.astype(np.float32), (amplitude * np.sin(x - phase)).astype(np.float32))
+
+
 def _layer(inputs: tuple[int, ...], *weight: int) -> Callable[[np.random.Generator], Data]:
     return lambda rng: Data(_weights(rng, "layer_1", *weight), _normal(rng, *inputs), np.zeros(0, np.float32))
 
@@ -229,13 +273,18 @@ _ALL = [
     Problem("W2", "MLP 784-512-512-10, batch 128, Adam", "training", "mlp", _perceptron(128, 784, 512, 512, 10)),
     Problem("W3", "deep and narrow: 50 x Dense(32, 32), batch 32, Adam", "training", "deep", _deep, "mean square"),
     Problem("W4", "CNN with BatchNorm, 3x32x32, batch 32, Adam", "training", "cnn", _cnn),
-    Problem("W5", "LSTM 64, 100 steps, batch 32, Adam", "training", "lstm", _lstm),
+    Problem("W5", "LSTM 64, 100 steps, batch 32, Adam", "training", "lstm", _lstm(64, 100)),
     Problem("W6", "ensemble of 32 MLPs 20-64-64-1, Adam", "ensemble", "member", _ensemble, "mean square"),
     Problem("W7", "per-sample gradients, MLP 784-256-10, batch 64", "per_sample", "small", _SMALL),
     Problem("W8", "Hessian-vector product, MLP 784-256-10, batch 64", "hvp", "smooth", _SMALL),
     Problem("W9", "Adam's update alone: 300 tensors of 1e3, 4 of 1e6", "adam", "", _many_tensors),
     Problem(
-        "W10", "transformer: 2 layers, 128 wide, 4 heads, 64 tokens, batch 16", "training", "transformer", _transformer
+        "W10",
+        f"transformer: 2 layers, 128 wide, {HEADS} heads, 64 tokens, batch 16",
+        "training",
+        "transformer",
+        _transformer(2, 128, 16),
+        steps=2,
     ),
     *(
         Problem(
@@ -268,6 +317,28 @@ _ALL = [
         "mean square",
         activation="tanh",
         steps=100,
+    ),
+    Problem(
+        "W15",
+        f"BERT-like encoder: 6 layers, 256 wide, {HEADS} heads, 64 tokens, batch 8, Adam",
+        "training",
+        "transformer",
+        _transformer(6, 256, 8),
+        activation="gelu",
+        lr=1e-6,
+        steps=6,
+    ),
+    Problem("W16", "ResNet-18, 3x32x32, batch 8, Adam", "training", "resnet", _resnet, lr=1e-6),
+    Problem("W17", "per-sample gradients, CNN with GroupNorm, 3x32x32, batch 32", "per_sample", "group_cnn", _cnn),
+    Problem("W18", "per-sample gradients, LSTM 32, 50 steps, batch 32", "per_sample", "lstm", _lstm(32, 50)),
+    Problem(
+        "W19",
+        f"MAML: {INNER_STEPS} inner steps on 8 sine waves, MLP 1-40-40-1, Adam",
+        "maml",
+        "sine",
+        _sine_waves,
+        "mean square",
+        steps=INNER_STEPS,
     ),
     *(
         Problem(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..problems import LR, Data, Problem
+from ..problems import Data, Problem
 from . import Build, Step
 
 
@@ -19,7 +19,7 @@ def updates(flat: bool, donate: bool) -> Build:
         ps: Any = {name: jnp.array(value) for name, value in data.ps.items()}
         ps = jnp.concatenate(list(ps.values())) if flat else ps
         grads = jax.tree.map(jnp.copy, ps)
-        rule = optax.adam(LR)
+        rule = optax.adam(problem.lr)
         opt_state = rule.init(ps)
 
         def update(ps: Any, opt_state: Any, grads: Any) -> Any:

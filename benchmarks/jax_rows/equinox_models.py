@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from equinox import nn
 from jax import Array
 
-from ..problems import Data, Problem
+from ..problems import HEADS, RESNET, Data, Problem
 from .losses import ACTIVATIONS, LOSSES
 
 KEY = jax.random.key(0)  # what is drawn from it is replaced by the problem's initial values
@@ -61,18 +62,39 @@ class Encoder(eqx.Module):
     linear2: nn.Linear
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
+    act: nn.Lambda
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, act: nn.Lambda) -> None:
         biases = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
-        self.attention = nn.MultiheadAttention(heads, width, **biases, key=KEY)
-        self.linear1, self.linear2 = nn.Linear(width, hidden, key=KEY), nn.Linear(hidden, width, key=KEY)
+        self.attention = nn.MultiheadAttention(HEADS, width, **biases, key=KEY)
+        self.linear1, self.linear2 = nn.Linear(width, 4 * width, key=KEY), nn.Linear(4 * width, width, key=KEY)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.act = act
 
     def __call__(self, x: Array, *, key: Any = None) -> Array:
         """Return the sequence after attention and two dense layers."""
         x = jax.vmap(self.norm1)(x + self.attention(x, x, x))
-        hidden = jax.nn.relu(jax.vmap(self.linear1)(x))
+        hidden = self.act(jax.vmap(self.linear1)(x))
         return jax.vmap(self.norm2)(x + jax.vmap(self.linear2)(hidden))
+
+
+class Block(nn.StatefulLayer):
+    """Be a block of a ResNet."""
+
+    inner: nn.Sequential
+    around: nn.Sequential
+
+    def __init__(self, before: int, after: int) -> None:
+        stride = after // before
+        first, second = _conv(before, after, 3, stride), _conv(after, after, 3)
+        self.inner = nn.Sequential([first, _norm(after), nn.Lambda(jax.nn.relu), second, _norm(after)])
+        self.around = nn.Sequential([_conv(before, after, 1, stride), _norm(after)] if stride > 1 else [])
+
+    def __call__(self, x: Array, state: nn.State, *, key: Any = None) -> tuple[Array, nn.State]:
+        """Return the image after two convolutions, with a connection around them, and the state."""
+        y, state = self.inner(x, state)
+        x, state = self.around(x, state)
+        return jax.nn.relu(x + y), state
 
 
 def model(problem: Problem, data: Data) -> tuple[eqx.Module, nn.State]:
@@ -110,17 +132,23 @@ def _layers(problem: Problem, data: Data) -> Iterator[Any]:
         case "deep":
             for _ in range(50):
                 yield from (nn.Linear(32, 32, key=KEY), nn.Lambda(jnp.tanh))
-        case "cnn":
+        case "cnn" | "group_cnn":
+            norm = _norm if problem.model == "cnn" else partial(nn.GroupNorm, 8)
             for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
-                yield from (nn.Conv2d(inputs, outputs, 3, padding=1, key=KEY), _norm(outputs), act)
+                yield from (nn.Conv2d(inputs, outputs, 3, padding=1, key=KEY), norm(outputs), act)
                 yield nn.MaxPool2d(2, 2) if inputs < 64 else nn.Lambda(lambda x: x.mean((1, 2)))
             yield nn.Linear(64, 10, key=KEY)
+        case "resnet":
+            yield from (_conv(3, 64, 3), _norm(64), act, *(Block(*channels) for channels in RESNET))
+            yield from (nn.Lambda(lambda x: x.mean((1, 2))), nn.Linear(512, 10, key=KEY))
         case "lstm":
-            yield from (LSTM(32, 64), nn.Linear(64, 10, key=KEY))
+            hidden = data.ps["layer_1.weight_hh"].shape[1]
+            yield from (LSTM(32, hidden), nn.Linear(hidden, 10, key=KEY))
         case "transformer":
-            yield Each(nn.Linear(32, 128, key=KEY))
-            yield from (Encoder(128, 4, 512), Encoder(128, 4, 512))
-            yield from (nn.Lambda(lambda x: x.mean(0)), nn.Linear(128, 10, key=KEY))
+            width = len(data.ps["layer_1.weight"])
+            yield Each(nn.Linear(32, width, key=KEY))
+            yield from (Encoder(width, act) for _ in range(problem.steps))
+            yield from (nn.Lambda(lambda x: x.mean(0)), nn.Linear(width, 10, key=KEY))
         case "normed_mlp":
             for inputs in (32, *[256] * 5):
                 yield from (nn.Linear(inputs, 256, key=KEY), act, _norm(256))
@@ -139,6 +167,10 @@ def _dense(act: nn.Lambda, *widths: int) -> Iterator[Any]:
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
         yield from ([act] if i else [])
         yield nn.Linear(inputs, outputs, key=KEY)
+
+
+def _conv(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, size, stride, padding=size // 2, use_bias=False, key=KEY)
 
 
 def _norm(size: int) -> nn.BatchNorm:

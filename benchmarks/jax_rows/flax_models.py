@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..problems import Data, Problem
+from ..problems import HEADS, RESNET, Data, Problem
 from .losses import ACTIVATIONS, LOSSES
 
 
@@ -43,24 +44,24 @@ class Encoder(nn.Module):
     """Be torch's TransformerEncoderLayer without dropout."""
 
     width: int
-    heads: int
-    hidden: int
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return the sequences after attention and two dense layers."""
-        attended = nn.MultiHeadDotProductAttention(self.heads, name="self_attn")(x)
+        attended = nn.MultiHeadDotProductAttention(HEADS, name="self_attn")(x)
         x = nn.LayerNorm(epsilon=1e-5, name="norm1")(x + attended)
-        hidden = nn.relu(nn.Dense(self.hidden, name="linear1")(x))
+        hidden = self.act(nn.Dense(4 * self.width, name="linear1")(x))
         return nn.LayerNorm(epsilon=1e-5, name="norm2")(x + nn.Dense(self.width, name="linear2")(hidden))
 
 
 class Model(nn.Module):
-    """Be the model of a problem, in training mode."""
+    """Be the model of a problem, in training mode; its size is that of the first parameter."""
 
     model: str
     activation: str
     size: int
+    steps: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -80,22 +81,31 @@ class Model(nn.Module):
                 for number in range(50):
                     x = jnp.tanh(nn.Dense(32, name=f"layer_{number + 1}")(x))
                 return x
-            case "cnn":
+            case "cnn" | "group_cnn":
+                norm = _norm if self.model == "cnn" else partial(nn.GroupNorm, 8, epsilon=1e-5)
                 for number, outputs in ((1, 32), (4, 64), (7, 64)):
                     x = nn.Conv(outputs, (3, 3), name=f"layer_{number}")(x)
-                    x = act(_norm(number + 1)(x))
+                    x = act(norm(name=f"layer_{number + 1}")(x))
                     x = nn.max_pool(x, (2, 2), (2, 2)) if number < 7 else x.mean((1, 2))
                 return nn.Dense(10, name="layer_10")(x)
+            case "resnet":
+                x = nn.relu(_normed_conv(x, "", 1, 64, 3))
+                for number, (before, after) in enumerate(RESNET, 3):
+                    inner, around, stride = f"layer_{number}.layer_1.", f"layer_{number}.layer_2.", after // before
+                    y = nn.relu(_normed_conv(x, inner, 1, after, 3, stride))
+                    x = _normed_conv(x, around, 1, after, 1, stride) if stride > 1 else x
+                    x = nn.relu(x + _normed_conv(y, inner, 3, after, 3))
+                return nn.Dense(10, name="layer_12")(x.mean((1, 2)))
             case "lstm":
-                return nn.Dense(10, name="layer_2")(LSTM(64, name="layer_1")(x))
+                return nn.Dense(10, name="layer_2")(LSTM(self.size // 4, name="layer_1")(x))
             case "transformer":
-                x = nn.Dense(128, name="layer_1")(x)
-                for number in (2, 3):
-                    x = Encoder(128, 4, 512, name=f"layer_{number}")(x)
-                return nn.Dense(10, name="layer_5")(x.mean(1))
+                x = nn.Dense(self.size, name="layer_1")(x)
+                for number in range(self.steps):
+                    x = Encoder(self.size, act, name=f"layer_{number + 2}")(x)
+                return nn.Dense(10, name=f"layer_{self.steps + 3}")(x.mean(1))
             case "normed_mlp":
                 for number in range(1, 13, 2):
-                    x = _norm(number + 1)(act(nn.Dense(256, name=f"layer_{number}")(x)))
+                    x = _norm(name=f"layer_{number + 1}")(act(nn.Dense(256, name=f"layer_{number}")(x)))
                 return nn.Dense(10, name="layer_13")(x)
             case "lenet":
                 for number, outputs in ((1, 6), (3, 16)):
@@ -112,11 +122,11 @@ class Model(nn.Module):
 
 def model(problem: Problem, data: Data) -> tuple[Model, Any, dict[str, Any]]:
     """Return the model, the problem's initial parameters, and the other variables."""
-    made = Model(problem.model, problem.activation, data.x.shape[1])
+    made = Model(problem.model, problem.activation, len(next(iter(data.ps.values()))), problem.steps)
     variables = jax.eval_shape(made.init, jax.random.key(0), images_last(data.x))
     state = {name: jax.tree.map_with_path(_statistic, tree) for name, tree in variables.items() if name != "params"}
     # An ensemble's initial values have one more dimension in front, for the members.
-    bias = next(array for name, array in data.ps.items() if name.startswith("layer_1.bias"))
+    bias = next(array for name, array in data.ps.items() if "bias" in name)
     members = len(bias) if bias.ndim == 2 else None
 
     def value(path: Any, leaf: Any) -> Array:
@@ -164,5 +174,9 @@ def _dense(act: Callable[[Array], Array], x: Array, first: int, *widths: int) ->
     return x
 
 
-def _norm(number: int) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=False, momentum=0.9, name=f"layer_{number}")
+_norm = partial(nn.BatchNorm, use_running_average=False, momentum=0.9)
+
+
+def _normed_conv(x: Array, name: str, number: int, outputs: int, size: int, stride: int = 1) -> Array:
+    conv = nn.Conv(outputs, (size, size), stride, size // 2, use_bias=False, name=f"{name}layer_{number}")
+    return _norm(name=f"{name}layer_{number + 1}")(conv(x))

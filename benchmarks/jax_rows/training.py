@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ..problems import LR, Data, Problem
+from ..problems import Data, Problem
 from . import Build, Step, equinox_models, flax_models
 
 Loss = Callable[..., tuple[Array, Any]]
@@ -19,7 +19,7 @@ Loss = Callable[..., tuple[Array, Any]]
 
 def optimizer(problem: Problem) -> optax.GradientTransformation:
     """Return the problem's optimizer."""
-    return optax.adam(LR) if problem.optimizer == "Adam" else optax.sgd(LR)
+    return optax.adam(problem.lr) if problem.optimizer == "Adam" else optax.sgd(problem.lr)
 
 
 def whole_step(loss: Loss, rule: optax.GradientTransformation) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import luxtorch as lt
 from luxtorch import optim, training
 
-from ..problems import LR, Data, Problem
+from ..problems import Data, Problem
 from . import Build, Step
 from .hand_written import adam, update
 from .models import tensors
@@ -24,7 +24,7 @@ def torch_optim(compiled: bool = False, **options: bool) -> Build:
         ps = [torch.nn.Parameter(p) for p in tensors(data.ps, device).values()]
         for p, grad in zip(ps, tensors(data.ps, device).values(), strict=True):
             p.grad = grad
-        optimizer = torch.optim.Adam(ps, lr=torch.tensor(LR) if compiled else LR, **options)
+        optimizer = torch.optim.Adam(ps, lr=torch.tensor(problem.lr) if compiled else problem.lr, **options)
         call = torch.compile(optimizer.step) if compiled else optimizer.step
 
         def step() -> list[Tensor]:
@@ -39,7 +39,7 @@ def torch_optim(compiled: bool = False, **options: bool) -> Build:
 def with_torchopt(problem: Problem, data: Data, device: str) -> Step:
     """Update by torchopt, out of place."""
     ps, grads = tensors(data.ps, device), tensors(data.ps, device)
-    rule = torchopt.adam(LR)
+    rule = torchopt.adam(problem.lr)
     state = rule.init(ps)
 
     def step() -> dict[str, Tensor]:
@@ -59,12 +59,12 @@ def by_hand(flat: bool) -> Build:
         ps = {"flat": torch.cat(list(ps.values()))} if flat else ps
         grads = {name: p.clone() for name, p in ps.items()}
         state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in ps.items()}
-        count = torch.zeros((), device=device)
+        count, lr = torch.zeros((), device=device), problem.lr
 
         @torch.compile(fullgraph=True)
         def whole(ps: Any, state: Any, count: Tensor, grads: Any) -> Any:
             count = count + 1
-            return *update(adam, ps, grads, state, count, LR), count
+            return *update(adam, ps, grads, state, count, lr), count
 
         def step() -> Any:
             nonlocal ps, state, count
@@ -87,7 +87,7 @@ def luxtorch(vector: bool) -> Build:
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         ps, grads = lux_trees(data, device, vector)
-        opt_state = optim.setup(optim.Adam(LR), ps)
+        opt_state = optim.setup(optim.Adam(problem.lr), ps)
 
         def step() -> Any:
             nonlocal ps, opt_state
@@ -104,7 +104,7 @@ def luxtorch_donated(vector: bool) -> Build:
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         ps, grads = lux_trees(data, device, vector)
-        ts = training.TrainState(lt.NoOpLayer(), ps, {}, optim.Adam(LR))
+        ts = training.TrainState(lt.NoOpLayer(), ps, {}, optim.Adam(problem.lr))
         calls = 0
 
         def step() -> Any:
@@ -124,7 +124,7 @@ def luxtorch_jit(vector: bool, donate: bool = False) -> Build:
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         ps, grads = lux_trees(data, device, vector)
-        opt_state = optim.setup(optim.Adam(LR), ps)
+        opt_state = optim.setup(optim.Adam(problem.lr), ps)
 
         @lt.jit(donate=("opt_state", "ps") if donate else ())
         def updated(opt_state: optim.OptState, ps: Any, grads: Any) -> Any:

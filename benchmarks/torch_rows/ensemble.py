@@ -12,7 +12,7 @@ from torch.func import functional_call, grad_and_value, vmap
 import luxtorch as lt
 from luxtorch import optim, training
 
-from ..problems import LR, Data, Problem
+from ..problems import Data, Problem
 from . import Build, Step
 from .hand_written import adam, update, views
 from .lux_steps import lux_steps
@@ -33,7 +33,7 @@ def loop(one_optimizer: bool = False, **options: bool) -> Build:
         members = modules(problem, data, device)
         groups = [list(member.parameters()) for member in members]
         groups = [[p for group in groups for p in group]] if one_optimizer else groups
-        optimizers = [torch.optim.Adam(group, lr=LR, **options) for group in groups]
+        optimizers = [torch.optim.Adam(group, lr=problem.lr, **options) for group in groups]
 
         def step() -> Tensor:
             total = torch.zeros((), device=device)
@@ -57,7 +57,7 @@ def with_torchopt(problem: Problem, data: Data, device: str) -> Step:
     ps, (x, y) = tensors(data.ps, device), inputs(data, device)
     module = modules(problem, data, device)[0]
     gradients = vmap(grad_and_value(lambda ps: (functional_call(module, ps, (x,)) - y).square().mean()))
-    rule = torchopt.adam(LR)
+    rule = torchopt.adam(problem.lr)
     state = rule.init(ps)
 
     def step() -> Tensor:
@@ -78,7 +78,7 @@ def whole_step(flat: bool) -> Build:
         shapes = {name: p.shape[1:] for name, p in ps.items()}
         ps = {"flat": torch.cat([p.flatten(1) for p in ps.values()], 1)} if flat else ps
         state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in ps.items()}
-        count = torch.zeros((), device=device)
+        count, lr = torch.zeros((), device=device), problem.lr
         module = modules(problem, data, device)[0]
 
         def loss(ps: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def whole_step(flat: bool) -> Build:
         def whole(ps: Any, state: Any, count: Tensor, x: Tensor, y: Tensor) -> Any:
             grads, losses = vmap(grad_and_value(loss), (0, None, None))(ps, x, y)
             count = count + 1
-            ps, state = update(adam, ps, grads, state, count, LR)
+            ps, state = update(adam, ps, grads, state, count, lr)
             return ps, state, count, losses.sum()
 
         def step() -> Tensor:
@@ -114,7 +114,7 @@ def lux_state(problem: Problem, data: Data, device: str, vector: bool) -> tuple[
     layer = lt.Ensemble(models(problem, data)[1], _members(data))
     ps, st, _ = lt.load_weights(tensors(data.ps, "cpu"), *lt.setup(0, layer))
     ps, st = lt.to_device((ps, st), device)
-    ts = training.TrainState(layer, lt.ComponentVector(ps) if vector else ps, st, optim.Adam(LR))
+    ts = training.TrainState(layer, lt.ComponentVector(ps) if vector else ps, st, optim.Adam(problem.lr))
     return ts, objective, inputs(data, device)
 
 

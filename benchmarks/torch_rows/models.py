@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import luxtorch as lt
 
-from ..problems import Data, Problem
+from ..problems import HEADS, RESNET, Data, Problem
 from .loop_models import GRU, Equal, LuxGRU, LuxSolved, Solved, lux_equal
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +56,40 @@ def mean_over_pixels(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
+class Block(nn.Module):
+    """Be a block of a ResNet."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = after // before
+        self.layer_1 = sequential(
+            *(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()),
+            *(nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)),
+        )
+        around = (nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)) if stride > 1 else ()
+        self.layer_2 = sequential(*around)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the image after two convolutions, with a connection around them."""
+        return relu_of_sum(self.layer_1(x), self.layer_2(x))
+
+
+def lux_block(before: int, after: int) -> lt.Layer:
+    """Return the same for luxtorch."""
+    stride = after // before
+    inner = lt.Chain(
+        *(lt.Conv((3, 3), before, after, stride=stride, padding=1, bias=False), lt.BatchNorm(after, "relu")),
+        *(lt.Conv((3, 3), after, after, padding=1, bias=False), lt.BatchNorm(after)),
+    )
+    around = lt.Chain(lt.Conv((1, 1), before, after, stride=stride, bias=False), lt.BatchNorm(after))
+    return lt.Parallel(relu_of_sum, inner, around if stride > 1 else lt.NoOpLayer())
+
+
+def relu_of_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Return the positive part of a sum."""
+    return torch.relu(x + y)
+
+
 def models(problem: Problem, data: Data) -> tuple[nn.Module, lt.Layer]:
     """Return the model of a problem, written for torch.nn and for luxtorch."""
     act, name = ACTIVATIONS[problem.activation], problem.activation
@@ -72,38 +107,63 @@ def models(problem: Problem, data: Data) -> tuple[nn.Module, lt.Layer]:
                 sequential(*(part for _ in range(50) for part in (nn.Linear(32, 32), nn.Tanh()))),
                 lt.Chain(*(lt.Dense(32, 32, "tanh") for _ in range(50))),
             )
-        case "cnn":
+        case "cnn" | "group_cnn":
+            batch = problem.model == "cnn"
+            norm = nn.BatchNorm2d if batch else partial(nn.GroupNorm, 8)
+            lux_norm = lt.BatchNorm if batch else partial(lt.GroupNorm, num_groups=8)
             return (
                 sequential(
-                    *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), act(), nn.MaxPool2d(2)),
-                    *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), act(), nn.MaxPool2d(2)),
-                    *(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), act(), MeanOver(2, 3)),
+                    *(nn.Conv2d(3, 32, 3, padding=1), norm(32), act(), nn.MaxPool2d(2)),
+                    *(nn.Conv2d(32, 64, 3, padding=1), norm(64), act(), nn.MaxPool2d(2)),
+                    *(nn.Conv2d(64, 64, 3, padding=1), norm(64), act(), MeanOver(2, 3)),
                     nn.Linear(64, 10),
                 ),
                 lt.Chain(
-                    *(lt.Conv((3, 3), 3, 32, padding=1), lt.BatchNorm(32, name), lt.MaxPool((2, 2))),
-                    *(lt.Conv((3, 3), 32, 64, padding=1), lt.BatchNorm(64, name), lt.MaxPool((2, 2))),
-                    *(lt.Conv((3, 3), 64, 64, padding=1), lt.BatchNorm(64, name), mean_over_pixels),
+                    *(lt.Conv((3, 3), 3, 32, padding=1), lux_norm(32, activation=name), lt.MaxPool((2, 2))),
+                    *(lt.Conv((3, 3), 32, 64, padding=1), lux_norm(64, activation=name), lt.MaxPool((2, 2))),
+                    *(lt.Conv((3, 3), 64, 64, padding=1), lux_norm(64, activation=name), mean_over_pixels),
                     lt.Dense(64, 10),
                 ),
             )
-        case "lstm":
+        case "resnet":
             return (
-                sequential(LastOutput(32, 64, batch_first=True), nn.Linear(64, 10)),
-                lt.Chain(lt.Recurrence(lt.LSTMCell(32, 64)), lt.Dense(64, 10)),
+                sequential(
+                    *(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+                    *(Block(*channels) for channels in RESNET),
+                    *(MeanOver(2, 3), nn.Linear(512, 10)),
+                ),
+                lt.Chain(
+                    *(lt.Conv((3, 3), 3, 64, padding=1, bias=False), lt.BatchNorm(64, "relu")),
+                    *(lux_block(*channels) for channels in RESNET),
+                    *(mean_over_pixels, lt.Dense(512, 10)),
+                ),
+            )
+        case "lstm":
+            hidden = data.ps["layer_1.weight_hh"].shape[1]
+            return (
+                sequential(LastOutput(32, hidden, batch_first=True), nn.Linear(hidden, 10)),
+                lt.Chain(lt.Recurrence(lt.LSTMCell(32, hidden)), lt.Dense(hidden, 10)),
             )
         case "transformer":
-            block = {"dim_feedforward": 512, "dropout": 0.0}
-            encoders = (nn.TransformerEncoderLayer(128, 4, batch_first=True, **block) for _ in range(2))
-            layers = (lt.TransformerEncoderLayer(128, 4, **block) for _ in range(2))
+            width = len(data.ps["layer_1.weight"])
+            block = {"dim_feedforward": 4 * width, "dropout": 0.0, "activation": name}
+            encoders = (
+                nn.TransformerEncoderLayer(width, HEADS, batch_first=True, **block) for _ in range(problem.steps)
+            )
+            layers = (lt.TransformerEncoderLayer(width, HEADS, **block) for _ in range(problem.steps))
             return (
-                sequential(nn.Linear(32, 128), *encoders, MeanOver(1), nn.Linear(128, 10)),
-                lt.Chain(lt.Dense(32, 128), *layers, mean_over_tokens, lt.Dense(128, 10)),
+                sequential(nn.Linear(32, width), *encoders, MeanOver(1), nn.Linear(width, 10)),
+                lt.Chain(lt.Dense(32, width), *layers, mean_over_tokens, lt.Dense(width, 10)),
             )
         case "member":
             return (
                 sequential(nn.Linear(20, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 1)),
                 lt.Chain(lt.Dense(20, 64, name), lt.Dense(64, 64, name), lt.Dense(64, 1)),
+            )
+        case "sine":
+            return (
+                sequential(nn.Linear(1, 40), act(), nn.Linear(40, 40), act(), nn.Linear(40, 1)),
+                lt.Chain(lt.Dense(1, 40, name), lt.Dense(40, 40, name), lt.Dense(40, 1)),
             )
         case "small":
             return (

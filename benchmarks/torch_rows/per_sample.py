@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 import luxtorch as lt
 
-from ..problems import Data, Problem
+from ..problems import Data, LeftOut, Problem
 from . import Build, Step
 from .models import LOSSES, inputs, lux_model, torch_model
 
@@ -31,6 +31,8 @@ def vmapped(compiled: bool = False) -> Build:
     """Differentiate functional_call by vmap of grad."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
+        if compiled and problem.model == "lstm":
+            raise LeftOut("torch.compile does not trace nn.LSTM inside of torch.func")
         module, loss_of = torch_model(problem, data, device), LOSSES[problem.loss][0]
         (x, y), ps = inputs(data, device), {name: p.detach() for name, p in module.named_parameters()}
         each = vmap(grad(lambda ps, x, y: loss_of(functional_call(module, ps, (x[None],)), y[None])), (None, 0, 0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import luxtorch as lt
 from luxtorch import optim
 
-from ..problems import LR, Data, LeftOut, Problem
+from ..problems import Data, LeftOut, Problem
 from . import Build, Step
 from .models import tensors
 
@@ -85,7 +85,7 @@ def torch_nn(compiled: bool = False, **options: bool) -> Build:
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         module, given = Policy(tensors(data.ps, "cpu")).to(device), tensors(dict(data.others), device)
-        optimizer = torch.optim.Adam(module.parameters(), lr=LR, **options)
+        optimizer = torch.optim.Adam(module.parameters(), lr=problem.lr, **options)
         worlds = torch.cat([given["places"], 0 * given["places"][:, :1]], 1)
         compile = torch.compile if compiled else lambda f: f
         one, loss_of = compile(act), compile(objective)
@@ -142,7 +142,7 @@ def luxtorch(vector: bool, compiled: bool = False, donate: bool = False) -> Buil
         ps, st, _ = lt.load_weights(tensors(data.ps, "cpu"), *lt.setup(0, model))
         ps, st, given = lt.to_device((ps, st, tensors(dict(data.others), "cpu")), device)
         ps = lt.ComponentVector(ps) if vector else ps
-        opt_state = optim.setup(optim.Adam(LR), ps)
+        opt_state = optim.setup(optim.Adam(problem.lr), ps)
         worlds = torch.cat([given["places"], 0 * given["places"][:, :1]], 1)
 
         def judge(ps: Any) -> Judge:

@@ -13,12 +13,15 @@ from torch.func import functional_call, grad_and_value
 import luxtorch as lt
 from luxtorch import optim, training
 
-from ..problems import LR, Data, Problem
+from ..problems import Data, Problem
 from . import Build, Step
 from .hand_written import adam, sgd, update, views
 from .loop_models import Looping
 from .lux_steps import lux_steps
 from .models import LOSSES, inputs, lux_model, torch_model
+
+Functional = Callable[[Problem, Data, str, Any], Callable[..., Any]]
+"""What `functional` is, for another loss than that of a batch."""
 
 
 def torch_nn(compiled: bool = False, scans: bool = False, **options: bool) -> Build:
@@ -30,7 +33,7 @@ def torch_nn(compiled: bool = False, scans: bool = False, **options: bool) -> Bu
             if isinstance(part, Looping):
                 part.scans = scans
         x, y = inputs(data, device)
-        optimizer = getattr(torch.optim, problem.optimizer)(module.parameters(), lr=LR, **options)
+        optimizer = getattr(torch.optim, problem.optimizer)(module.parameters(), lr=problem.lr, **options)
 
         def forward() -> Tensor:
             return loss_of(module(x), y)
@@ -71,29 +74,33 @@ def trees(problem: Problem, data: Data, device: str) -> tuple[dict[str, Tensor],
     return {name: p.detach() for name, p in module.named_parameters()}, dict(module.named_buffers())
 
 
-def with_torchopt(problem: Problem, data: Data, device: str) -> Step:
+def with_torchopt(functional: Functional = functional) -> Build:
     """Take gradients by torch.func and functional_call, and update by torchopt, out of place."""
-    (ps, buffers), (x, y) = trees(problem, data, device), inputs(data, device)
-    gradients = functional(problem, data, device)
-    rule = getattr(torchopt, problem.optimizer.lower())(LR)
-    state = rule.init(ps)
 
-    def step() -> Tensor:
-        nonlocal ps, buffers, state
-        grads, (loss, buffers) = gradients(ps, buffers, x, y)
-        updates, state = rule.update(grads, state, inplace=False)
-        ps = torchopt.apply_updates(ps, updates, inplace=False)
-        return loss
+    def build(problem: Problem, data: Data, device: str) -> Step:
+        (ps, buffers), (x, y) = trees(problem, data, device), inputs(data, device)
+        gradients = functional(problem, data, device, None)
+        rule = getattr(torchopt, problem.optimizer.lower())(problem.lr)
+        state = rule.init(ps)
 
-    return step
+        def step() -> Tensor:
+            nonlocal ps, buffers, state
+            grads, (loss, buffers) = gradients(ps, buffers, x, y)
+            updates, state = rule.update(grads, state, inplace=False)
+            ps = torchopt.apply_updates(ps, updates, inplace=False)
+            return loss
+
+        return step
+
+    return build
 
 
-def whole_step(flat: bool) -> Build:
+def whole_step(flat: bool, functional: Functional = functional) -> Build:
     """Compile a whole step that was written by hand, parameters in a dict or in one vector."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
         (ps, buffers), (x, y) = trees(problem, data, device), inputs(data, device)
-        rule, moments = {"Adam": (adam, 2), "SGD": (sgd, 0)}[problem.optimizer]
+        lr, (rule, moments) = problem.lr, {"Adam": (adam, 2), "SGD": (sgd, 0)}[problem.optimizer]
         shapes = {name: p.shape for name, p in ps.items()}
         ps = {"flat": torch.cat([p.reshape(-1) for p in ps.values()])} if flat else ps
         state = {name: tuple(torch.zeros_like(p) for _ in range(moments)) for name, p in ps.items()}
@@ -104,7 +111,7 @@ def whole_step(flat: bool) -> Build:
         def whole(ps: Any, buffers: Any, state: Any, count: Tensor, x: Tensor, y: Tensor) -> Any:
             grads, (loss, buffers) = gradients(ps, buffers, x, y)
             count = count + 1
-            ps, state = update(rule, ps, grads, state, count, LR)
+            ps, state = update(rule, ps, grads, state, count, lr)
             return ps, buffers, state, count, loss
 
         def step() -> Tensor:
@@ -120,7 +127,7 @@ def whole_step(flat: bool) -> Build:
 def lux_state(problem: Problem, data: Data, device: str, vector: bool) -> tuple[training.TrainState, lt.Loss, Any]:
     """Return luxtorch's training state, loss and data."""
     layer, ps, st = lux_model(problem, data, device)
-    rule = optim.Adam(LR) if problem.optimizer == "Adam" else optim.Descent(LR)
+    rule = optim.Adam(problem.lr) if problem.optimizer == "Adam" else optim.Descent(problem.lr)
     ts = training.TrainState(layer, lt.ComponentVector(ps) if vector else ps, st, rule)
     return ts, LOSSES[problem.loss][1], inputs(data, device)
 
@@ -130,7 +137,7 @@ CANDIDATES: dict[str, Build] = {
     "torch.nn + torch.optim, foreach": torch_nn(foreach=True),
     "torch.nn + torch.optim, fused": torch_nn(fused=True),
     "torch.compile of torch.nn, fused": torch_nn(compiled=True, fused=True),
-    "functional_call + torchopt": with_torchopt,
+    "functional_call + torchopt": with_torchopt(),
     "torch.compile of a functional step, dict": whole_step(flat=False),
     "torch.compile of a functional step, flat": whole_step(flat=True),
     **lux_steps(lux_state),
