@@ -18,10 +18,10 @@ FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # Headings for the longest pages, and the files whose names come under each; other files come last, under "More".
 SECTIONS = {
     "core": {
-        "Making and calling models": "setup mode stateful layer container static stack",
+        "Making and calling models": "setup mode stateful layer container stack",
         "Looking at trees": "describe",
         "Errors": "errors",
-        "Trees, for those who write layers": "tree value",
+        "Trees, for those who write layers": "tree plain",
     },
     "layers": {
         "Containers": "containers repeated checkpointed",
@@ -35,13 +35,13 @@ SECTIONS = {
         "Outputs inside a model": "perturbed",
     },
     "losses": {
-        "Classification": "classification binary ctc",
+        "Classification": "classification binary",
         "Regression": "regression",
         "Margins and embeddings": "margin",
         "Losses of your own": "loss",
     },
     "optim": {
-        "One step": "update adjust opt_state",
+        "One step": "update opt_state",
         "Rules": "rules",
         "Rules made of rules": "modifiers",
         "Schedules": "schedules",

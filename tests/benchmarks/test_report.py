@@ -71,10 +71,11 @@ def test_problems_that_are_measured_again_replace_theirs_in_the_report_and_say_s
 
 
 def test_the_committed_report_can_be_updated() -> None:
-    text = (problems_folder := Path(problems.__file__).parent / "report.md").read_text()
+    path = Path(problems.__file__).parent / "report.md"
+    text = path.read_text()
     new = report.updated(text, {"W14": ROWS}, ["a machine"])
-    kept = [line for line in text.splitlines() if line.startswith("| W")]
-    assert set(kept) <= set(new.splitlines()), problems_folder
+    kept = [line for line in text.splitlines() if line.startswith("| W") and not line.startswith("| W14")]
+    assert len(kept) > 10 and set(kept) <= set(new.splitlines()), path
 
 
 @pytest.mark.parametrize(("value", "agrees"), [(1.0, True), (1.000004, True), (1.00001, False), (math.nan, False)])

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import luxtorch as lt
@@ -313,23 +312,6 @@ def silent_forward(draw):
     )
     cube.register_fake(torch.empty_like)
     differ(along(cube, x, v), slope(cube, x, v))
-
-
-@row("`view` and `reshape` in reverse mode of forward mode of reverse mode, in a trace such as that of `lt.jit`")
-def view_in_a_trace(draw):
-    x, v = draw(2, 3), draw(2, 3)
-
-    def f(x):
-        return x.reshape(-1).pow(4).sum()
-
-    def reverse(g):
-        return grad(lambda x: (g(x) * v).sum())
-
-    def forward(g):
-        return lambda x: along(g, x, v)
-
-    refused(make_fx(reverse(forward(grad(f))), tracing_mode="fake"), x)
-    close(jit(forward(reverse(grad(f))), backend="replay")(x), 24 * x * v**2)
 
 
 @row("forward mode of forward mode through an `autograd.Function` with a `jvp`")

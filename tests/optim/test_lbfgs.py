@@ -17,7 +17,7 @@ from luxtorch import optim
 from luxtorch.components import ComponentVector
 from luxtorch.core import DTypeError, InputError, KeyNameError
 from luxtorch.optim import LBFGS, minimize
-from luxtorch.optim._opt_state import ALL
+from luxtorch.optim._rule_state import ALL
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-10) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import luxtorch as lt
 from luxtorch import optim
 from luxtorch.jit._trace import record
-from luxtorch.optim._opt_state import COUNTS
+from luxtorch.optim._rule_state import COUNTS
 
 EXPORTED = {name: rule for name, rule in vars(optim).items() if inspect.isclass(rule)}
 OTHERS = {

@@ -252,7 +252,7 @@ class TestRulesOfUsers:
             torch.vmap(optim.update, in_dims=(None, 0, 0))(opt_state, p[None], p[None])[1][0], torch.zeros(2)
         )
         assert repr(opt_state) == "OptState(Fixed(), 1 parameter)"
-        with pytest.raises(InputError, match="no hyperparameters that could be adjusted"):
+        with pytest.raises(InputError, match="no hyperparameters that can be reached"):
             optim.adjust(opt_state, lr=0.1)
         chain = optim.setup(torchopt.chain(optim.Descent(0.1), Fixed()), p)
         torch.testing.assert_close(optim.update(optim.adjust(chain, lr=0.5), p, p)[1], torch.full((2,), 1.5))
