@@ -1,10 +1,8 @@
-"""`print`, `check` and `breakpoint` in compiled functions, and formats that are checked where they are written."""
+"""`print` and `check` in compiled functions, and formats that are checked where they are written."""
 
 from __future__ import annotations
 
 import builtins
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -146,7 +144,7 @@ class CheckError(LuxtorchError, AssertionError):
         >>> lt.debug.check(torch.tensor(1.0) < 0, "it is above zero")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        luxtorch.debug._check.CheckError: it is above zero
+        luxtorch.debug._print.CheckError: it is above zero
           got:      False at ...
     """
 
@@ -183,7 +181,7 @@ def check(condition: bool | Tensor, message: str, *args: Any, **kwargs: Any) -> 
         >>> log(torch.tensor([1.0, -3.0]))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        luxtorch.debug._check.CheckError: the logarithm of -3.0
+        luxtorch.debug._print.CheckError: the logarithm of -3.0
           got:      False at ...
 
     Source: `jax.experimental.checkify.check`, but without a function that passes the errors on.
@@ -222,53 +220,3 @@ def _line() -> str:
 
 
 _PACKAGE = Path(__file__).parent.parent
-
-
-def breakpoint(**values: Any) -> None:
-    """Stop in Python's debugger, whenever the program runs.
-
-    In eager code it stops in the caller's frame, as Python's `breakpoint()` does. Inside of `lt.jit`, and under
-    transforms, where the names of the function stand for no values, it stops when the program gets there, and has the
-    values that were passed under their names; see `lt.debug.callback`. `sys.breakpointhook`, and with it
-    `PYTHONBREAKPOINT`, choose another debugger or none.
-
-    Args:
-        values: What to look at, any trees.
-
-    Example:
-        >>> import sys, torch, luxtorch as lt
-        >>> def look():  # in place of a debugger, which would wait for commands
-        ...     print(sys._getframe(1).f_locals["loss"])
-        >>> before, sys.breakpointhook = sys.breakpointhook, look
-        >>> @lt.jit(backend="replay")
-        ... def double(x):
-        ...     lt.debug.breakpoint(loss=2 * x)
-        ...     return 2 * x
-        >>> double(torch.tensor(3.0))
-        tensor(6.)
-        tensor(6.)
-        >>> sys.breakpointhook = before
-
-    Source: `jax.debug.breakpoint`; the debugger is Python's own.
-    """
-    if not staged():
-        frame = sys._getframe(1)
-        if sys.breakpointhook is sys.__breakpointhook__ and not os.environ.get("PYTHONBREAKPOINT"):
-            from pdb import Pdb
-
-            Pdb().set_trace(frame)
-        else:
-            _stop({**frame.f_locals, **values}, frame.f_globals)
-        return
-    run_with_values(_stop_with, (), values)
-
-
-def _stop_with(values: Any, place: Place) -> None:
-    _stop(values, {})
-
-
-def _stop(names: dict[str, Any], scope: dict[str, Any]) -> None:
-    exec(_CODE, dict(scope), names)
-
-
-_CODE = compile("breakpoint()", "<lt.debug.breakpoint>", "exec")
