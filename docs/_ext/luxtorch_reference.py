@@ -11,7 +11,7 @@ from typing import Any
 
 from docstrings import to_rest
 from docutils import nodes
-from public_names import Public, documentation, everything, in_sections, own_members
+from public_names import Public, documentation, everything, in_sections, is_class, own_members
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
@@ -54,7 +54,7 @@ class Reference(SphinxDirective):
 
 def entry(public: Public) -> list[str]:
     """Return the directive that documents a name."""
-    if inspect.isclass(public.value):
+    if is_class(public.value):
         members = own_members(public.value)
         return [f".. autoclass:: {public.path}", *([f"   :members: {', '.join(members)}"] if members else []), ""]
     kind, signature = "data", ""

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import luxtorch
 
@@ -107,9 +107,14 @@ def in_sections(folder: str) -> dict[str, list[Public]]:
     }
 
 
+def is_class(value: Any) -> bool:
+    """Tell whether a value is a class, which an alias such as `list[int]` is to `inspect.isclass` of Python 3.10."""
+    return inspect.isclass(value) and get_origin(value) is None
+
+
 def documentation(public: Public) -> list[str]:
     """Return the docstring of a name; of one that is no class or function, the string below its assignment."""
-    if inspect.isclass(public.value) or inspect.isroutine(public.value):
+    if is_class(public.value) or inspect.isroutine(public.value):
         lines = inspect.cleandoc(public.value.__doc__ or "").splitlines()
         return lines if public.value.__module__.startswith("luxtorch") else [*lines[:1], "", "A function of torch."]
     name = public.path.rsplit(".", 1)[-1]

@@ -281,7 +281,10 @@ def _line(cells: Iterable[Any]) -> bytes:
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a file, none if there is no file."""
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [[_STEP]]
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [[_STEP]]
+    except csv.Error:  # before Python 3.11, for a zero byte
+        header, rows = [], []
     if text and not text.endswith("\n"):
         rows = rows[:-1]  # the last row is incomplete
     if header[:1] != [_STEP] or any(len(cells) != len(header) or not cells[0].isdecimal() for cells in rows):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from docstrings import to_rest
-from public_names import FOLDERS, SECTIONS, documentation, everything, in_sections, of_folder, own_members
+from public_names import FOLDERS, SECTIONS, documentation, everything, in_sections, is_class, of_folder, own_members
 
 import luxtorch as lt
 
 PAGES = Path(__file__).parents[2] / "docs" / "api"
 PUBLIC = everything()
-CLASSES = [path for path, public in PUBLIC.items() if inspect.isclass(public.value)]
+CLASSES = [path for path, public in PUBLIC.items() if is_class(public.value)]
 FUNCTIONS = [path for path, public in PUBLIC.items() if inspect.isroutine(public.value)]
 
 # What has no example of its own: errors, which the examples of what raises them show; what nobody makes, because a

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("scipy", minversion="1.16", reason="SciPy's least_squares had no callback")
+
 
 @pytest.mark.slow
 def test_the_error_is_below_a_thousandth(run_example):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -132,8 +133,8 @@ def scipy_least_squares(
 
     Raises:
         LuxtorchError: If SciPy is not installed.
-        InputError: If the residuals are not finite from the start, if the bounds do not fit the parameters, or inside
-            of a transform, a compiler or inference mode.
+        InputError: If the residuals are not finite from the start, if the bounds do not fit the parameters, if SciPy is
+            too old for a callback, or inside of a transform, a compiler or inference mode.
         DTypeError: If a parameter is an integer, or a residual not a real number.
         KeyNameError: If an option is one that is computed here, or bounds have other names than the parameters.
 
@@ -157,7 +158,9 @@ def scipy_least_squares(
         problem.check_start(problem.value(problem.start), problem.jacobian(problem.start))
         if bounds is not None:
             options["bounds"] = problem.bounds(bounds)
-        if callback is not None:  # unknown before SciPy 1.16
+        if callback is not None:
+            if "callback" not in signature(optimize.least_squares).parameters:
+                raise InputError("A callback of least squares needs SciPy 1.16.", fix="Upgrade SciPy, or leave it out.")
             options["callback"] = problem.callback(callback)
         result = optimize.least_squares(problem.value, problem.start, jac=problem.jacobian, method=method, **options)
         return problem.tree(result.x), result
