@@ -12,7 +12,7 @@ from jax import Array
 from ..problems import ODE_STEPS, Data, Problem
 from . import Build, Step
 from .losses import LOSSES
-from .training import jitted, optimizer, stepping, whole_step
+from .training import dict_step
 
 
 def dense(ps: Any, name: str, x: Array) -> Array:
@@ -67,14 +67,8 @@ def scanned(donate: bool) -> Build:
     """Put the whole step under jit."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
-        model, loss_of, rule = MODELS[problem.model], LOSSES[problem.loss], optimizer(problem)
-        ps = jax.tree.map(jnp.array, data.ps)
-
-        def loss(ps: Any, state: Any, x: Array, y: Array) -> tuple[Array, Any]:
-            return loss_of(model(ps, x), y), state
-
-        step = jitted(whole_step(loss, rule), donate)
-        return stepping(step, ps, (), rule.init(ps), jnp.array(data.x), jnp.array(data.y))
+        model, loss_of = MODELS[problem.model], LOSSES[problem.loss]
+        return dict_step(lambda ps, x, y: loss_of(model(ps, x), y), problem, data, donate)
 
     return build
 

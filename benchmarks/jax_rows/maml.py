@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from ..problems import INNER_LR, INNER_STEPS, Data, Problem
 from . import Build, Step
 from .loops import dense
 from .losses import LOSSES
-from .training import jitted, optimizer, stepping, whole_step
+from .training import dict_step
 
 
 def by_hand(donate: bool) -> Build:
     """Write it by jax.grad and jax.vmap, of a dict of parameters, with optax."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
-        loss_of, rule, ps = LOSSES[problem.loss], optimizer(problem), jax.tree.map(jnp.array, data.ps)
+        loss_of = LOSSES[problem.loss]
 
         def loss(ps: Any, x: Array, y: Array) -> Array:
             for name in ("layer_1", "layer_2"):
@@ -31,11 +30,7 @@ def by_hand(donate: bool) -> Build:
                 ps = jax.tree.map(lambda p, g: p - INNER_LR * g, ps, jax.grad(loss)(ps, x[0], y[0]))
             return loss(ps, x[1], y[1])
 
-        def mean(ps: Any, state: Any, x: Array, y: Array) -> tuple[Array, Any]:
-            return jax.vmap(of_task, (None, 0, 0))(ps, x, y).mean(), state
-
-        step = jitted(whole_step(mean, rule), donate)
-        return stepping(step, ps, (), rule.init(ps), jnp.array(data.x), jnp.array(data.y))
+        return dict_step(lambda ps, x, y: jax.vmap(of_task, (None, 0, 0))(ps, x, y).mean(), problem, data, donate)
 
     return build
 

@@ -44,6 +44,13 @@ def stepping(step: Callable[..., Any], ps: Any, state: Any, opt_state: Any, x: A
     return call
 
 
+def dict_step(loss: Callable[[Any, Array, Array], Array], problem: Problem, data: Data, donate: bool) -> Step:
+    """Put a step of a model without state under jit, its parameters in a dict."""
+    rule, ps = optimizer(problem), jax.tree.map(jnp.array, data.ps)
+    step = jitted(whole_step(lambda ps, state, x, y: (loss(ps, x, y), state), rule), donate)
+    return stepping(step, ps, (), rule.init(ps), jnp.array(data.x), jnp.array(data.y))
+
+
 def jitted(step: Callable[..., Any], donate: bool) -> Callable[..., Any]:
     """Return a step under jit."""
     return jax.jit(step, donate_argnums=(0, 1, 2) if donate else ())

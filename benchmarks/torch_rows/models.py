@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import luxtorch as lt
 
-from ..problems import HEADS, RESNET, Data, Problem
+from ..problems import HEADS, RESNET, Data, LeftOut, Problem
 from .loop_models import GRU, Equal, LuxGRU, LuxSolved, Solved, lux_equal
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -266,6 +266,12 @@ def lux_model(problem: Problem, data: Data, device: str) -> tuple[lt.Layer, dict
     ps, st = lt.setup(0, layer)
     ps, st, _ = lt.load_weights(tensors(data.ps, "cpu") | lt.flatten_names(st), ps, st)
     return layer, *lt.to_device((ps, st), device)
+
+
+def require_traceable(problem: Problem) -> None:
+    """Leave out a model that torch.compile cannot trace inside of torch.func."""
+    if problem.model == "lstm":
+        raise LeftOut("torch.compile does not trace nn.LSTM inside of torch.func")
 
 
 def inputs(data: Data, device: str) -> tuple[Tensor, Tensor]:

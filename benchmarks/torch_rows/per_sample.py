@@ -10,9 +10,9 @@ from torch.func import functional_call, grad, vmap
 
 import luxtorch as lt
 
-from ..problems import Data, LeftOut, Problem
+from ..problems import Data, Problem
 from . import Build, Step
-from .models import LOSSES, inputs, lux_model, torch_model
+from .models import LOSSES, inputs, lux_model, require_traceable, torch_model
 
 
 def loop(problem: Problem, data: Data, device: str) -> Step:
@@ -31,8 +31,8 @@ def vmapped(compiled: bool = False) -> Build:
     """Differentiate functional_call by vmap of grad."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
-        if compiled and problem.model == "lstm":
-            raise LeftOut("torch.compile does not trace nn.LSTM inside of torch.func")
+        if compiled:
+            require_traceable(problem)
         module, loss_of = torch_model(problem, data, device), LOSSES[problem.loss][0]
         (x, y), ps = inputs(data, device), {name: p.detach() for name, p in module.named_parameters()}
         each = vmap(grad(lambda ps, x, y: loss_of(functional_call(module, ps, (x[None],)), y[None])), (None, 0, 0))

@@ -18,7 +18,7 @@ from . import Build, Step
 from .hand_written import adam, sgd, update, views
 from .loop_models import Looping
 from .lux_steps import lux_steps
-from .models import LOSSES, inputs, lux_model, torch_model
+from .models import LOSSES, inputs, lux_model, require_traceable, torch_model
 
 Functional = Callable[[Problem, Data, str, Any], Callable[..., Any]]
 """What `functional` is, for another loss than that of a batch."""
@@ -99,6 +99,7 @@ def whole_step(flat: bool, functional: Functional = functional) -> Build:
     """Compile a whole step that was written by hand, parameters in a dict or in one vector."""
 
     def build(problem: Problem, data: Data, device: str) -> Step:
+        require_traceable(problem)
         (ps, buffers), (x, y) = trees(problem, data, device), inputs(data, device)
         lr, (rule, moments) = problem.lr, {"Adam": (adam, 2), "SGD": (sgd, 0)}[problem.optimizer]
         shapes = {name: p.shape for name, p in ps.items()}

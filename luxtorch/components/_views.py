@@ -40,7 +40,7 @@ class Views(Named):
     _part_stamp: Stamp | None = None
     # Of a group: its pieces of the split of that tensor, until the tensor of the group is read.
     _pieces: Sequence[Tensor] | None = None
-    # The cached components, and the stamp that tells whether they are stale.
+    # The cached components, and the stamp that tells whether they are stale; without one they never are, see `settled`.
     _components: dict[str, Tensor | Self] | None = None
     _stamp: Stamp | None = None
     # Whether derivatives are taken only with respect to the whole, see `split_once`.

@@ -1,4 +1,7 @@
-"""Former names, with deprecation warnings: names that have moved, parameters in old files, and options."""
+"""Former names, with deprecation warnings: names that have moved, parameters in old files, and options.
+
+The affine parameters of normalizations are `weight` and `bias`, as in torch; formerly the first was `scale`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import warnings
 from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any, TypeVar
-from warnings import warn
 
 from luxtorch._errors import InputError
+
+T = TypeVar("T")
 
 
 def moved(module: str, names: str, to: str) -> Callable[[str], Any]:
@@ -29,13 +33,11 @@ def moved(module: str, names: str, to: str) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if name not in old:
             raise AttributeError(f"module '{module}' has no attribute '{name}'")
-        warn(f"{module}.{name} has moved: use {to}.{name}.", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{module}.{name} has moved: use {to}.{name}.", DeprecationWarning, stacklevel=2)
         return getattr(import_module(to), name)
 
     return __getattr__
 
-
-T = TypeVar("T")
 
 # A whole part of a dotted name, which may be in brackets: `layer_2.weight`, `flat[layer_2.weight]`.
 _WEIGHT = re.compile(r"(.*(?<![^.\[]))weight(?![^.\]])(.*)")

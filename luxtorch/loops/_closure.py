@@ -98,11 +98,11 @@ def split(
     """
     with outside_transforms():
         body, constants = traced_body(joint, like)
-        if writes(body.graph):
+        if is_in_place(body.graph):
             first = body  # with what its operators call
             functional = torch.func.functionalize(lambda *tensors: list(first.graph(*tensors)))
             body, _ = traced_body(functional, [*like, *constants])
-            if writes(body.graph):
+            if is_in_place(body.graph):
                 return None
     graph = body.graph.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -152,7 +152,7 @@ def split(
     return Split(forward, backward, again, len(saved), constants)
 
 
-def writes(graph: fx.GraphModule) -> bool:
+def is_in_place(graph: fx.GraphModule) -> bool:
     """Tell whether an operator of a graph writes into what another has made, as `squeeze_` in a product does."""
     operators = (node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
     return any(operator._schema.is_mutable for operator in operators)

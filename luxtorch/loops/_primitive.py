@@ -13,7 +13,7 @@ from luxtorch._torch import TransformType, all_transforms, forward_level
 from luxtorch._transforms import is_silenced, silenced, unwrapped
 from luxtorch.jit._effects import EFFECTS
 
-from ._closure import Flat, writes
+from ._closure import Flat, is_in_place
 
 
 class Operator(ABC):
@@ -85,7 +85,7 @@ REBUILT: dict[Any, Callable[..., list[Tensor]]] = {}
 
 def interpreted(graph: fx.GraphModule) -> Callable[..., list[Tensor]]:
     """Return a graph as a function that can be transformed, also where there are loops and branches in it."""
-    in_place = writes(graph)
+    in_place = is_in_place(graph)
 
     class Interpreter(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -58,8 +58,6 @@ def cases() -> list[Any]:
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
 @pytest.mark.parametrize(("name", "candidate"), cases())
 def test_candidates_agree(name: str, candidate: str) -> None:
-    if name == "W5" and candidate.startswith("torch.compile of a functional step"):
-        pytest.skip("torch.compile does not trace nn.LSTM inside of torch.func")
     try:
         found = first_numbers(name, candidate)
     except problems.LeftOut as why:

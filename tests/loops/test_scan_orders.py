@@ -99,7 +99,7 @@ def components(scan: Any, theta: Any) -> Tensor:
         h = torch.tanh(group["w"] @ h + x) * v["p"].h + 0.1 * slope["p"]["w"].sum(0)
         inner, _ = scan(lambda c, w: (torch.sin(c + w * group["h"]), None), h, v["p"]["w"])
         several = torch.vmap(lambda w: (w * v["x"][1]).sum())(group["w"])
-        return inner + several, (h.sum() + v.flat[1]) * group.flat[0]
+        return inner + several, (h.sum() + v.flat[1] * v.p.flat[2]) * group.flat[0]
 
     h, ys = scan(step, theta["h"], theta["x"])
     return (h * v["p"]["h"]).sum() + ys.square().sum() + group["w"].square().sum()
