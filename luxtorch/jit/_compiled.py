@@ -327,7 +327,7 @@ def _kind(tensor: Tensor) -> str:
 @cache
 def default_backend() -> str:
     """Return `"inductor"`, or with a warning `"replay"` if there is no C++ compiler."""
-    from ._inductor import has_compiler
+    from ._toolchain import has_compiler
 
     if has_compiler():
         return "inductor"

@@ -24,9 +24,9 @@ from ._constants import NotComparable, fingerprint, wrap_static
 from ._donate import copy_strided
 from ._effects import is_effect
 from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
-from ._programs import processor
 from ._purity import tracing_errors
 from ._sizes import Expression, static
+from ._toolchain import processor
 from ._trace import Trace
 
 _KEY = "luxtorch"

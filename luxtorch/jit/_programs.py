@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from ._toolchain import compiler, processor
 
 _MOST = 4096
 """How many files are kept, of about 300 bytes each. The oldest quarter is dropped when there are more."""
@@ -194,26 +195,4 @@ def _machine() -> tuple[Any, ...]:
     torchs = torch.__version__, torch.version.git_version
     files = sorted((str(path), path.stat().st_mtime_ns) for path in _PACKAGE.rglob("*.py"))
     gpus = [str(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
-    return torchs, files, _compiler(), platform.machine(), processor(), gpus, os.environ.get("ATEN_CPU_CAPABILITY")
-
-
-def _compiler() -> tuple[Any, ...]:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        found = get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):  # a graph on a GPU may do without
-        return ()
-    path = Path(shutil.which(found) or found).resolve()
-    about = path.stat() if path.exists() else None
-    return str(path), about and (about.st_mtime_ns, about.st_size)
-
-
-def processor() -> str:
-    """Return what the processor is able to do, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return torchs, files, compiler(), platform.machine(), processor(), gpus, os.environ.get("ATEN_CPU_CAPABILITY")

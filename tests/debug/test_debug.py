@@ -14,18 +14,18 @@ import torch
 
 import luxtorch as lt
 from luxtorch.debug import _callback
-from luxtorch.jit import _inductor, jit
+from luxtorch.jit import _toolchain, jit
 
 X = torch.tensor([1.0, 2.0])
 BACKENDS = [
     "eager",
     "replay",
     pytest.param(
-        "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++")]
+        "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not _toolchain.has_compiler(), reason="no C++")]
     ),
 ]
 on_all = pytest.mark.parametrize("backend", BACKENDS)
-compiled = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+compiled = pytest.mark.skipif(not _toolchain.has_compiler(), reason="no C++ compiler")
 
 
 def by(backend, f, **options):

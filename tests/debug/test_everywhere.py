@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import luxtorch as lt
-from luxtorch.jit import _inductor, jit
+from luxtorch.jit import _toolchain, jit
 
 X = torch.tensor([1.0, 2.0])
 
@@ -221,7 +221,7 @@ def test_recorded_calls_show_values_once(function, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not _toolchain.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "function, transform, mode", cases(["inductor"], ["as it is", "grad", "vmap of one"], FUNCTIONS)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import luxtorch as lt
 from luxtorch import optim, training
-from luxtorch.jit import _inductor
+from luxtorch.jit import _toolchain
 
-compiled = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+compiled = pytest.mark.skipif(not _toolchain.has_compiler(), reason="no C++ compiler")
 BACKENDS = ["replay", pytest.param("inductor", marks=[pytest.mark.slow, compiled])]
 
 

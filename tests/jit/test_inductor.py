@@ -9,11 +9,11 @@ import torch
 
 import luxtorch as lt
 from luxtorch import optim
-from luxtorch.jit import DonatedError, _compiled, _inductor, jit
+from luxtorch.jit import DonatedError, _compiled, _inductor, _toolchain, jit
 
 from .conftest import train
 
-pytestmark = pytest.mark.skipif(not _inductor.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not _toolchain.has_compiler(), reason="no C++ compiler")
 
 MODELS = {
     "dropout": lambda: lt.Chain(lt.Dense(3, 16), lt.Dropout(0.5), lt.Dense(16, 2)),
@@ -122,7 +122,7 @@ def test_background_failures_are_warned_of(batch, monkeypatch):
 
 
 def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch):
-    monkeypatch.setattr(_inductor, "has_compiler", lambda: False)
+    monkeypatch.setattr(_toolchain, "has_compiler", lambda: False)
     _compiled.default_backend.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler"):

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import luxtorch as lt
 from luxtorch.errors import LuxtorchError
 from luxtorch.jit import _bodies
-from luxtorch.jit._inductor import has_compiler
+from luxtorch.jit._toolchain import has_compiler
 from tests.loops.words import loop, replayed
 
 compiled = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
