@@ -173,6 +173,7 @@ def _found(known: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
 
     It is to be called with the settings that it was compiled with.
     """
+    _wait_for_instructions(inputs)  # the names of kernels in Inductor's cache depend on them
     operators = {str(operator): operator for operator in CALLERS}
     for name, args in known["calls"]:
         changed_call(operators[name], args, _compiled)
@@ -222,8 +223,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     transpose_products(graph)
     _keys_as_rows(graph)
     with_bodies(graph, _compiled)
-    if any(fake.device.type == "cpu" for fake in tensors(fakes)):
-        find_instructions().join()
+    _wait_for_instructions(fakes)
     return compile_fx_inner(
         graph,
         fakes,
@@ -233,6 +233,11 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
         is_backward=backward,
         cpp_wrapper=_cpp_wrapper(),
     )
+
+
+def _wait_for_instructions(fakes: Any) -> None:
+    if any(fake.device.type == "cpu" for fake in tensors(fakes)):
+        find_instructions().join()
 
 
 def _compiled(body: Body, form: Form | None) -> Body:

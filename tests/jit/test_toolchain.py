@@ -110,14 +110,27 @@ def test_an_error_there_is_left_to_inductor(processor, monkeypatch):
     _toolchain._find_widest()
 
 
+def run(program, folder):
+    """Run a program in a process with an Inductor cache in a folder, and return what it prints."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+JITTED = "import torch, luxtorch as lt\nlt.jit(torch.sin, backend='inductor')(torch.ones(64))\n"
+CHOSEN = "from torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa())"
+
+
 @pytest.mark.slow
 def test_another_process_with_an_empty_cache_uses_the_same_instructions(tmp_path):
-    jitted = "import luxtorch as lt; lt.jit(torch.sin, backend='inductor')(torch.ones(64))"
-    found = []
-    for n, code in enumerate(["", jitted]):
-        program = f"import torch\n{code}\nfrom torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa())"
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(n))}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found.append(done.stdout)
-    assert found[0] == found[1] != ""
+    assert run(JITTED + CHOSEN, tmp_path / "jitted") == run(CHOSEN, tmp_path / "alone") != ""
+
+
+@pytest.mark.slow
+def test_the_next_process_builds_nothing(tmp_path):
+    built = []
+    for _ in range(2):
+        run(JITTED, tmp_path)
+        built.append(set(tmp_path.rglob("*.so")))
+    assert built[0] == built[1] != set()
