@@ -157,7 +157,7 @@ def _compile_new(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) ->
     # Imported here, since it takes seconds.
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
-    find_instructions()
+    _find_instructions(trace.fakes)
     graph = lowered(trace, pairs)
     small = is_small(graph)
     options = {**options_for(graph), **options} if small else dict(options)
@@ -173,7 +173,7 @@ def _found(known: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
 
     It is to be called with the settings that it was compiled with.
     """
-    _wait_for_instructions(inputs)  # the names of kernels in Inductor's cache depend on them
+    _find_instructions(inputs, wait=True)  # the names of kernels in Inductor's cache depend on them
     operators = {str(operator): operator for operator in CALLERS}
     for name, args in known["calls"]:
         changed_call(operators[name], args, _compiled)
@@ -223,7 +223,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     transpose_products(graph)
     _keys_as_rows(graph)
     with_bodies(graph, _compiled)
-    _wait_for_instructions(fakes)
+    _find_instructions(fakes, wait=True)
     return compile_fx_inner(
         graph,
         fakes,
@@ -235,9 +235,12 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     )
 
 
-def _wait_for_instructions(fakes: Any) -> None:
+def _find_instructions(fakes: Any, *, wait: bool = False) -> None:
+    """Find the processor's vector instructions, in a thread, where a program of these inputs needs them."""
     if any(fake.device.type == "cpu" for fake in tensors(fakes)):
-        find_instructions().join()
+        search = find_instructions()
+        if wait:
+            search.join()
 
 
 def _compiled(body: Body, form: Form | None) -> Body:
@@ -275,7 +278,7 @@ def _compile_new_body(body: Body, form: Form | None) -> tuple[Any, dict[str, Any
     def function(*tensors: Any) -> list[Any]:
         return list(body.graph(*tensors))
 
-    find_instructions()
+    _find_instructions(body.fakes)
     graph = record(torch.func.functionalize(function), body.fakes, select_decomp_table())
     small = is_small(graph)
     options = {**(options_for(graph) if small else {}), "size_asserts": False}
