@@ -26,7 +26,7 @@ from ._effects import is_effect
 from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
 from ._purity import tracing_errors
 from ._sizes import Expression, static
-from ._toolchain import processor
+from ._toolchain import find_instructions, processor
 from ._trace import Trace
 
 _KEY = "luxtorch"
@@ -161,7 +161,9 @@ def export(
     about = {_KEY: _packed(interface), **_machine()}
     with COMPILING, torch.no_grad(), tracing_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch copies what torch deprecates
+        find_instructions(fakes)
         program = torch.export.export(trace.graph, tuple(signature.examples()), dynamic_shapes=tuple(dims))
+        find_instructions(fakes, wait=True)
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={**options, "aot_inductor.metadata": about}
         )

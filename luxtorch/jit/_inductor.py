@@ -157,7 +157,7 @@ def _compile_new(trace: Trace, pairs: list[Pair], options: Mapping[str, Any]) ->
     # Imported here, since it takes seconds.
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
-    _find_instructions(trace.fakes)
+    find_instructions(trace.fakes)
     graph = lowered(trace, pairs)
     small = is_small(graph)
     options = {**options_for(graph), **options} if small else dict(options)
@@ -173,7 +173,7 @@ def _found(known: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
 
     It is to be called with the settings that it was compiled with.
     """
-    _find_instructions(inputs, wait=True)  # the names of kernels in Inductor's cache depend on them
+    find_instructions(inputs, wait=True)  # the names of kernels in Inductor's cache depend on them
     operators = {str(operator): operator for operator in CALLERS}
     for name, args in known["calls"]:
         changed_call(operators[name], args, _compiled)
@@ -223,7 +223,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
     transpose_products(graph)
     _keys_as_rows(graph)
     with_bodies(graph, _compiled)
-    _find_instructions(fakes, wait=True)
+    find_instructions(fakes, wait=True)
     return compile_fx_inner(
         graph,
         fakes,
@@ -233,14 +233,6 @@ def compile_graph(graph: fx.GraphModule, fakes: Any, *, inference: bool = True, 
         is_backward=backward,
         cpp_wrapper=_cpp_wrapper(),
     )
-
-
-def _find_instructions(fakes: Any, *, wait: bool = False) -> None:
-    """Find the processor's vector instructions, in a thread, where a program of these inputs needs them."""
-    if any(fake.device.type == "cpu" for fake in tensors(fakes)):
-        search = find_instructions()
-        if wait:
-            search.join()
 
 
 def _compiled(body: Body, form: Form | None) -> Body:
@@ -278,7 +270,7 @@ def _compile_new_body(body: Body, form: Form | None) -> tuple[Any, dict[str, Any
     def function(*tensors: Any) -> list[Any]:
         return list(body.graph(*tensors))
 
-    _find_instructions(body.fakes)
+    find_instructions(body.fakes)
     graph = record(torch.func.functionalize(function), body.fakes, select_decomp_table())
     small = is_small(graph)
     options = {**(options_for(graph) if small else {}), "size_asserts": False}

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from luxtorch.core import tensors
+
 
 def has_compiler() -> bool:
     """Return whether there is a C++ compiler that Inductor can use."""
@@ -41,14 +43,25 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-@cache
-def find_instructions() -> Thread:
-    """Start to find the vector instructions that Inductor is to use, once a process, and return what is to be joined.
+def find_instructions(inputs: Any, *, wait: bool = False) -> None:
+    """Find the vector instructions that Inductor is to use, in a thread, where a program of these inputs needs them.
 
     Of each set of instructions that the processor has, Inductor asks the compiler for a program, and loads it, one
     after another and before it writes its first kernel: 8 s where its cache is empty. It uses the widest set alone. So
     that one is found here, while a graph is lowered, and the narrower ones are taken for granted.
+
+    Args:
+        inputs: A tree of tensors.
+        wait: Whether to return when they are known. Otherwise when they are looked for.
     """
+    if any(one.device.type == "cpu" for one in tensors(inputs)):
+        search = _search()
+        if wait:
+            search.join()
+
+
+@cache
+def _search() -> Thread:
     # What the thread imports too: two threads that import what imports each other would see half of it.
     import torch._inductor.codecache
     import torch.utils._filelock  # noqa: F401
