@@ -273,7 +273,7 @@ def _compile_new_body(body: Body, form: Form | None) -> tuple[Any, dict[str, Any
     find_instructions(body.fakes)
     graph = record(torch.func.functionalize(function), body.fakes, select_decomp_table())
     small = is_small(graph)
-    options = {**(options_for(graph) if small else {}), "size_asserts": False}
+    options = {**(options_for(graph) if small else {}), **_layout(graph), "size_asserts": False}
     inputs: Sequence[Any] = body.fakes
     with config.patch(options):
         with _mode_of(inputs):
@@ -356,7 +356,18 @@ def settings(trace: Trace, options: Mapping[str, Any]) -> contextlib.AbstractCon
 
     # The asserts also define symbolic sizes in the program.
     asserts = {"size_asserts": True} if trace.symbolic else {}
-    return config.patch({**DEFAULTS, **asserts, **options})  # type: ignore[no-any-return]
+    return config.patch({**DEFAULTS, **asserts, **_layout(trace.graph), **options})  # type: ignore[no-any-return]
+
+
+def _layout(graph: fx.GraphModule) -> dict[str, bool]:
+    """Return the setting by which convolutions on the CPU keep the layout of their inputs, for graphs with gradients.
+
+    Inductor has them compute with channels last. Forward alone takes up to 1.8 times as long without. But a weight's
+    gradient has them last too, and Adam would read it across its rows: a step of ResNet-18 took 240 ms, and takes 183.
+    """
+    backward = graph.graph.find_nodes(op="call_function", target=_aten.convolution_backward.default)
+    on_cpu = any(node.args[1].meta["val"].device.type == "cpu" for node in backward)
+    return {"layout_optimization": False} if on_cpu else {}
 
 
 def _cpp_wrapper() -> bool:
@@ -390,6 +401,7 @@ def compile_differentiable(
         backend: `"replay"` or `"inductor"`.
         options: Settings of inductor.
     """
+    import torch._inductor.lowering  # decompositions, as that of max pooling, expect it to be there
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table

@@ -6,10 +6,13 @@ import time
 
 import pytest
 import torch
+from torch._inductor import config
 
 import luxtorch as lt
 from luxtorch import optim
 from luxtorch.jit import DonatedError, _compiled, _inductor, _toolchain, jit
+from luxtorch.jit._flatten import flatten
+from luxtorch.jit._trace import trace
 
 from .conftest import train
 
@@ -145,3 +148,51 @@ class _AtOnce:
 
     def __init__(self, target, args, daemon):
         self.start = lambda: target(*args)
+
+
+def convolve(ps, x):
+    return torch.nn.functional.conv2d(x, ps, padding=1).relu()
+
+
+def gradient(ps, x):
+    return ps - lt.gradient(lambda ps: convolve(ps, x).square().mean(), ps)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "changes"),
+    [
+        (convolve, {}, True),
+        (gradient, {}, False),
+        (lambda ps, x: torch.func.vmap(gradient, (None, 0))(ps, x[:, None]), {}, False),
+        (gradient, {"layout_optimization": True}, True),
+    ],
+    ids=["forward", "gradient", "gradients of samples", "chosen"],
+)
+def test_convolutions_keep_the_layout_of_their_inputs_where_there_are_gradients(function, options, changes):
+    leaves, spec = flatten(((torch.ones(4, 3, 3, 3), torch.ones(2, 3, 8, 8)), {}))
+    traced = trace(lambda args, kwargs: function(*args), leaves, spec, {})
+    with _inductor.settings(traced, options):
+        assert config.layout_optimization == changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["plain", "in a loop"])
+def test_steps_of_convolutions_in_the_layout_that_they_have(place, rng, monkeypatch):
+    ps, x = torch.randn(20, 16, 3, 3, generator=rng), torch.randn(2, 16, 9, 7, generator=rng)
+    compile_graph, convolutions = _inductor.compile_graph, []
+
+    def watched(graph, *args, **kwargs):
+        if any("convolution_backward" in str(node.target) for node in graph.graph.nodes):
+            convolutions.append(config.layout_optimization)
+        return compile_graph(graph, *args, **kwargs)
+
+    monkeypatch.setattr(_inductor, "compile_graph", watched)
+    monkeypatch.setattr(_inductor, "find", lambda key: None)  # what an earlier process has compiled
+
+    def steps(ps, x):
+        if place == "plain":
+            return gradient(gradient(ps, x), x)
+        return lt.scan(lambda ps, _: (gradient(ps, x), None), ps, length=2)[0]
+
+    torch.testing.assert_close(jit(steps, backend="inductor")(ps, x), gradient(gradient(ps, x), x))
+    assert convolutions == [False]

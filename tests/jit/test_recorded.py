@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from luxtorch.jit import jit
+
+from .conftest import compiled
 
 
 class Doubled(torch.autograd.Function):
@@ -87,3 +92,19 @@ def test_what_is_closed_over_may_be_read(requires_grad):
     rates = torch.tensor([1.0, 2.0])
     jitted = jit(lambda x: (x * 3).sum() if bool((rates > 0).all()) else x.sum(), backend="replay")
     assert jitted(torch.ones(2, requires_grad=requires_grad)) == 6
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "recorded", "exported", "in a loop"])
+def test_it_may_be_the_first_that_a_process_compiles(tmp_path, way):
+    # Decompositions, as that of max pooling, expect that modules of Inductor have been imported.
+    calls = {
+        "plain": "lt.jit(lambda x: pool(x), backend='inductor')(x)",
+        "recorded": "lt.jit(lambda x: pool(x), backend='inductor')(x.requires_grad_()).sum().backward()",
+        "exported": f"lt.jit(lambda x: pool(x)).export({str(tmp_path / 'pool.pt2')!r}, x)",
+        "in a loop": "lt.jit(lambda x: lt.map(pool, x[None]), backend='inductor')(x)",
+    }
+    program = "import torch, luxtorch as lt\nx = torch.ones(1, 1, 4, 4)\npool = lambda x: torch.max_pool2d(x, 2)\n"
+    done = subprocess.run([sys.executable, "-c", program + calls[way]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
