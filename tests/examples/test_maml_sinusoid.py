@@ -16,5 +16,5 @@ def test_one_step_is_better_than_two_hundred(run_example, capsys):
 
 @pytest.mark.slow
 def test_it_notices_that_nothing_was_learnt(run_example):
-    with pytest.raises(AssertionError, match="a step from the meta-learned parameters is no better"):
+    with pytest.raises(AssertionError, match="is no better"):
         run_example("maml_sinusoid", picture=False, STEPS=1)
