@@ -401,11 +401,15 @@ def compile_differentiable(
         backend: `"replay"` or `"inductor"`.
         options: Settings of inductor.
     """
-    import torch._inductor.lowering  # decompositions, as that of max pooling, expect it to be there
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
 
+    decompositions: dict[Any, Any] = {}
+    if backend == "inductor":
+        from torch._inductor import lowering  # noqa: F401  # decompositions, as of max pooling, expect it to be there
+        from torch._inductor.decomposition import select_decomp_table
+
+        decompositions = select_decomp_table()
     bodies: list[Any] = []
 
     def forward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -430,7 +434,7 @@ def compile_differentiable(
             fw_compiler=forward,
             bw_compiler=backward,
             partition_fn=min_cut_rematerialization_partition,
-            decompositions={} if backend == "replay" else select_decomp_table(),
+            decompositions=decompositions,
         )
     return lambda inputs: compiled(*inputs)
 
