@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from luxtorch.core import InputError
 
-from ._reach import LRU, OF_A_MODULE, globals_used, importable, inside, reaches
+from ._reach import LRU, OF_A_MODULE, globals_used, importable, inside, reaches, slots_of
 
 _ATOMS: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type, type(...), type(NotImplemented), property),
     *(types.CodeType, types.ModuleType, types.GenericAlias, Enum, Logger),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
+_NEW: Any = object().__reduce_ex__(4)[0]  # by it, objects of most classes are rebuilt: it makes an empty one
 _BUILTIN = (types.BuiltinMethodType, type([].__len__))
 
 
@@ -415,18 +416,29 @@ class ModuleCopy:
             if y is not x:
                 self._containers.append(self._made(x, y))
                 return y
-            if not reaches(x, self._parts):
-                return x
-            return self._rebuilt(x, *object.__reduce_ex__(x, 4))  # its own copy would share what has to be replaced
+            return self._itself(x)
         reduce = copyreg.dispatch_table.get(type(x))
         parts = reduce(x) if reduce else x.__reduce_ex__(4)
-        return x if isinstance(parts, str) else self._rebuilt(x, *parts)
+        return self._itself(x) if isinstance(parts, str) else self._rebuilt(x, *parts)
+
+    def _itself(self, x: Any) -> Any:
+        """Return an object that says that it needs no copy; a new one, if it holds what has to be replaced."""
+        return self._new(x) if reaches(x, self._parts) else x
+
+    def _new(self, x: Any) -> Any:
+        """Copy an object attribute by attribute, without asking its class."""
+        y = self._made(x, object.__new__(type(x)))
+        self._fill_object(y, getattr(x, "__dict__", None), dict(slots_of(x)))
+        return y
 
     def _rebuilt(
         self, x: Any, make: Any, args: Any, state: Any = None, items: Any = None, pairs: Any = None, put: Any = None
     ) -> Any:
         """Copy an object from what its `__reduce__` gives, as pickle and `copy.deepcopy` do."""
-        y = make(*(self._copy(value) for value in args))
+        args = [self._copy(value) for value in args]
+        y = make(*args)
+        if sys.getrefcount(y) > 2 and make(*args) is y:  # of a class that has one object alone, or keeps equal ones
+            return self._new(x) if make is _NEW else self._itself(x)
         self._made(x, y)
         slots: Any = {}
         if state is not None and put is not None:
@@ -436,16 +448,10 @@ class ModuleCopy:
                 y.__setstate__(self._copy(state))
         elif isinstance(state, tuple) and len(state) == 2:
             state, slots = state
-        own = getattr(y, "__dict__", None)
-        if isinstance(own, dict):
-            given = state if isinstance(state, dict) and not hasattr(y, "__setstate__") and put is None else dict(own)
-            self._fill(own, given)
-        for name, value in (slots or {}).items():
-            with self._at(f".{name}"):
-                setattr(y, name, copied := self._copy(value))
-            self._note(y, name, functools.partial(setattr, y), copied)
-        if slots:
-            self._containers.append(_Slots(y, tuple(slots)))
+        given = getattr(y, "__dict__", None)
+        if given is not None and isinstance(state, dict) and not hasattr(y, "__setstate__") and put is None:
+            given = state
+        self._fill_object(y, given, slots)
         if items is not None:
             self._extend(y, items)
         if pairs is not None:
@@ -453,6 +459,16 @@ class ModuleCopy:
         if isinstance(y, random.Random) or kind_of(y).startswith("numpy.random"):
             self.generators.append(y)
         return y
+
+    def _fill_object(self, y: Any, attributes: Mapping[str, Any] | None, slots: Mapping[str, Any] | None) -> None:
+        if attributes is not None:
+            self._fill(vars(y), dict(attributes))
+        for name, value in (slots or {}).items():
+            with self._at(f".{name}"):
+                setattr(y, name, copied := self._copy(value))
+            self._note(y, name, functools.partial(setattr, y), copied)
+        if slots:
+            self._containers.append(_Slots(y, tuple(slots)))
 
 
 class _Slots(NamedTuple):

@@ -131,14 +131,21 @@ def _inside_object(x: Any) -> Iterator[tuple[str, Any]]:
     own = getattr(x, "__dict__", None)
     if isinstance(own, dict):
         yield from ((f".{name}", value) for name, value in [*own.items()])
-    for kind in type(x).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(x, name):
-                yield f".{name}", getattr(x, name)
+    yield from ((f".{name}", value) for name, value in slots_of(x))
     owner = getattr(x, "__self__", None) if isinstance(x, types.BuiltinMethodType) else None
     if owner is not None:
         yield "", owner
+
+
+def slots_of(x: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of an object that its classes list in `__slots__`."""
+    for kind in type(x).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{kind.__name__.lstrip('_')}{name}"
+            if hasattr(x, name) and name not in ("__dict__", "__weakref__"):
+                yield name, getattr(x, name)
 
 
 def _inside_function(x: types.FunctionType) -> Iterator[tuple[str, Any]]:

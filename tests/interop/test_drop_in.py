@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
+import gc
 import types
 import weakref
 from dataclasses import dataclass
+from typing import Optional
 
 import pytest
 import torch
@@ -59,6 +62,66 @@ class Stubborn(Holder):
 
     def __deepcopy__(self, memo):
         return self
+
+
+class OfOne(Holder):
+    """Be the one object of its class, also when a copy is asked for."""
+
+    one = None
+
+    def __new__(cls, *value):
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+        return cls.one
+
+
+class SlottedOfOne:
+    __slots__ = ("__value", "__weakref__")
+    one = None
+
+    def __new__(cls, *value):
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+        return cls.one
+
+    def __init__(self, value):
+        self.__value = value
+
+    def __call__(self, x):
+        return x @ self.__value
+
+
+class ByName(Holder):
+    """Be pickled by the name under which it is found."""
+
+    def __reduce__(self):
+        return "BY_NAME"
+
+
+BY_NAME = ByName(None)
+
+
+class Kept(Holder):
+    """Be found in a registry, also when a copy is asked for."""
+
+    registry: dict = {}
+
+    def __init__(self, value):
+        super().__init__(value)
+        self.registry["kept"] = self
+
+    def __reduce__(self):
+        return self.registry.get, ("kept",)
+
+
+class Registered(Holder):
+    """Enter each of its objects into a list, so that a new one is referenced from the start."""
+
+    registry: list = []
+
+    def __new__(cls, *value):
+        cls.registry.append(super().__new__(cls))
+        return cls.registry[-1]
 
 
 @dataclass
@@ -115,6 +178,11 @@ WAYS = {
     "dataclass": lambda module, weight: (lambda each: lambda x: x @ each.value)(Record(weight)),
     "namespace": lambda module, weight: (lambda each: lambda x: x @ each.w)(types.SimpleNamespace(w=weight)),
     "stubborn object": lambda module, weight: Stubborn(weight),
+    "one object of its class": lambda module, weight: OfOne(weight),
+    "one object of its class, slots": lambda module, weight: SlottedOfOne(weight),
+    "object found by its name": lambda module, weight: ByName(weight),
+    "object found in a registry": lambda module, weight: Kept(weight),
+    "registered object": lambda module, weight: Registered(weight),
     "partial": lambda module, weight: functools.partial(torch.matmul, other=weight),
     "partial, positional": lambda module, weight: functools.partial(lambda w, x: x @ w, weight),
     "method of an object": lambda module, weight: Holder(weight).__call__,
@@ -237,6 +305,58 @@ def test_under_jit(build, rng, way):
     for each in (ps, tree_map(lambda leaf: leaf + 1, ps)):
         wanted = lt.gradient(lambda ps: layer(x, ps, st)[0].sum(), each)
         torch.testing.assert_close(flatten_names(gradient(each)), flatten_names(wanted))
+
+
+class Canonical:
+    """Give copies one object of all."""
+
+    def __deepcopy__(self, memo):
+        return CANONICAL
+
+
+CANONICAL = Canonical()
+
+
+class Alone(OfOne):
+    one = None
+
+
+SHARED = {
+    "type": Optional[Tensor],  # noqa: UP045
+    "object found by its name": BY_NAME,
+    "one object of its class": Alone(1.0),
+    "object whose copies are one": Canonical(),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_under_jit_while_others_let_go_of_what_they_share(rng, kind):
+    """Python collects garbage whenever it likes: here other references to the object go while the module runs."""
+
+    class Sharing(nn.Linear):
+        def forward(self, x):
+            gc.collect()
+            return super().forward(x)
+
+    module = Sharing(3, 3)
+    module.shared = SHARED[kind]
+    layer, ps, st = from_torch(module)
+    x = torch.randn(4, 3, generator=rng)
+
+    def loss(ps):
+        for _ in range(3):
+            cycle = [copy.deepcopy(SHARED[kind])]  # the same object each time
+            cycle.append(cycle)
+        del cycle
+        return layer(x, ps, st)[0].sum()
+
+    gc.disable()
+    try:
+        slopes = lt.jit(lambda ps: lt.gradient(loss, ps), backend="replay")(ps)
+    finally:
+        gc.enable()
+    torch.testing.assert_close(slopes["bias"], torch.full((3,), 4.0))
+    assert layer.skeleton._in_use == []
 
 
 GLOBAL = []
