@@ -551,8 +551,9 @@ net("TransformerConv", graph(), 4, 8, heads=2, where="nn")
 # x-transformers
 
 
-def x_former(name: str, build: Any, inputs: Any, **limits: str) -> None:
-    add(f"x_transformers {name}", "x_transformers", build, inputs, **limits)
+def x_former(name: str, build: Any, inputs: Any, tolerance: float = 1e-5) -> None:
+    """Add an architecture; its attention takes the softmax in float32, unless queries and keys are normalized."""
+    add(f"x_transformers {name}", "x_transformers", build, inputs, tolerance=tolerance)
 
 
 def _x(name: str, part: str, **options: Any) -> Callable[[], nn.Module]:
@@ -575,6 +576,7 @@ x_former(
         layers=dict(attn_dim_head=8, rotary_pos_emb=True, ff_glu=True, use_rmsnorm=True, attn_qk_norm=True),
     ),
     PLAIN,
+    tolerance=1e-7,
 )
 x_former(
     "encoder",
