@@ -24,6 +24,7 @@ from ._constants import NotComparable, fingerprint, wrap_static
 from ._donate import copy_strided
 from ._effects import is_effect
 from ._flatten import Spec, flatten, flatten_torch_nodes, has_sharded, node_classes, path_text, register_classes
+from ._inductor import last_pass
 from ._purity import tracing_errors
 from ._sizes import Expression, static
 from ._toolchain import find_instructions, processor
@@ -164,9 +165,8 @@ def export(
         find_instructions(fakes)
         program = torch.export.export(trace.graph, tuple(signature.examples()), dynamic_shapes=tuple(dims))
         find_instructions(fakes, wait=True)
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={**options, "aot_inductor.metadata": about}
-        )
+        configs = {"post_grad_custom_post_pass": last_pass(), **options, "aot_inductor.metadata": about}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     return path
 
 

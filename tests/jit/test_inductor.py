@@ -10,6 +10,7 @@ from torch._inductor import config
 
 import luxtorch as lt
 from luxtorch import optim
+from luxtorch.core import tensors
 from luxtorch.jit import DonatedError, _compiled, _inductor, _toolchain, jit
 from luxtorch.jit._flatten import flatten
 from luxtorch.jit._trace import trace
@@ -134,6 +135,65 @@ def test_without_a_compiler_there_is_one_warning_and_a_replay(batch, monkeypatch
         assert torch.equal(jit(torch.cos)(batch[0]), batch[0].cos())
     finally:
         _compiled.default_backend.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["forward", "gradient", "in a loop", "batch of matrices", "recorded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_biases_are_added_in_a_loop_of_their_own(rng, monkeypatch, form, dtype):
+    """Except in half precision, where a product with a bias is rounded once."""
+    monkeypatch.setattr(_inductor, "find", lambda key: None)  # what an earlier process has compiled
+    before, after = [], []
+
+    class Watched(type(_inductor.last_pass())):
+        def __call__(self, graph):
+            before.extend(str(node.target) for node in graph.nodes)
+            super().__call__(graph)
+            after.extend(str(node.target) for node in graph.nodes)
+
+    monkeypatch.setattr(_inductor, "last_pass", Watched)
+    w, b = (torch.randn(shape, generator=rng, dtype=torch.float64) / 3 for shape in ((8, 8), (8,)))
+    x = torch.randn((3, 5, 8) if form == "batch of matrices" else (5, 8), generator=rng, dtype=torch.float64)
+
+    def loss(w, b, x):
+        if form == "in a loop":
+            return lt.scan(lambda x, _: (torch.addmm(b, x, w).tanh(), None), x, length=3)[0].sum()
+        return torch.nn.functional.linear(x, w.T, b).tanh().sum()
+
+    def step(w, b, x):
+        if form == "recorded":
+            leaves = [leaf.detach().requires_grad_() for leaf in (w, b)]
+            return torch.autograd.grad(jit(loss, backend="inductor")(*leaves, x), leaves)
+        if form == "forward":
+            return loss(w, b, x)
+        return lt.gradient(lambda wb: loss(*wb, x), (w, b))
+
+    run = step if form == "recorded" else jit(step, backend="inductor")
+    with config.patch(force_disable_caches=True):
+        got = run(w.to(dtype), b.to(dtype), x.to(dtype))
+
+    def by_hand(w, b):
+        y = x
+        for _ in range(3 if form == "in a loop" else 1):
+            y = ((y[..., :, None] * w).sum(-2) + b).tanh()
+        return y.sum()
+
+    expected = by_hand(w, b) if form == "forward" else torch.func.grad(by_hand, (0, 1))(w, b)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
+    for one, other in zip(tensors(got), tensors(expected), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * 10)
+    if dtype is torch.bfloat16:
+        assert before == after
+    else:
+        assert "aten.addmm.default" in before and "aten.addmm.default" not in after
+
+
+def test_a_pass_of_a_users_own_is_the_last():
+    seen = []
+    w, b, x = torch.ones(3, 3), torch.ones(3), torch.ones(2, 3)
+    with config.patch(post_grad_custom_post_pass=lambda graph: seen.append(graph)):
+        torch.testing.assert_close(jit(torch.addmm, backend="inductor")(b, x, w), torch.full((2, 3), 4.0))
+    assert len(seen) == 1
 
 
 class _Later:
