@@ -69,6 +69,7 @@ class Sizes:
         self._origins: dict[Any, tuple[int, int]] = {}
         self._symbolic: dict[int, list[tuple[str, int]]] = {}
         self._fixed: dict[tuple[int, int], tuple[str, str]] = {}
+        self._symbols: frozenset[Any] = frozenset()
 
     def fake(self, tensor: Tensor, place: int, dims: Collection[int]) -> Any:
         """Return the fake tensor of an argument: of the same shape, with some symbolic sizes, and without values.
@@ -101,13 +102,16 @@ class Sizes:
             self._symbolic.setdefault(place, []).extend((what, dim) for dim in found)
             if what == "size":
                 self._origins |= {values[dim].node.expr: (place, dim) for dim in found}
+        self._symbols = frozenset(self._environment.var_to_sources)
         return fake
 
     def condition(self, fakes: Sequence[Any]) -> Expression | None:
         """Return the guard on other arguments of a graph; None if there is none."""
         places = [n for n, symbols in self._symbolic.items() if symbols]
         sources: Any = [_source(n) for n in places]
-        guards = self._environment.produce_guards([fakes[n] for n in places], sources, ignore_static=True)
+        # A compiler may guard symbols of its own, as torch 2.13 does the step of a loop, which is no argument.
+        own: Any = [guard for guard in self._environment.guards if guard.expr.free_symbols <= self._symbols]
+        guards = self._environment.produce_guards([fakes[n] for n in places], sources, guards=own, ignore_static=True)
         # torch has no guard for symbols that became constants later, as when a compiler reads the number.
         for place in places:
             for what, dim in self._symbolic[place]:

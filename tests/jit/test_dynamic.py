@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 import luxtorch as lt
 import luxtorch.random as lr
 from luxtorch import training
 from luxtorch.jit import jit
+from luxtorch.jit._sizes import Sizes
 
 MODEL = lt.Chain(lt.Dense(4, 8, "relu"), lt.Dense(8, 3))
 PS, ST = lt.setup(0, MODEL)
@@ -379,3 +382,20 @@ def test_inductor(name, recorded):
         w, x = torch.full((4,), 0.5, requires_grad=recorded), rows(n)
         equal(jitted(x, w), function(x * w))
     assert jitted.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("dynamic", [(), (0,)], ids=["fixed", "dynamic"])
+def test_conditions_leave_out_the_symbols_of_a_compiler(dynamic):
+    """Such as the step of a loop, of which torch 2.13 asks whether it is an index."""
+    sizes = Sizes()
+    fake = sizes.fake(torch.ones(5), 0, dynamic)
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC])
+    (step,), _, _ = sizes._environment.create_symbolic_sizes_strides_storage_offset(
+        torch.ones(9), ConstantSource("step"), symbolic_context=context
+    )
+    assert step % 4 == 1 and fake.shape[0] < 7
+    condition = sizes.condition([fake])
+    if dynamic:
+        assert condition([torch.ones(6)]) and not condition([torch.ones(7)])
+    else:
+        assert condition is None
