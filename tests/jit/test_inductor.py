@@ -181,7 +181,7 @@ def test_biases_are_added_in_a_loop_of_their_own(rng, monkeypatch, form, dtype):
     expected = by_hand(w, b) if form == "forward" else torch.func.grad(by_hand, (0, 1))(w, b)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
     for one, other in zip(tensors(got), tensors(expected), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * 10)
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
     if dtype is torch.bfloat16:
         assert before == after
     else:
