@@ -188,11 +188,15 @@ def test_biases_are_added_in_a_loop_of_their_own(rng, monkeypatch, form, dtype):
         assert "aten.addmm.default" in before and "aten.addmm.default" not in after
 
 
-def test_a_pass_of_a_users_own_is_the_last():
+@pytest.mark.parametrize("form", ["called", pytest.param("exported", marks=pytest.mark.slow)])
+def test_a_pass_of_a_users_own_is_the_last(tmp_path, form):
     seen = []
     w, b, x = torch.ones(3, 3), torch.ones(3), torch.ones(2, 3)
+    function = jit(torch.addmm, backend="inductor")
     with config.patch(post_grad_custom_post_pass=lambda graph: seen.append(graph)):
-        torch.testing.assert_close(jit(torch.addmm, backend="inductor")(b, x, w), torch.full((2, 3), 4.0))
+        if form == "exported":
+            function = lt.load_jitted(function.export(tmp_path / "sum.pt2", b, x, w))
+        torch.testing.assert_close(function(b, x, w), torch.full((2, 3), 4.0))
     assert len(seen) == 1
 
 
